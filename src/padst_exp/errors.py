@@ -1,0 +1,9 @@
+"""The one exception that means: the user asked for something that cannot be done."""
+
+
+class UserError(ValueError):
+    """A mistake in the configuration or its data, told in one line.
+
+    The message names the key, its value, and what would be right. Entry points print it without a
+    traceback; everything else that reaches them is a bug of ours and keeps its traceback.
+    """
