@@ -1,0 +1,66 @@
+# VENV names the environment: ours (.venv, made on demand), or one that several clones share. A
+# shared one only receives the dependencies; PYTHONPATH makes each clone run its own code.
+VENV ?= .venv
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON := $(VENV)/bin/python
+DEPENDENCIES := $(shell sed '/^\[tool/,$$d' pyproject.toml | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.padst-exp-$(DEPENDENCIES)
+REQUIREMENTS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")
+
+export PYTHONPATH := src:kernels
+
+.PHONY: help setup fmt lint types test test-slow smoke demo bench ci clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s ':'
+
+$(STAMP):
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+ifeq ($(VENV),.venv)
+	$(PYTHON) -m pip install --editable ".[dev]"
+else
+	$(PYTHON) -c '$(REQUIREMENTS)' | $(PYTHON) -m pip install --requirement /dev/stdin
+endif
+	touch $@
+
+setup: $(STAMP)  ## make the environment (every target does so when it is missing)
+
+fmt: $(STAMP)  ## format the code and fix what ruff can fix
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+lint: $(STAMP)  ## ruff, formatting, import contracts
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
+
+types: $(STAMP)  ## mypy --strict
+	$(PYTHON) -m mypy
+
+test: $(STAMP)  ## fast tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "not slow and not gpu"
+
+test-slow: $(STAMP)  ## slow tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "slow and not gpu"
+
+smoke: $(STAMP)  ## train a few steps and evaluate, in a throw-away folder
+	runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
+	$(PYTHON) -m padst_exp.train name=smoke runs="$$runs" trainer.steps=8 logger=none; \
+	$(PYTHON) -m padst_exp.evaluate run="$$runs/smoke"
+
+demo: $(STAMP)  ## train a sparse ViT on real data that needs no download
+	$(PYTHON) -m padst_exp.train model=vit structure=nm sparsity=0.9
+	@printf 'Results: %s\n' "$$(ls -td runs/*/ | head -n 1)"
+
+bench: $(STAMP)  ## time what has a limit
+	$(PYTHON) scripts/bench_startup.py
+
+ci: lint types test smoke  ## what a change must pass
+
+clean:  ## remove the caches and our environment, never runs/
+	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""Every test runs seeded and on one thread; `gpu` tests are skipped where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds torch's default generator before each test; returns the seed."""
+    torch.manual_seed(0)
+    return 0
