@@ -1,0 +1,20 @@
+"""Sparsity structures as stateless geometry."""
+
+from padst_exp.structures.block import Block
+from padst_exp.structures.diagonal import Diagonal
+from padst_exp.structures.layout import Layout, gather_entries, scatter_entries
+from padst_exp.structures.nm import NM
+from padst_exp.structures.structure import Structure
+from padst_exp.structures.unstructured import Dense, Unstructured
+
+__all__ = [
+    "NM",
+    "Block",
+    "Dense",
+    "Diagonal",
+    "Layout",
+    "Structure",
+    "Unstructured",
+    "gather_entries",
+    "scatter_entries",
+]

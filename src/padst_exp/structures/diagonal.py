@@ -1,0 +1,142 @@
+"""Pseudo-diagonals, single or in bundles.
+
+The pseudo-diagonal of offset o in an R x C weight has min(R, C) cells: `((c + o) mod R, c)` when
+R >= C, else `(r, (r + o) mod C)`. The transpose of one is again one (DynaDiag, appendix A).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from padst_exp.errors import UserError
+from padst_exp.structures.block import MIN_TILE_HEIGHT
+from padst_exp.structures.layout import Layout, share_budget
+from padst_exp.structures.structure import Structure, check_positive, require_units
+
+
+class Diagonal(Structure):
+    """Unit: a pseudo-diagonal or a bundle of them. Pool: the whole weight.
+
+    Args:
+        bundle: `1` for single diagonals (the paper's structure), `"stride"` for whole residue
+            classes of offsets modulo `stride` (a block-sparse layer after a fixed permutation),
+            `"band"` for runs of `width` neighbouring offsets.
+        stride: divides both dimensions of every layer; used by `bundle="stride"` only.
+        width: offsets in a run; used by `bundle="band"` only.
+    """
+
+    def __init__(self, *, bundle: Literal[1, "stride", "band"], stride: int, width: int) -> None:
+        self.bundle = bundle
+        self.stride = check_positive("stride", stride)
+        self.width = check_positive("width", width)
+
+    def layout(self, out_features: int, in_features: int, density: float) -> Layout:
+        shorter, longer = sorted((out_features, in_features))
+        wanted = density * out_features * in_features
+        if self.bundle == "stride":
+            if out_features % self.stride or in_features % self.stride:
+                raise UserError(
+                    f"structure.stride: {self.stride} does not divide both sides of a "
+                    f"{out_features}x{in_features} weight"
+                )
+            what = f"a class of diagonals modulo {self.stride}"
+            size = shorter * longer // self.stride
+            require_units(wanted, size, out_features, in_features, what)
+            return StrideLayout(out_features, in_features, self.stride, density)
+        width = min(self.width, longer) if self.bundle == "band" else 1
+        what = "a diagonal" if width == 1 else f"a band of {width} diagonals"
+        require_units(wanted, width * shorter, out_features, in_features, what)
+        return BandLayout(out_features, in_features, width, density)
+
+
+class BandLayout(Layout):
+    """Geometry of runs of `width` offsets (1: single diagonals). A last short run is a pool."""
+
+    def __init__(self, out_features: int, in_features: int, width: int, density: float) -> None:
+        shorter, longer = sorted((out_features, in_features))
+        full, rest = divmod(longer, width)
+        candidates = torch.tensor([full] + ([1] if rest else []))
+        unit_sizes = torch.tensor([width * shorter] + ([rest * shorter] if rest else []))
+        super().__init__(
+            shape=(out_features, in_features),
+            candidates=candidates,
+            unit_sizes=unit_sizes,
+            counts=share_budget(density * out_features * in_features, candidates, unit_sizes),
+            frame=(1, width, shorter),
+        )
+        self.width = width
+        self.num_full = full
+
+    def cells(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        num_rows, num_columns = self.shape
+        pool, index = units // self.pool_size, units % self.pool_size
+        run = torch.where(pool == 0, index, self.num_full)
+        offsets = run[:, None] * self.width + torch.arange(self.width, device=units.device)
+        step = torch.arange(min(self.shape), device=units.device)
+        long = max(self.shape)
+        along = (step + offsets[:, :, None]) % long
+        # An offset beyond the last diagonal exists only in the frame of a short run.
+        along = torch.where(offsets[:, :, None] < long, along, long).flatten(1)
+        short = step.expand(len(units), self.width, -1).flatten(1)
+        return (along, short) if num_rows >= num_columns else (short, along)
+
+    def symmetry(self, side: str) -> Tensor | None:
+        return None
+
+
+class StrideLayout(Layout):
+    """Geometry of offset classes modulo `stride`. A class is `stride` dense tiles.
+
+    Rows of one residue share exactly the same columns, those of one other residue.
+    """
+
+    def __init__(self, out_features: int, in_features: int, stride: int, density: float) -> None:
+        candidates = torch.tensor([stride])
+        unit_sizes = torch.tensor([out_features * in_features // stride])
+        super().__init__(
+            shape=(out_features, in_features),
+            candidates=candidates,
+            unit_sizes=unit_sizes,
+            counts=share_budget(density * out_features * in_features, candidates, unit_sizes),
+            frame=(stride, in_features // stride, out_features // stride),
+        )
+        self.stride = stride
+
+    def _residues(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column residue, int64 `[N, stride]`, of the tiles of each class."""
+        row = torch.arange(self.stride, device=units.device)
+        shift = units[:, None] if self.shape[0] >= self.shape[1] else -units[:, None]
+        column = (row - shift) % self.stride
+        return row.expand_as(column), column
+
+    def cells(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        _, width, height = self.frame
+        row, column = self._residues(units)
+        row_step = torch.arange(height, device=units.device) * self.stride
+        column_step = torch.arange(width, device=units.device) * self.stride
+        rows = row[:, :, None, None] + row_step[None, None, None, :]
+        columns = column[:, :, None, None] + column_step[None, None, :, None]
+        rows, columns = torch.broadcast_tensors(rows, columns)
+        return rows.flatten(1), columns.flatten(1)
+
+    def tiles(self, units: Tensor) -> tuple[Tensor, Tensor] | None:
+        _, width, height = self.frame
+        if height < MIN_TILE_HEIGHT:
+            return None
+        row, column = self._residues(units)
+        steps = torch.arange(width, device=units.device) * self.stride
+        return (column[:, :, None] + steps).flatten(0, 1), row.flatten()
+
+    @property
+    def num_row_groups(self) -> int:
+        return self.stride
+
+    def row_positions(self) -> Tensor | None:
+        rows = torch.arange(self.shape[0])
+        return (rows % self.stride) * self.frame[2] + rows // self.stride
+
+    def symmetry(self, side: str) -> Tensor | None:
+        return torch.arange(self.shape[1] if side == "in" else self.shape[0]) % self.stride
