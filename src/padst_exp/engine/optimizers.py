@@ -1,0 +1,251 @@
+"""Optimizers, their schedules and the roles of parameters: targets of conf/optimizer/*.yaml."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Protocol, cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.engine.settings import require
+from padst_exp.layers import SparseWeight
+from padst_exp.permutations import Permutation
+
+Role = Literal["packed", "weight", "bias", "norm", "embedding"]
+DECAYED: tuple[Role, ...] = ("packed", "weight")
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+
+
+class Schedule(Protocol):
+    """What the loop needs of a schedule; timm's schedulers have it."""
+
+    def step_update(self, num_updates: int) -> None:
+        """Set the learning rates for the step that follows `num_updates` completed ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+
+
+def parameter_roles(model: nn.Module) -> dict[str, tuple[Role, nn.Parameter]]:
+    """Return role and parameter of every trained parameter of `model`, by name, each once.
+
+    "packed": the values of a `SparseWeight`; "weight": a dense weight; "bias"; "norm": scales of
+    normalisation layers; "embedding": tables, tokens and other bare parameters. Soft permutations
+    are left out: their learner brings an optimizer of its own.
+    """
+    roles: dict[str, tuple[Role, nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, Permutation):
+            continue
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                roles[name] = (_role(module, name.rpartition(".")[2]), parameter)
+    return roles
+
+
+def _role(module: nn.Module, name: str) -> Role:
+    if isinstance(module, SparseWeight):
+        return "packed"
+    if name.endswith("bias"):
+        return "bias"
+    if isinstance(module, _NORMS):
+        return "norm"
+    if isinstance(module, nn.Embedding) or not name.endswith("weight"):
+        return "embedding"
+    return "weight"
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    groups: dict[Role, list[nn.Parameter]] = {}
+    for role, parameter in parameter_roles(model).values():
+        groups.setdefault(role, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if role in DECAYED else 0.0,
+         "role": role}
+        for role, parameters in groups.items()
+    ]
+
+
+class AgeAwareAdamW(torch.optim.AdamW):
+    """AdamW in which entries that were born late have a bias correction of their own.
+
+    Where the state of a parameter holds `birth` (a tensor broadcastable to the parameter: the
+    step at which an entry was born, 0 for original ones), an entry's step count is step - birth.
+    A grown weight then moves exactly as under a fresh AdamW started at its birth; with the global
+    count its first step would be 3.2 times the learning rate at beta2 = 0.999.
+    """
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.get(parameter)
+                if state and "birth" in state and parameter.grad is not None:
+                    _correct_bias(parameter, state, group)
+        return loss
+
+
+def _correct_bias(parameter: Tensor, state: Mapping[str, Tensor], group: dict[str, Any]) -> None:
+    """Replace the update that AdamW just made by the one of each entry's own age."""
+    birth = state["birth"]
+    beta1, beta2 = group["betas"]
+    root = state["exp_avg_sq"].sqrt()
+
+    def update(age: Tensor) -> Tensor:
+        mean = state["exp_avg"] / (1 - beta1**age)
+        return mean / (root / (1 - beta2**age).sqrt() + group["eps"])
+
+    # Filled to the shape of `birth`, so that original entries cancel to exactly zero.
+    step = torch.zeros_like(birth) + state["step"]
+    parameter.add_(update(step) - update(step - birth), alpha=float(group["lr"]))
+
+
+class OptimizerBuilder:
+    """What the builders below share: the schedule and the checks.
+
+    Args:
+        lr: the highest learning rate.
+        weight_decay: of packed and dense weights; biases, norms and embeddings have none.
+        warmup: fraction of the training over which the learning rate rises linearly.
+        schedule: how it falls afterwards, down to `min_lr`.
+        min_lr: the final learning rate.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float,
+        weight_decay: float,
+        warmup: float,
+        schedule: Literal["cosine", "linear", "constant"],
+        min_lr: float,
+    ) -> None:
+        require(lr > 0, "optimizer.lr", lr, "positive")
+        require(weight_decay >= 0, "optimizer.weight_decay", weight_decay, "at least 0")
+        require(0 <= warmup < 1, "optimizer.warmup", warmup, "a fraction of training in [0, 1)")
+        require(schedule in ("cosine", "linear", "constant"), "optimizer.schedule", schedule,
+                "cosine, linear or constant")
+        require(0 <= min_lr <= lr, "optimizer.min_lr", min_lr, f"from 0 to optimizer.lr={lr}")
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.schedule = schedule
+        self.min_lr = min_lr
+
+    def create(
+        self, model: nn.Module, total_steps: int
+    ) -> tuple[torch.optim.Optimizer, Schedule]:
+        """Return an optimizer of all but the soft permutations of `model`, and its schedule.
+
+        The model must be on its device already.
+        """
+        optimizer = self._optimizer(_parameter_groups(model, self.weight_decay))
+        return optimizer, self._schedule(optimizer, total_steps)
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def _schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Schedule:
+        from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+
+        warmup_steps = round(self.warmup * total_steps)
+        decay_steps = max(1, total_steps - warmup_steps)
+        # The first step must not be lost to a learning rate of zero.
+        start = self.lr / max(1, warmup_steps)
+        scheduler: Schedule
+        if self.schedule == "constant":
+            scheduler = cast(Schedule, StepLRScheduler(
+                optimizer, decay_t=2 * total_steps, decay_rate=1.0, warmup_t=warmup_steps,
+                warmup_lr_init=start, warmup_prefix=True, t_in_epochs=False))
+        elif self.schedule == "linear":
+            scheduler = cast(Schedule, PolyLRScheduler(
+                optimizer, t_initial=decay_steps, power=1.0, lr_min=self.min_lr,
+                warmup_t=warmup_steps, warmup_lr_init=start, warmup_prefix=True,
+                t_in_epochs=False))
+        else:
+            scheduler = cast(Schedule, CosineLRScheduler(
+                optimizer, t_initial=decay_steps, lr_min=self.min_lr, warmup_t=warmup_steps,
+                warmup_lr_init=start, warmup_prefix=True, t_in_epochs=False))
+        scheduler.step_update(0)
+        return scheduler
+
+
+class AdamW(OptimizerBuilder):
+    """Builds an `AgeAwareAdamW`.
+
+    Args:
+        lr: as in `OptimizerBuilder`, like all others not named here.
+        betas: decays of the two moments.
+        eps: added to the root of the second moment.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        warmup: float = 0.05,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        min_lr: float = 0.0,
+    ) -> None:
+        super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
+                         min_lr=min_lr)
+        require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "optimizer.betas",
+                betas, "two numbers of at least 0 and below 1")
+        require(eps > 0, "optimizer.eps", eps, "positive")
+        self.betas = (float(betas[0]), float(betas[1]))
+        self.eps = eps
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        cuda = all(parameter.is_cuda for parameter in _parameters(groups))
+        return AgeAwareAdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps,
+                             fused=True if cuda else None)
+
+
+class SGD(OptimizerBuilder):
+    """Builds a `torch.optim.SGD`.
+
+    Args:
+        lr: as in `OptimizerBuilder`, like all others not named here.
+        momentum: decay of the momentum buffer.
+        nesterov: whether to look ahead; needs momentum.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float,
+        weight_decay: float = 5e-4,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        warmup: float = 0.05,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        min_lr: float = 0.0,
+    ) -> None:
+        super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
+                         min_lr=min_lr)
+        require(0 <= momentum < 1, "optimizer.momentum", momentum, "at least 0 and below 1")
+        require(not nesterov or momentum > 0, "optimizer.nesterov", nesterov,
+                "false without optimizer.momentum")
+        self.momentum = momentum
+        self.nesterov = nesterov
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+def _parameters(groups: list[dict[str, Any]]) -> Iterator[nn.Parameter]:
+    for group in groups:
+        yield from group["params"]
