@@ -1,0 +1,220 @@
+"""Permutation learners: what the permutations of a model start as and how they are trained.
+
+The engine drives the soft phase: after backward `regularize`, after the optimizer step `project`,
+now and then `ready`, and the permutations that are ready harden.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.errors import UserError
+from padst_exp.permutations.permutation import Permutation
+
+Side = Literal["in", "out", "both", "auto"]
+Readiness = Literal["delta", "deadline"] | None
+
+
+def _require(valid: bool, key: str, value: object, wanted: str) -> None:
+    if not valid:
+        raise UserError(f"permutation.{key}={value}: must be {wanted}")
+
+
+class Learner:
+    """What all learners share. By itself it has no soft phase.
+
+    Attributes:
+        side: which side of a sparse weight S is permuted: y = S P x ("in"), y = P S x ("out"),
+            both, or what suits the structure ("auto").
+    """
+
+    def __init__(self, side: Side) -> None:
+        _require(side in ("in", "out", "both", "auto"), "side", side, "in, out, both or auto")
+        self.side = side
+
+    def create(self, size: int, generator: torch.Generator) -> Permutation | None:
+        """Return a fresh permutation of `size` features drawn from `generator`, or None."""
+        raise NotImplementedError
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimizer of the soft matrices."""
+        raise AssertionError(f"{type(self).__name__} has nothing to train")
+
+    def regularize(self, permutations: Sequence[Permutation], progress: float) -> None:
+        """Add the penalty to the gradients of the task, which ranks must have averaged before.
+
+        Args:
+            permutations: hard ones are passed over.
+            progress: completed steps over all steps of the training, in 0 .. 1.
+        """
+
+    def project(self, permutations: Sequence[Permutation]) -> None:
+        """Bring the matrices back to where they belong after an optimizer step."""
+
+    def ready(self, permutation: Permutation, progress: float) -> Readiness:
+        """Return why a soft permutation should harden now: sharp enough, forced; None: not yet."""
+        return None
+
+
+class NoPermutation(Learner):
+    """No permutation at all: y = S x + b."""
+
+    def __init__(self) -> None:
+        super().__init__("auto")
+
+    def create(self, size: int, generator: torch.Generator) -> Permutation | None:
+        return None
+
+
+class RandomPermutation(Learner):
+    """A fixed random permutation: what a learned one has to beat.
+
+    Args:
+        side: as in `Learner`.
+    """
+
+    def __init__(self, *, side: Side = "auto") -> None:
+        super().__init__(side)
+
+    def create(self, size: int, generator: torch.Generator) -> Permutation | None:
+        index = torch.randperm(size, generator=generator, device=generator.device)
+        return Permutation(index)
+
+
+class DoublyStochastic(Learner):
+    """Doubly stochastic matrices, sharpened by the l1-l2 penalty until they round safely (PA-DST).
+
+    The weight of the penalty grows linearly from 0 to `weight` between the fractions `ramp_start`
+    and `ramp_end` of training. Adaptive, with c the ramped weight: g = g_task + c * |T g_task| /
+    |T g_pen| * g_pen per matrix, where T removes the means of rows and columns. Fixed: g = g_task
+    + c * g_pen.
+
+    Args:
+        side: as in `Learner`.
+        parametrization: "logits" (through Sinkhorn) or "projected" (the paper's: entries clamped
+            and normalised after each step).
+        iterations: rounds of row and column normalisation.
+        init: "lognormal", exp(scale * randn), or "noise", 1 + scale * randn; then normalised.
+        scale: of the initial noise.
+        lr: learning rate of Adam, constant.
+        betas: of Adam.
+        weighting: "adaptive" or "fixed", above.
+        weight: final weight of the penalty.
+        ramp_start: fraction of training.
+        ramp_end: fraction of training.
+        delta: penalty under which a permutation hardens.
+        deadline: fraction of training at which it hardens in any case.
+        clip: maximal norm of each matrix's gradient, penalty included; None: no clipping.
+    """
+
+    def __init__(
+        self,
+        *,
+        side: Side = "auto",
+        parametrization: Literal["logits", "projected"] = "logits",
+        iterations: int = 10,
+        init: Literal["lognormal", "noise"] = "lognormal",
+        scale: float = 1.0,
+        lr: float = 0.3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weighting: Literal["adaptive", "fixed"] = "adaptive",
+        weight: float = 3.0,
+        ramp_start: float = 0.05,
+        ramp_end: float = 0.2,
+        delta: float = 0.22,
+        deadline: float = 0.6,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__(side)
+        _require(parametrization in ("logits", "projected"), "parametrization", parametrization,
+                 "logits or projected")
+        _require(iterations >= 1, "iterations", iterations, "at least 1")
+        _require(init in ("lognormal", "noise"), "init", init, "lognormal or noise")
+        _require(scale > 0, "scale", scale, "positive (equal rows would never part)")
+        _require(lr > 0, "lr", lr, "positive")
+        _require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas,
+                 "two numbers of at least 0 and below 1")
+        _require(weighting in ("adaptive", "fixed"), "weighting", weighting, "adaptive or fixed")
+        _require(weight >= 0, "weight", weight, "at least 0")
+        _require(0 <= ramp_start <= 1, "ramp_start", ramp_start, "a fraction of training, 0 .. 1")
+        _require(ramp_start <= ramp_end <= 1, "ramp_end", ramp_end,
+                 f"a fraction of training from ramp_start={ramp_start} to 1")
+        _require(0 < delta < 1, "delta", delta, "between 0 (a permutation) and 1 (uniform)")
+        _require(0 < deadline <= 1, "deadline", deadline, "a fraction of training in (0, 1]")
+        _require(clip is None or clip > 0, "clip", clip, "positive, or null for none")
+        self.projected = parametrization == "projected"
+        self.iterations = iterations
+        self.init = init
+        self.scale = scale
+        self.lr = lr
+        self.betas = (float(betas[0]), float(betas[1]))
+        self.adaptive = weighting == "adaptive"
+        self.weight = weight
+        self.ramp_start = ramp_start
+        self.ramp_end = ramp_end
+        self.delta = delta
+        self.deadline = deadline
+        self.clip = clip
+
+    def create(self, size: int, generator: torch.Generator) -> Permutation | None:
+        if size == 1:
+            return Permutation(torch.zeros(1, dtype=torch.int64, device=generator.device))
+        noise = torch.randn(size, size, generator=generator, device=generator.device) * self.scale
+        logits = noise if self.init == "lognormal" else noise.add(1).clamp_min(1e-3).log()
+        return Permutation(logits.exp() if self.projected else logits,
+                           projected=self.projected, iterations=self.iterations)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
+
+    def regularize(self, permutations: Sequence[Permutation], progress: float) -> None:
+        weight = self.weight * self._ramp(progress)
+        for permutation in permutations:
+            logits = permutation.logits
+            if logits is None:
+                continue
+            if weight > 0:
+                (penalty,) = torch.autograd.grad(permutation.penalty(), logits)
+                if logits.grad is None:
+                    logits.grad = torch.zeros_like(logits)
+                scale = _balance(logits.grad, penalty) if self.adaptive else 1
+                logits.grad.add_(penalty * (weight * scale))
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(logits, self.clip)
+
+    def project(self, permutations: Sequence[Permutation]) -> None:
+        for permutation in permutations:
+            permutation.project_()
+
+    @torch.no_grad()
+    def ready(self, permutation: Permutation, progress: float) -> Readiness:
+        if not permutation.soft:
+            return None
+        if float(permutation.penalty()) < self.delta:
+            return "delta"
+        return "deadline" if progress >= self.deadline else None
+
+    def _ramp(self, progress: float) -> float:
+        if progress >= self.ramp_end:
+            return 1.0
+        if progress <= self.ramp_start:
+            return 0.0
+        return (progress - self.ramp_start) / (self.ramp_end - self.ramp_start)
+
+
+def _balance(task: Tensor, penalty: Tensor) -> Tensor:
+    """Return |T task| / |T penalty|, or 1 where either is zero.
+
+    A matrix without any task gradient (it feeds dead weights only) must still harden, and then
+    the scale is of no matter to Adam.
+    """
+    ratio = _tangent_norm(task) / _tangent_norm(penalty)
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
+
+
+def _tangent_norm(gradient: Tensor) -> Tensor:
+    """Return the norm of `gradient` `[d, d]` without the means of its rows and columns."""
+    centred = gradient - gradient.mean(0, keepdim=True)
+    return (centred - centred.mean(1, keepdim=True)).norm()

@@ -1,0 +1,150 @@
+"""The state of one permutation: a doubly stochastic matrix while soft, an index once hard."""
+
+import math
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional
+
+from padst_exp.errors import UserError
+from padst_exp.permutations.sinkhorn import project, sharpness_penalty, sinkhorn
+
+
+def is_bijection(index: Tensor) -> bool:
+    """Tell whether `index` `[d]`, integer, holds each of 0 .. d-1 once."""
+    return torch.equal(index.sort().values, torch.arange(len(index), device=index.device))
+
+
+def assign(matrix: Tensor) -> Tensor:
+    """Return the permutation `[d]`, int64, that keeps most of the mass of `matrix` `[d, d]`.
+
+    A linear assignment: the argmax of each row is not a bijection in 1 to 12% of the rows.
+    """
+    _, columns = linear_sum_assignment(matrix.detach().cpu().numpy(), maximize=True)
+    return torch.as_tensor(columns, dtype=torch.int64, device=matrix.device)
+
+
+class Permutation(nn.Module):
+    """A permutation P of `size` features, (P x)[i] = x[index[i]]. Soft, then hard, one way.
+
+    While soft, P is a doubly stochastic matrix M, (M x)[i] = sum_j M[i, j] x[j], given by `logits`
+    `[size, size]`: through Sinkhorn's iterations at every call, or, in the projected form, as the
+    entries themselves, which `project_` brings back after each optimizer step. Loading the state
+    of a hard permutation hardens.
+
+    Attributes:
+        size: number of features d.
+        index: `[d]`, int64; -1 everywhere while soft.
+        initial: `[d]`, int64; what the initial matrix rounds to, to tell learning from kept noise.
+        logits: `[d, d]`, float32 (or wider); None once hard.
+
+    Args:
+        start: `[d]`, integer: hard from the start. `[d, d]`, float: the initial `logits`.
+        projected: `start` holds the entries of the matrix; they are projected at once.
+        iterations: rounds of row and column normalisation.
+    """
+
+    index: Tensor
+    initial: Tensor
+    logits: nn.Parameter | None
+
+    def __init__(self, start: Tensor, *, projected: bool = False, iterations: int = 10) -> None:
+        super().__init__()
+        self.size = len(start)
+        self.projected = projected
+        self.iterations = iterations
+        self.register_buffer("index", torch.full((self.size,), -1, device=start.device))
+        self.register_buffer("initial", self.index.clone())
+        if start.is_floating_point():
+            assert start.shape == (self.size, self.size) and self.size > 1, start.shape
+            self.logits = nn.Parameter(start.detach().clone())
+            self.project_()
+            self.initial.copy_(self.nearest())
+        else:
+            self.logits = None
+            self.harden(start)
+            self.initial.copy_(start)
+
+    @property
+    def soft(self) -> bool:
+        """Whether the permutation is still a matrix."""
+        return self.logits is not None
+
+    def matrix(self) -> Tensor:
+        """Return M `[size, size]`, in float32 or wider, also under autocast. Differentiable."""
+        if self.logits is None:
+            return torch.eye(self.size, device=self.index.device)[self.index]
+        # A model cast to half precision as a whole still computes its permutations in float32.
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        if self.projected:
+            return logits
+        with torch.autocast(logits.device.type, enabled=False):
+            return sinkhorn(logits, self.iterations)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return M applied to the last dimension of `x` `[..., size]`; `x` itself once hard.
+
+        The layer that owns a hard permutation folds `index` into its own gathers.
+        """
+        if self.logits is None:
+            return x
+        return functional.linear(x, self.matrix().to(x.dtype))
+
+    def penalty(self) -> Tensor:
+        """Return the distance to a permutation: 1 at the uniform matrix, 0 at a permutation."""
+        if self.logits is None:
+            return torch.zeros((), device=self.index.device)
+        return sharpness_penalty(self.matrix())
+
+    @torch.no_grad()
+    def nearest(self) -> Tensor:
+        """Return the index `[size]`, int64, of the permutation nearest to M."""
+        return self.index.clone() if self.logits is None else assign(self.matrix())
+
+    @torch.no_grad()
+    def harden(self, index: Tensor | None = None) -> None:
+        """Become hard for good and drop the matrix.
+
+        Args:
+            index: `[size]`, integer: the permutation to adopt; by default the nearest one.
+        """
+        index = self.nearest() if index is None else index
+        assert index.shape == (self.size,) and is_bijection(index), "not a permutation"
+        self.index.copy_(index)
+        self.logits = None
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Bring the entries of the projected form back to a doubly stochastic matrix."""
+        if self.logits is not None and self.projected:
+            self.logits.copy_(project(self.logits, self.iterations))
+
+    @torch.no_grad()
+    def gain(self) -> float:
+        """Return |M - 11'/d|_F / sqrt(d): what M leaves of an input of zero mean; near 1 if hard.
+
+        A near-uniform matrix nearly annihilates the output of a LayerNorm.
+        """
+        return float((self.matrix() - 1 / self.size).norm()) / math.sqrt(self.size)
+
+    def agreement(self) -> float:
+        """Return the share of rows on which the nearest permutation is the initial one."""
+        return float((self.nearest() == self.initial).double().mean())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any  # noqa: ANN401
+    ) -> None:
+        index = state_dict.get(f"{prefix}index")
+        if index is not None and index.shape == (self.size,):
+            soft = bool((index == -1).all())
+            if not soft and not is_bijection(index):
+                raise UserError(f"{prefix}index: not a permutation of {self.size} features; "
+                                "the checkpoint is damaged")
+            if soft and not self.soft:
+                raise UserError(f"{prefix}index: still soft in the checkpoint, hard in the model; "
+                                "use the permutation learner of the checkpoint")
+            if not soft:
+                self.logits = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
