@@ -1,0 +1,1 @@
+"""Data sets with their losses, metrics and loaders; knows nothing of sparsity."""

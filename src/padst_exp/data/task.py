@@ -1,0 +1,234 @@
+"""What a training loop needs to know of a data set: samples, loss, metrics and their summary."""
+
+import abc
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from padst_exp.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+"""(inputs, targets)."""
+
+Address = tuple[int, int]
+"""(epoch, index) of a training sample."""
+
+IGNORED = -100
+"""Target of a position that counts in no loss and no metric."""
+
+
+class Task(abc.ABC):
+    """A data set with its loss and metrics.
+
+    Attributes:
+        model_shape: keyword arguments that the data set fixes for every model it can feed.
+        items_per_sample: images (1) or tokens per sample, the unit of throughput.
+        monitor: name of the summary entry to watch, and whether more or less is better.
+        repeats: times each drawn training sample enters a batch (repeated augmentation).
+        train: map-style, addressed by (epoch, index). Augmentation is a function of
+            (train.seed, epoch, index) alone. The loader sets `seed` on a copy of its own.
+        validation: map-style, addressed by index.
+    """
+
+    kind: ClassVar[Literal["classification", "language_modeling"]]
+    monitor: ClassVar[tuple[str, Literal["min", "max"]]]
+    model_shape: dict[str, int]
+    items_per_sample: int
+    repeats: int = 1
+    train: Any
+    validation: Any
+
+    def collate(self, items: Batch | Sequence[Batch]) -> Batch:
+        """Stacks samples; a whole batch out of `__getitems__` passes through."""
+        if isinstance(items, tuple):
+            return items
+        inputs, targets = zip(*items, strict=True)
+        return torch.stack(inputs), torch.stack(targets)
+
+    def augment(self, inputs: Tensor, targets: Tensor, seed: int) -> Batch:
+        """Augments a training batch on its device, reproducibly from `seed`. Identity here."""
+        return inputs, targets
+
+    def baselines(self) -> dict[str, float]:
+        """Figures of simple models on the validation split, to compare with; may be empty."""
+        return {}
+
+    @abc.abstractmethod
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Training loss, a scalar mean over the batch."""
+
+    @abc.abstractmethod
+    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Float64 scalar sums, "count" (samples) among them, to be added up over batches, ranks."""
+
+    @abc.abstractmethod
+    def summarize(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Means and derived figures of the sums that `metrics` gave."""
+
+
+class Classification(Task):
+    """Single-label image classification.
+
+    Args:
+        image_size: height and width of an image, in pixels.
+        channels: channels of an image.
+        num_classes: number of classes.
+        smoothing: label smoothing of the training loss.
+        objective: softmax cross-entropy, or the binary cross-entropy per class, averaged over
+            classes, of DeiT III and ResNet strikes back.
+        mixup, cutmix: alpha of each, 0 for off; with both, one is drawn for each batch (timm).
+    """
+
+    kind = "classification"
+    monitor = ("top1", "max")
+    items_per_sample = 1
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        num_classes: int,
+        smoothing: float = 0.0,
+        objective: Literal["cross_entropy", "bce"] = "cross_entropy",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        if image_size < 1:
+            raise UserError(f"dataset.image_size={image_size}: must be at least 1 pixel")
+        if num_classes < 2:
+            raise UserError(f"dataset.num_classes={num_classes}: must be at least 2")
+        if not 0 <= smoothing < 1:
+            raise UserError(f"dataset.smoothing={smoothing}: must be in [0, 1)")
+        for key, value in (("mixup", mixup), ("cutmix", cutmix)):
+            if value < 0:
+                raise UserError(f"dataset.{key}={value}: must be 0 (off) or a positive alpha")
+        self.model_shape = {
+            "image_size": image_size,
+            "channels": channels,
+            "num_classes": num_classes,
+        }
+        self.smoothing = smoothing
+        self.objective = objective
+        self.mixup, self.cutmix = mixup, cutmix
+
+    def augment(self, inputs: Tensor, targets: Tensor, seed: int) -> Batch:
+        """Mixup or cutmix: `[B, C, H, W]`, int64 `[B]` -> the same, float `[B, num_classes]`.
+
+        Raises:
+            UserError: the micro-batch of this rank is odd (each image is mixed with a partner).
+        """
+        if self.mixup == self.cutmix == 0:
+            return inputs, targets
+        from timm.data.mixup import Mixup
+
+        from padst_exp.data.seeding import preserved_rng
+
+        if len(inputs) % 2:
+            raise UserError(
+                f"trainer.batch_size leaves micro-batches of {len(inputs)} images on a rank: "
+                "dataset.mixup and dataset.cutmix need an even number"
+            )
+        mix = Mixup(
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            label_smoothing=self.smoothing,
+            num_classes=self.model_shape["num_classes"],
+        )
+        with preserved_rng(seed):
+            # timm mixes in place.
+            return mix(inputs.clone(), targets)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits `[B, K]`, targets int64 `[B]` (smoothed here) or mixed `[B, K]` -> scalar."""
+        logits = logits.float()
+        if self.objective == "cross_entropy":
+            smoothing = self.smoothing if targets.ndim == 1 else 0.0
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if targets.ndim == 1:
+            hot = F.one_hot(targets, logits.shape[1]).to(logits)
+            targets = hot * (1 - self.smoothing) + self.smoothing / logits.shape[1]
+        return F.binary_cross_entropy_with_logits(logits, targets)
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Sums of the plain cross-entropy (no smoothing), top-1 and top-5 hits, and samples.
+
+        Mixed targets `[B, K]` count as their largest class in the hits.
+        """
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        return {
+            "loss": loss.double().sum(),
+            "top1": ranked[:, 0].double().sum(),
+            "top5": ranked.double().sum(),
+            "count": torch.tensor(len(logits), dtype=torch.float64, device=logits.device),
+        }
+
+    def summarize(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Mean "loss" in nats, "top1" and "top5" in percent."""
+        count = float(sums["count"])
+        return {
+            "loss": float(sums["loss"]) / count,
+            "top1": 100 * float(sums["top1"]) / count,
+            "top5": 100 * float(sums["top5"]) / count,
+        }
+
+
+class LanguageModeling(Task):
+    """Next-token prediction on packed text.
+
+    Args:
+        vocab_size: number of token ids.
+        context_length: tokens of one sample.
+        tokens_per_word: tokens of the validation text over its words, or None where words have
+            no agreed count; turns the token loss into a perplexity per word.
+    """
+
+    kind = "language_modeling"
+    monitor = ("perplexity", "min")
+
+    def __init__(
+        self, *, vocab_size: int, context_length: int, tokens_per_word: float | None = None
+    ) -> None:
+        self.model_shape = {"vocab_size": vocab_size, "context_length": context_length}
+        self.items_per_sample = context_length
+        self.tokens_per_word = tokens_per_word
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits `[B, T, V]`, targets int64 `[B, T]` (`IGNORED` skipped) -> mean nats a token."""
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED
+        )
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Sums of the negative log-likelihood in nats, of scored tokens, and of samples."""
+        nll = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            targets.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        return {
+            "nll": nll.double().sum(),
+            "tokens": (targets != IGNORED).sum().double(),
+            "count": torch.tensor(len(targets), dtype=torch.float64, device=targets.device),
+        }
+
+    def summarize(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Mean "loss" in nats per token, "perplexity" per token and, if defined, per word."""
+        loss = float(sums["nll"]) / float(sums["tokens"])
+        summary = {"loss": loss, "perplexity": _exp(loss)}
+        if self.tokens_per_word is not None:
+            summary["word_perplexity"] = _exp(loss * self.tokens_per_word)
+        return summary
+
+
+def _exp(nats: float) -> float:
+    # A diverged run must report infinity, not stop with an OverflowError.
+    return math.exp(nats) if nats < 700 else math.inf
