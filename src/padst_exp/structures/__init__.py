@@ -4,6 +4,7 @@ from padst_exp.structures.block import Block
 from padst_exp.structures.diagonal import Diagonal
 from padst_exp.structures.layout import Layout, gather_entries, scatter_entries
 from padst_exp.structures.nm import NM
+from padst_exp.structures.product import Product, Storage
 from padst_exp.structures.structure import Structure
 from padst_exp.structures.unstructured import Dense, Unstructured
 
@@ -13,6 +14,8 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Layout",
+    "Product",
+    "Storage",
     "Structure",
     "Unstructured",
     "gather_entries",

@@ -1,0 +1,6 @@
+"""Grouped gather GEMM: every structure whose rows share their inputs in groups."""
+
+from padst_kernels.gather_gemm.op import gather_gemm
+from padst_kernels.gather_gemm.reference import gather_gemm_reference
+
+__all__ = ["gather_gemm", "gather_gemm_reference"]

@@ -1,0 +1,68 @@
+"""How a budget is spread over the layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from padst_exp.errors import UserError
+
+
+def layer_densities(
+    shapes: Mapping[str, tuple[int, int]],
+    density: float,
+    distribution: Literal["uniform", "erk"] | Mapping[str, float],
+) -> dict[str, float]:
+    """The density asked of every sparse weight.
+
+    Args:
+        shapes: `(O, I)` of each weight by name.
+        density: overall share to keep, in (0, 1].
+        distribution: `"uniform"`, `"erk"`, or sparsities by name pattern; names that no pattern
+            matches keep `density`.
+
+    Raises:
+        UserError: `density` is outside (0, 1], or a pattern is wrong.
+    """
+    if not 0 < density <= 1:
+        raise UserError(f"sparsity: expected a number in [0, 1), got {1 - density:.6g}")
+    if isinstance(distribution, Mapping):
+        return _explicit(shapes, density, distribution)
+    if distribution == "uniform":
+        return dict.fromkeys(shapes, density)
+    return _erdos_renyi(shapes, density)
+
+
+def _explicit(
+    shapes: Mapping[str, tuple[int, int]], density: float, sparsities: Mapping[str, float]
+) -> dict[str, float]:
+    densities = dict.fromkeys(shapes, density)
+    for pattern, sparsity in sparsities.items():
+        names = [name for name in shapes if fnmatchcase(name, pattern)]
+        if not names:
+            raise UserError(f"distribution: pattern '{pattern}' matches no sparse weight")
+        if not 0 <= sparsity < 1:
+            raise UserError(
+                f"distribution: expected a sparsity in [0, 1) for '{pattern}', got {sparsity}"
+            )
+        densities.update(dict.fromkeys(names, 1 - sparsity))
+    return densities
+
+
+def _erdos_renyi(shapes: Mapping[str, tuple[int, int]], density: float) -> dict[str, float]:
+    """Densities proportional to (O + I) / (O * I); where one reaches 1 the rest share the excess.
+
+    RigL (Evci et al., 2020), section 3; for linear layers ER and ERK are the same.
+    """
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    raw = {name: sum(shapes[name]) / size for name, size in sizes.items()}
+    budget = density * sum(sizes.values())
+    full: set[str] = set()
+    while True:
+        left = budget - sum(sizes[name] for name in full)
+        scale = left / sum(raw[n] * sizes[n] for n in shapes if n not in full)
+        over = {name for name in shapes if name not in full and scale * raw[name] > 1}
+        if not over:
+            return {n: 1.0 if n in full else scale * raw[n] for n in shapes}
+        full |= over
