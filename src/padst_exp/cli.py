@@ -1,0 +1,122 @@
+"""What every entry point shares: Hydra underneath, and one line for each mistake."""
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from padst_exp.config import closest, config_dir, register_schemas
+from padst_exp.errors import UserError
+
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Decorate a function of a config into a program with Hydra's command line.
+
+    A mistake of the user ends in one line on stderr and status 1 (2 when an argument cannot be
+    read, 130 on Ctrl-C); anything else is a bug and keeps its traceback, as does everything under
+    HYDRA_FULL_ERROR=1.
+
+    Args:
+        config_name: file of conf/, without the suffix.
+    """
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        # A cluster launcher runs the job elsewhere and must bring the exception back here.
+        launcher = os.getpid()
+        full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+        @functools.wraps(task)
+        def job(cfg: DictConfig) -> None:
+            try:
+                task(cfg)
+            except Exception as error:
+                # Leaving through SystemExit stops a sweep and spares Hydra's own report.
+                if full_error or os.getpid() != launcher or not _is_expected(error):
+                    raise
+                _exit_with(error, job=_job_name())
+
+        program = hydra.main(
+            config_path=str(config_dir()), config_name=config_name, version_base="1.3"
+        )(job)
+
+        @functools.wraps(task)
+        def main() -> None:
+            register_schemas()
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+            try:
+                program()
+            except KeyboardInterrupt:
+                _say("interrupted")
+                sys.exit(INTERRUPTED)
+            except Exception as error:
+                if full_error or not _is_expected(error):
+                    raise
+                _exit_with(error)
+
+        return main
+
+    return decorate
+
+
+def explain(error: BaseException) -> str:
+    """One line for an expected error, naming the key and what would be right where known."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"{group}={option}: unknown option{closest(option, error.options or ())}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read, expected key=value"
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        return explain(cause)
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        known = error.parent_node if isinstance(error.parent_node, DictConfig) else {}
+        return f"{error.full_key}: unknown key{closest(str(error.key), map(str, known))}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: missing, set it on the command line"
+    if isinstance(error, OmegaConfBaseException):
+        first_line = str(error).partition("\n")[0]
+        return f"{error.full_key}: {first_line}" if error.full_key else first_line
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _is_expected(error: Exception) -> bool:
+    if isinstance(error, OSError) and not isinstance(error, MissingConfigException):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return full or isinstance(
+            error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
+        )
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException)
+
+
+def _job_name() -> str:
+    config = HydraConfig.get()
+    if config.mode is not RunMode.MULTIRUN:
+        return ""
+    return f"job {config.job.num} ({' '.join(config.overrides.task)}): "
+
+
+def _exit_with(error: Exception, job: str = "") -> NoReturn:
+    _say(f"error: {job}{explain(error)}")
+    sys.exit(USAGE if isinstance(error, OverrideParseException) else FAILURE)
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"padst_exp: {message}\n")

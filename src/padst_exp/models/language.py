@@ -1,0 +1,88 @@
+"""Language models over transformers: targets of conf/model/gpt2*.yaml."""
+
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from padst_exp.errors import UserError
+
+
+class GPT2(nn.Module):
+    """GPT-2 as a plain function of tokens; modules keep the names of transformers.
+
+    Args:
+        lm: whose parts this model takes over; the head stays tied to the token embedding.
+    """
+
+    def __init__(self, lm: GPT2LMHeadModel) -> None:
+        super().__init__()
+        self.transformer = lm.transformer
+        self.lm_head = lm.lm_head
+        assert self.lm_head.weight is self.transformer.wte.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens, int64 `[B, T]`, to logits of the next ones, `[B, T, V]`."""
+        hidden = self.transformer(tokens, use_cache=False).last_hidden_state
+        return cast(Tensor, self.lm_head(hidden))
+
+
+def gpt2(
+    *,
+    name: str,
+    pretrained: bool,
+    checkpoint: str | None,
+    dim: int,
+    depth: int,
+    heads: int,
+    dropout: float,
+    vocab_size: int,
+    context_length: int,
+) -> GPT2:
+    """GPT-2 (Radford et al. 2019).
+
+    Args:
+        name: on the hub, for `pretrained`.
+        pretrained: load the weights of `name` from the hub; they must have these sizes.
+        checkpoint: load weights from this folder, saved by transformers, instead.
+        dim: width of the residual stream, a multiple of `heads`.
+        depth: number of blocks.
+        heads: per attention.
+        dropout: of embeddings, attention and residual branches.
+        vocab_size: number of tokens.
+        context_length: the longest sequence.
+
+    Raises:
+        UserError: sizes that do not fit each other, or unavailable weights.
+    """
+    if dim < 1 or heads < 1 or dim % heads:
+        raise UserError(f"model.heads: expected a divisor of dim={dim}, got {heads}")
+    if checkpoint is not None:
+        if pretrained:
+            raise UserError("model.checkpoint: set either this or model.pretrained")
+        if not Path(checkpoint).is_dir():
+            raise UserError(f"model.checkpoint: no folder {checkpoint}")
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=context_length,
+        n_embd=dim,
+        n_layer=depth,
+        n_head=heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    # Set afterwards: the constructor takes it but does not declare it.
+    config._attn_implementation = "sdpa"
+    if not pretrained and checkpoint is None:
+        return GPT2(GPT2LMHeadModel(config))
+    try:
+        lm = GPT2LMHeadModel.from_pretrained(checkpoint or name, config=config)
+    except (OSError, RuntimeError, ValueError) as error:
+        source = f"checkpoint: {checkpoint}" if checkpoint else f"pretrained: {name}"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.{source} cannot be loaded ({reason})") from error
+    return GPT2(lm)
