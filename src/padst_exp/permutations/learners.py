@@ -128,19 +128,31 @@ class DoublyStochastic(Learner):
         clip: float | None = None,
     ) -> None:
         super().__init__(side)
-        _require(parametrization in ("logits", "projected"), "parametrization", parametrization,
-                 "logits or projected")
+        _require(
+            parametrization in ("logits", "projected"),
+            "parametrization",
+            parametrization,
+            "logits or projected",
+        )
         _require(iterations >= 1, "iterations", iterations, "at least 1")
         _require(init in ("lognormal", "noise"), "init", init, "lognormal or noise")
         _require(scale > 0, "scale", scale, "positive (equal rows would never part)")
         _require(lr > 0, "lr", lr, "positive")
-        _require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas,
-                 "two numbers of at least 0 and below 1")
+        _require(
+            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+            "betas",
+            betas,
+            "two numbers of at least 0 and below 1",
+        )
         _require(weighting in ("adaptive", "fixed"), "weighting", weighting, "adaptive or fixed")
         _require(weight >= 0, "weight", weight, "at least 0")
         _require(0 <= ramp_start <= 1, "ramp_start", ramp_start, "a fraction of training, 0 .. 1")
-        _require(ramp_start <= ramp_end <= 1, "ramp_end", ramp_end,
-                 f"a fraction of training from ramp_start={ramp_start} to 1")
+        _require(
+            ramp_start <= ramp_end <= 1,
+            "ramp_end",
+            ramp_end,
+            f"a fraction of training from ramp_start={ramp_start} to 1",
+        )
         _require(0 < delta < 1, "delta", delta, "between 0 (a permutation) and 1 (uniform)")
         _require(0 < deadline <= 1, "deadline", deadline, "a fraction of training in (0, 1]")
         _require(clip is None or clip > 0, "clip", clip, "positive, or null for none")
@@ -163,8 +175,11 @@ class DoublyStochastic(Learner):
             return Permutation(torch.zeros(1, dtype=torch.int64, device=generator.device))
         noise = torch.randn(size, size, generator=generator, device=generator.device) * self.scale
         logits = noise if self.init == "lognormal" else noise.add(1).clamp_min(1e-3).log()
-        return Permutation(logits.exp() if self.projected else logits,
-                           projected=self.projected, iterations=self.iterations)
+        return Permutation(
+            logits.exp() if self.projected else logits,
+            projected=self.projected,
+            iterations=self.iterations,
+        )
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)

@@ -133,18 +133,20 @@ class Permutation(nn.Module):
         """Return the share of rows on which the nearest permutation is the initial one."""
         return float((self.nearest() == self.initial).double().mean())
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any  # noqa: ANN401
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         index = state_dict.get(f"{prefix}index")
         if index is not None and index.shape == (self.size,):
             soft = bool((index == -1).all())
             if not soft and not is_bijection(index):
-                raise UserError(f"{prefix}index: not a permutation of {self.size} features; "
-                                "the checkpoint is damaged")
+                raise UserError(
+                    f"{prefix}index: not a permutation of {self.size} features; "
+                    "the checkpoint is damaged"
+                )
             if soft and not self.soft:
-                raise UserError(f"{prefix}index: still soft in the checkpoint, hard in the model; "
-                                "use the permutation learner of the checkpoint")
+                raise UserError(
+                    f"{prefix}index: still soft in the checkpoint, hard in the model; "
+                    "use the permutation learner of the checkpoint"
+                )
             if not soft:
                 self.logits = None
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -32,7 +32,7 @@ class _Rescale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, iterations: int) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, base: Tensor, iterations: int) -> Tensor:
         row = base.new_ones(len(base))
         column = base.new_ones(len(base))
         rows, columns = [row], [column]
@@ -46,7 +46,7 @@ class _Rescale(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         base, rows, columns = ctx.saved_tensors
         last = len(rows) - 1
         with torch.autocast(base.device.type, enabled=False):
