@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear, SparseWeight, layer_densities
 from padst_exp.permutations import Learner, NoPermutation, Permutation
+from padst_exp.seeds import stream
 from padst_exp.structures import Dense, Storage, Structure
 
 
@@ -137,7 +138,7 @@ def sparsify(
     learner = NoPermutation() if learner is None else learner
     layers: list[LayerReport] = []
     for position, name in enumerate(chosen):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        generator = stream(seed, "sparsify", position)
         asked = {n: d for n, d in densities.items() if n.rpartition(".weights.")[0] == name}
         matrices = _dense_matrices(model.get_submodule(name), len(asked))
         weights = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 
 from padst_exp.errors import UserError
 from padst_exp.structures.layout import Layout
@@ -33,11 +34,13 @@ def require_units(
         UserError: `wanted` entries are fewer than `unit_size`.
     """
     size = out_features * in_features
-    if wanted < unit_size:
+    highest = math.floor(max(0.0, 1 - unit_size / size) * 1e4) / 1e4
+    # 1 - 0.9 is a little less than 0.1.
+    if wanted < unit_size * (1 - 1e-9):
         raise UserError(
             f"sparsity: {1 - wanted / size:.6g} leaves {int(wanted)} entries of a "
             f"{out_features}x{in_features} weight, but {what} holds {unit_size}; "
-            f"use sparsity <= {max(0.0, 1 - unit_size / size):.4f} or a smaller unit"
+            f"use sparsity <= {highest} or a smaller unit"
         )
 
 
