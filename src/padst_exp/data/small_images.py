@@ -1,0 +1,233 @@
+"""Digits (inside scikit-learn), Fashion-MNIST and CIFAR-100, held in memory."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from padst_exp.data.image_files import read_cifar, read_idx
+from padst_exp.data.images import AugmentedImages, TensorImages
+from padst_exp.data.sources import existing, load_files, load_hub, split_files
+from padst_exp.data.task import Classification
+from padst_exp.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+FASHION_MNIST_SYSTEM = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts its files."""
+
+
+class _SmallImages(Classification):
+    def _hold(
+        self,
+        train: Arrays,
+        validation: Arrays,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        shift: int,
+        flip: bool,
+    ) -> None:
+        if not 0 <= shift < self.model_shape["image_size"]:
+            raise UserError(f"dataset.shift={shift}: must be 0 or a few pixels")
+        size, channels = self.model_shape["image_size"], self.model_shape["channels"]
+        for name, (images, labels) in (("training", train), ("validation", validation)):
+            if images.shape != (len(labels), channels, size, size):
+                raise UserError(
+                    f"dataset.root: the {name} images have shape {images.shape} for {len(labels)} "
+                    f"labels, expected [N, {channels}, {size}, {size}]"
+                )
+            last = self.model_shape["num_classes"] - 1
+            if len(labels) == 0 or labels.min() < 0 or labels.max() > last:
+                raise UserError(f"dataset.root: the {name} labels are not all in 0..{last}")
+        sets = [
+            TensorImages(torch.tensor(images), torch.tensor(labels), mean, std)
+            for images, labels in (train, validation)
+        ]
+        self.train = AugmentedImages(sets[0], shift=shift, flip=flip)
+        self.validation = sets[1]
+
+
+class Digits(_SmallImages):
+    """Scikit-learn's 1,797 handwritten digits: 8x8, 1 channel, 10 classes, no download.
+
+    1,437 are for training and 360, stratified, for validation: the same in every run.
+
+    Args:
+        shift: training images move by up to so many pixels each way.
+    """
+
+    def __init__(
+        self,
+        *,
+        shift: int = 1,
+        smoothing: float = 0.0,
+        objective: Literal["cross_entropy", "bce"] = "cross_entropy",
+    ) -> None:
+        super().__init__(
+            image_size=8, channels=1, num_classes=10, smoothing=smoothing, objective=objective
+        )
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        images = digits.images.astype(np.uint8)[:, None]
+        labels = digits.target.astype(np.int64)
+        train, validation = train_test_split(
+            np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
+        )
+        self._hold(
+            (images[train], labels[train]),
+            (images[validation], labels[validation]),
+            mean=(4.884,),  # pixels are in 0..16
+            std=(6.017,),
+            shift=shift,
+            flip=False,
+        )
+
+
+class FashionMnist(_SmallImages):
+    """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 images, 28x28, 1 channel, 10 classes.
+
+    Args:
+        root: folder with the four idx files, gzipped or not. By default, Debian's
+            dataset-fashion-mnist if installed, else the hub's zalando-datasets/fashion_mnist.
+        shift, flip: augmentation of training images.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        shift: int = 2,
+        flip: bool = True,
+        smoothing: float = 0.0,
+        objective: Literal["cross_entropy", "bce"] = "cross_entropy",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        super().__init__(
+            image_size=28,
+            channels=1,
+            num_classes=10,
+            smoothing=smoothing,
+            objective=objective,
+            mixup=mixup,
+            cutmix=cutmix,
+        )
+        if root is None and FASHION_MNIST_SYSTEM.is_dir():
+            root = str(FASHION_MNIST_SYSTEM)
+        if root is not None:
+            folder = existing(root, "root")
+            train, validation = _idx_pair(folder, "train"), _idx_pair(folder, "t10k")
+        else:
+            hub = "zalando-datasets/fashion_mnist"
+            train, validation = (
+                decoded(load_hub(hub, name=None, split=split), "image", "label", "L")
+                for split in ("train", "test")
+            )
+        self._hold(train, validation, mean=(72.94,), std=(90.02,), shift=shift, flip=flip)
+
+
+class Cifar100(_SmallImages):
+    """CIFAR-100 (Krizhevsky 2009): 50,000 and 10,000 images, 32x32, 3 channels, 100 fine classes.
+
+    Args:
+        root: the folder or tar `cifar-100-python` of the "python version", or a folder with the
+            hub's parquet files; by default the hub's uoft-cs/cifar100.
+        shift, flip: augmentation of training images.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        shift: int = 4,
+        flip: bool = True,
+        smoothing: float = 0.0,
+        objective: Literal["cross_entropy", "bce"] = "cross_entropy",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        super().__init__(
+            image_size=32,
+            channels=3,
+            num_classes=100,
+            smoothing=smoothing,
+            objective=objective,
+            mixup=mixup,
+            cutmix=cutmix,
+        )
+        self._hold(
+            self._read(root, "train"),
+            self._read(root, "test"),
+            mean=(129.30, 124.07, 112.43),
+            std=(68.17, 65.39, 70.42),
+            shift=shift,
+            flip=flip,
+        )
+
+    @staticmethod
+    def _read(root: str | None, split: Literal["train", "test"]) -> Arrays:
+        if root is None:
+            rows = load_hub("uoft-cs/cifar100", name=None, split=split)
+            return decoded(rows, "img", "fine_label", "RGB")
+        folder = existing(root, "root")
+        arrays = read_cifar(folder, split)
+        if arrays is not None:
+            return arrays
+        if not folder.is_dir() or split_files(folder, split) is None:
+            raise UserError(
+                f"dataset.root={root}: neither cifar-100-python (folder or .tar.gz) nor "
+                f"{split} parquet files"
+            )
+        return decoded(load_files(folder, split), "img", "fine_label", "RGB")
+
+
+def _idx_pair(folder: Path, prefix: str) -> Arrays:
+    images = read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"), 3)
+    labels = read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), 1)
+    return images[:, None], labels.astype(np.int64)
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    for path in (folder / f"{name}.gz", folder / name):
+        if path.is_file():
+            return path
+    raise UserError(f"dataset.root={folder}: has no {name}.gz or {name} (Fashion-MNIST, idx)")
+
+
+def decoded(rows: "datasets.Dataset", image: str, label: str, mode: Literal["L", "RGB"]) -> Arrays:
+    """Decodes rows of equally large images into uint8 `[N, C, H, W]` and int64 `[N]`.
+
+    Args:
+        rows: a data set with columns `image` ({bytes, path}) and `label`.
+        mode: Pillow's; grey or colour.
+
+    Raises:
+        UserError: a column is missing or an image cannot be decoded.
+    """
+    from datasets import Image as ImageFeature
+    from PIL import Image
+
+    for column in (image, label):
+        if column not in rows.column_names:
+            raise UserError(f"dataset.root: no column {column!r}, only {rows.column_names}")
+    rows = rows.cast_column(image, ImageFeature(decode=False))
+    try:
+        images = [
+            np.array(Image.open(io.BytesIO(cell["bytes"])).convert(mode)) for cell in rows[image]
+        ]
+    except (OSError, TypeError) as error:
+        raise UserError(f"dataset.root: an image cannot be decoded ({error})") from error
+    if len({pixels.shape for pixels in images}) != 1:
+        raise UserError("dataset.root: the images are not all of one size")
+    stacked = np.stack(images)
+    stacked = stacked[:, None] if mode == "L" else stacked.transpose(0, 3, 1, 2)
+    return stacked, np.array(rows[label], np.int64)

@@ -1,0 +1,105 @@
+"""Random inputs of any shape, to measure speed: no file, no decoding, nothing to learn."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from padst_exp.data.task import Address, Batch, Classification, LanguageModeling
+from padst_exp.errors import UserError
+
+
+class Pool(Dataset[Batch]):
+    """`samples` samples, of which number i is entry i modulo the size of a pool.
+
+    Addressed by index, or by (epoch, index).
+
+    Args:
+        inputs, targets: the pool, `[P, ...]` each.
+    """
+
+    seed = 0
+
+    def __init__(self, inputs: Tensor, targets: Tensor, samples: int) -> None:
+        self.inputs, self.targets, self.samples = inputs, targets, samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, address: Address | int) -> Batch:
+        inputs, targets = self.__getitems__([address])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, addresses: Sequence[Address | int]) -> Batch:
+        indices = [item if isinstance(item, int) else item[1] for item in addresses]
+        rows = torch.tensor(indices) % len(self.inputs)
+        return self.inputs[rows], self.targets[rows]
+
+
+class SyntheticImages(Classification):
+    """Normal noise with random labels.
+
+    Args:
+        samples, validation_samples: apparent sizes of the two splits.
+        pool: images really held, 600 kB each at 224 pixels.
+        seed: of the noise, the same on every device.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 224,
+        channels: int = 3,
+        num_classes: int = 1000,
+        samples: int = 100_000,
+        validation_samples: int = 1_000,
+        pool: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(image_size=image_size, channels=channels, num_classes=num_classes)
+        _require_positive(samples=samples, validation_samples=validation_samples, pool=pool)
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(pool, channels, image_size, image_size, generator=generator)
+        targets = torch.randint(num_classes, (pool,), generator=generator)
+        self.train = Pool(inputs, targets, samples)
+        self.validation = Pool(inputs, targets, validation_samples)
+
+
+class SyntheticTokens(LanguageModeling):
+    """Independent uniform tokens: the best possible perplexity is `vocab_size`.
+
+    Args:
+        samples, validation_samples: apparent sizes of the two splits.
+        pool: sequences really held.
+        seed: of the tokens, the same on every device.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 50_257,
+        context_length: int = 1024,
+        samples: int = 100_000,
+        validation_samples: int = 1_000,
+        pool: int = 1_024,
+        seed: int = 0,
+    ) -> None:
+        _require_positive(
+            vocab_size=vocab_size,
+            context_length=context_length,
+            samples=samples,
+            validation_samples=validation_samples,
+            pool=pool,
+        )
+        super().__init__(vocab_size=vocab_size, context_length=context_length)
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(vocab_size, (pool, context_length + 1), generator=generator)
+        self.train = Pool(tokens[:, :-1], tokens[:, 1:], samples)
+        self.validation = Pool(tokens[:, :-1], tokens[:, 1:], validation_samples)
+
+
+def _require_positive(**sizes: int) -> None:
+    for key, value in sizes.items():
+        if value < 1:
+            raise UserError(f"dataset.{key}={value}: must be at least 1")

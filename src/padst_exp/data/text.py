@@ -1,0 +1,134 @@
+"""Small texts: a tokenizer of their own, a bigram baseline, no download."""
+
+import contextlib
+import hashlib
+import lzma
+from importlib import resources
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from padst_exp.data.bigram import Bigram
+from padst_exp.data.cache import cache_folder, write_atomically
+from padst_exp.data.sources import existing
+from padst_exp.data.task import LanguageModeling
+from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks
+from padst_exp.errors import UserError
+
+BYTES = 256
+WORK_SEPARATOR = "\f\n"
+
+
+def train_bpe(text: str, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of `text`, kept in `cache_folder()` under a hash of text and size.
+
+    Any text can be encoded; the same text gives the same tokenizer.
+    """
+    digest = hashlib.sha256(f"bpe 1 {vocab_size} {text}".encode()).hexdigest()[:16]
+    path = cache_folder() / f"bpe-{digest}.json"
+    if path.is_file():
+        return Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    # A home that cannot be written only costs the second of training it again.
+    with contextlib.suppress(OSError):
+        write_atomically(path, tokenizer.to_str().encode())
+    return tokenizer
+
+
+class _OwnTokenizer(LanguageModeling):
+    """Language modelling of a text by a byte-level BPE trained on its training part."""
+
+    tokenizer: Tokenizer
+
+    def __init__(
+        self, *, train_text: str, validation_text: str, vocab_size: int, context_length: int
+    ) -> None:
+        if vocab_size < BYTES:
+            raise UserError(f"dataset.vocab_size={vocab_size}: must be at least {BYTES}, the bytes")
+        if context_length < 1:
+            raise UserError(f"dataset.context_length={context_length}: must be at least 1")
+        self.tokenizer = train_bpe(train_text, vocab_size)
+        # A short text may not have as many merges as asked for.
+        size = self.tokenizer.get_vocab_size()
+        super().__init__(vocab_size=size, context_length=context_length)
+        self.train_tokens = self._encoded(train_text)
+        self.validation_tokens = self._encoded(validation_text)
+        self.train = TrainBlocks(TokenStream([self.train_tokens]), context_length, moving=True)
+        self.validation = ValidationBlocks(TokenStream([self.validation_tokens]), context_length)
+
+    def _encoded(self, text: str) -> NDArray[np.int64]:
+        return np.array(self.tokenizer.encode_batch_fast([text])[0].ids, np.int64)
+
+    def baselines(self) -> dict[str, float]:
+        bigram = Bigram(self.train_tokens, self.model_shape["vocab_size"])
+        return {"bigram_perplexity": bigram.perplexity(self.validation_tokens)}
+
+
+class Shakespeare(_OwnTokenizer):
+    """Eleven plays and the Sonnets, 1.46 MB, inside the package; the last play is validation.
+
+    Origin: assets/README.md.
+
+    Args:
+        vocab_size: tokens of the BPE, at least 256.
+        context_length: tokens of one sample.
+    """
+
+    def __init__(self, *, vocab_size: int = 1024, context_length: int = 128) -> None:
+        asset = resources.files("padst_exp.data") / "assets" / "shakespeare.txt.xz"
+        works = lzma.decompress(asset.read_bytes()).decode("ascii").split(WORK_SEPARATOR)
+        super().__init__(
+            train_text="\n".join(works[:-1]),
+            validation_text=works[-1],
+            vocab_size=vocab_size,
+            context_length=context_length,
+        )
+
+
+class TextFile(_OwnTokenizer):
+    """A text file of yours, in UTF-8; its end is the validation split.
+
+    Args:
+        path: the file.
+        validation_fraction: share of its characters, cut at a line break.
+        vocab_size: tokens of the BPE, at least 256.
+        context_length: tokens of one sample.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, or too short.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        validation_fraction: float = 0.1,
+        vocab_size: int = 1024,
+        context_length: int = 128,
+    ) -> None:
+        if not 0 < validation_fraction < 1:
+            raise UserError(
+                f"dataset.validation_fraction={validation_fraction}: must be between 0 and 1"
+            )
+        try:
+            text = existing(path, "path").read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"dataset.path={path}: no readable UTF-8 text ({error})") from error
+        cut = text.rfind("\n", 0, int(len(text) * (1 - validation_fraction))) + 1
+        if cut == 0:
+            raise UserError(f"dataset.path={path}: no line break to cut the validation split at")
+        super().__init__(
+            train_text=text[:cut],
+            validation_text=text[cut:],
+            vocab_size=vocab_size,
+            context_length=context_length,
+        )

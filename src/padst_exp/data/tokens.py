@@ -1,0 +1,104 @@
+"""One long sequence of tokens, cut into samples of a model's context length."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from padst_exp.data.seeding import seed_of
+from padst_exp.data.task import IGNORED, Address, Batch
+from padst_exp.errors import UserError
+
+
+class TokenStream:
+    """The concatenation of arrays of token ids, which may be memory-mapped and is never copied."""
+
+    def __init__(self, chunks: Sequence[NDArray[np.integer]]) -> None:
+        self.chunks = [chunk for chunk in chunks if len(chunk)]
+        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def windows(self, starts: Sequence[int], length: int) -> NDArray[np.int64]:
+        """Tokens [start, start + length) for each start, `[len(starts), length]`."""
+        assert min(starts) >= 0 and max(starts) + length <= len(self)
+        if len(self.chunks) == 1:
+            places = np.array(starts)[:, None] + np.arange(length)
+            return self.chunks[0][places].astype(np.int64)
+        return np.stack([self._window(start, length) for start in starts])
+
+    def _window(self, start: int, length: int) -> NDArray[np.int64]:
+        number = int(np.searchsorted(self.starts, start, side="right")) - 1
+        pieces = []
+        while length > 0:
+            first = start - int(self.starts[number])
+            piece = self.chunks[number][first : first + length]
+            pieces.append(piece)
+            start, length, number = start + len(piece), length - len(piece), number + 1
+        return np.concatenate(pieces, dtype=np.int64)
+
+
+class TrainBlocks(Dataset[Batch]):
+    """Consecutive blocks of `context_length` tokens with the next token of each as its target.
+
+    Args:
+        moving: whether the cuts move by a random number of tokens from epoch to epoch, which
+            keeps a short text from being learnt in fixed pieces.
+    """
+
+    def __init__(self, stream: TokenStream, context_length: int, *, moving: bool) -> None:
+        self.stream, self.context_length, self.moving = stream, context_length, moving
+        self.seed = 0
+        usable = len(stream) - 1 - (context_length - 1 if moving else 0)
+        self.length = usable // context_length
+        if self.length < 1:
+            raise UserError(
+                f"dataset.context_length={context_length}: the training text has only "
+                f"{len(stream)} tokens"
+            )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, address: Address) -> Batch:
+        inputs, targets = self.__getitems__([address])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, addresses: Sequence[Address]) -> Batch:
+        size = self.context_length
+        offsets = {epoch: self._offset(epoch) for epoch in {epoch for epoch, _ in addresses}}
+        starts = [index * size + offsets[epoch] for epoch, index in addresses]
+        tokens = torch.from_numpy(self.stream.windows(starts, size + 1))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def _offset(self, epoch: int) -> int:
+        return seed_of(self.seed, epoch) % self.context_length if self.moving else 0
+
+
+class ValidationBlocks(Dataset[Batch]):
+    """Blocks in which every token but the first of the text is a target exactly once.
+
+    The last block reaches back to be full; targets that an earlier block has are `IGNORED`.
+    """
+
+    def __init__(self, stream: TokenStream, context_length: int) -> None:
+        self.stream, self.context_length = stream, context_length
+        if len(stream) <= context_length:
+            raise UserError(
+                f"dataset.context_length={context_length}: the validation text has only "
+                f"{len(stream)} tokens"
+            )
+
+    def __len__(self) -> int:
+        return -((1 - len(self.stream)) // self.context_length)
+
+    def __getitem__(self, index: int) -> Batch:
+        size = self.context_length
+        start = min(index * size, len(self.stream) - 1 - size)
+        tokens = torch.from_numpy(self.stream.windows([start], size + 1)[0])
+        targets = tokens[1:].clone()
+        targets[: index * size - start] = IGNORED
+        return tokens[:-1], targets
