@@ -79,7 +79,8 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"{group}={option}: unknown option{closest(option, error.options or ())}"
+        options = ", ".join(error.options or ())
+        return f"{group}={option}: unknown option; choose from {options}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read, expected key=value"
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):

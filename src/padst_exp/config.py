@@ -36,11 +36,25 @@ Settings = TypeVar("Settings", "Run", "EvaluateSchema")
 
 
 @dataclass(kw_only=True)
+class SparseRule:
+    """Layers to make sparse.
+
+    Args:
+        pattern: shell-style pattern over module names.
+        split: how many projections a layer fuses on its output (3 for QKV).
+    """
+
+    pattern: str = MISSING
+    split: int = 1
+
+
+@dataclass(kw_only=True)
 class Run:
     """A run's own keys; everything else is one constructor call in a config group.
 
     Args:
-        sparsity: share of zeros in the layers that `sparse` names, in [0, 1).
+        sparse: which layers are sparse; the model's file says so.
+        sparsity: share of zeros in these layers, in [0, 1).
         distribution: how the layers share it: "uniform", "erk", or a mapping from patterns on
             module names to sparsities.
         storage: "packed" keeps active entries only, "masked" is the dense reference.
@@ -51,6 +65,7 @@ class Run:
         device: "auto" takes the GPU where there is one.
     """
 
+    sparse: list[SparseRule] = MISSING
     sparsity: float = MISSING
     distribution: Any = MISSING
     storage: str = MISSING
@@ -74,6 +89,9 @@ class Run:
         _require_choice("storage", self.storage, STORAGES)
         _require_choice("resume", self.resume, RESUMES)
         _require_choice("device", self.device, DEVICES)
+        for index, rule in enumerate(self.sparse):
+            if rule.split < 1:
+                raise UserError(f"sparse[{index}].split: expected at least 1, got {rule.split}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed: expected an integer from 0 to 2^63 - 1, got {self.seed}")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
@@ -85,7 +103,6 @@ class TrainSchema(Run):
     """The whole tree of `padst_exp.train`; the groups are checked when they are built."""
 
     model: Any = MISSING
-    sparse: Any = MISSING
     dataset: Any = MISSING
     structure: Any = MISSING
     dst: Any = MISSING
@@ -146,20 +163,14 @@ def evaluate_settings(cfg: DictConfig) -> EvaluateSchema:
 
 
 def _settings(cfg: DictConfig, schema: type[Settings]) -> Settings:
-    values: dict[str, Any] = {}
-    for field in fields(schema):
-        if OmegaConf.is_missing(cfg, field.name):
-            raise UserError(f"{field.name}: missing, set it on the command line")
-        value = cfg[field.name]
-        values[field.name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
-    settings = schema(**values)
+    names = [field.name for field in fields(schema)]
+    own = OmegaConf.masked_copy(cfg, names)
+    settings = cast(Settings, OmegaConf.to_object(OmegaConf.merge(schema, own)))
     settings.validate()
     return settings
 
 
-def build(  # the caller knows what a group builds
-    node: DictConfig, key: str, extra: Mapping[str, object] | None = None
-) -> Any:  # noqa: ANN401
+def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None) -> Any:
     """Call the constructor that `node._target_` names with the other keys of `node`.
 
     Constructors are keyword-only and annotated. Every key must be a parameter, every parameter
@@ -229,12 +240,16 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if names else "; there is none to set"
 
 
-def config_hash(cfg: DictConfig) -> str:
-    """Eight hex digits that change with everything that determines the results of a run."""
+def results_config(cfg: DictConfig) -> dict[str, Any]:
+    """The part of a training config that determines results, as plain resolved containers."""
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
-    determining = {name: value for name, value in container.items() if name not in NOT_RESULTS}
-    text = json.dumps(determining, sort_keys=True, default=str)
+    return {str(name): value for name, value in container.items() if name not in NOT_RESULTS}
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Eight hex digits that change with everything that determines the results of a run."""
+    text = json.dumps(results_config(cfg), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
