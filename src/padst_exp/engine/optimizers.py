@@ -156,7 +156,9 @@ class OptimizerBuilder:
         raise NotImplementedError
 
     def _schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Schedule:
-        from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+        from timm.scheduler.cosine_lr import CosineLRScheduler
+        from timm.scheduler.poly_lr import PolyLRScheduler
+        from timm.scheduler.step_lr import StepLRScheduler
 
         warmup_steps = round(self.warmup * total_steps)
         decay_steps = max(1, total_steps - warmup_steps)

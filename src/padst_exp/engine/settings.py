@@ -13,7 +13,7 @@ Precision = Literal["float32", "bfloat16", "float64"]
 def require(valid: bool, key: str, value: object, wanted: str) -> None:
     """Raise a one-line `UserError` naming `key` and `value` unless `valid`."""
     if not valid:
-        raise UserError(f"{key}={'null' if value is None else value}: must be {wanted}")
+        raise UserError(f"{key}: expected {wanted}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise UserError(
-                f"trainer.steps={'null' if self.steps is None else self.steps}, trainer.epochs="
-                f"{'null' if self.epochs is None else self.epochs}: set exactly one of them"
-            )
+            both = "both" if self.steps is not None else "neither"
+            raise UserError(f"trainer.steps: expected either this or trainer.epochs, got {both}")
         self._at_least("steps", self.steps, 1)
         require(self.epochs is None or self.epochs > 0, "trainer.epochs", self.epochs, "positive")
         for key in ("batch_size", "micro_batches", "eval_batch_size", "eval_interval",
@@ -86,8 +84,8 @@ class Trainer:
         """Samples in one forward pass of one process."""
         parts = self.micro_batches * world_size
         require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size,
-                f"a multiple of trainer.micro_batches x processes = {self.micro_batches} x "
-                f"{world_size}")
+                f"a multiple of trainer.micro_batches={self.micro_batches} times {world_size} "
+                "processes")
         return self.batch_size // parts
 
     def total_steps(self, samples: int) -> int:

@@ -1,0 +1,171 @@
+"""Checkpoints: one file each, written whole or not at all, read without executing anything."""
+
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from padst_exp.errors import UserError
+
+FORMAT = 1
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every random number generator of this process."""
+    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {
+        "python": random.getstate(),
+        "numpy": (algorithm, torch.tensor(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if cuda else None,
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Set every random number generator of this process to what `random_state` returned."""
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def write(payload: Mapping[str, Any], path: Path, *, copy_to: Path | None = None) -> None:
+    """Write `payload` (tensors and plain containers) to `path`, atomically and durably.
+
+    Args:
+        payload: is stored with the format version.
+        path: a file in an existing folder; what it held before stays until the new one is whole.
+        copy_to: another name in the same folder that shall hold the same, first.
+
+    Raises:
+        UserError: when the disk is full or not writable. All earlier files are then intact.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **payload}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if copy_to is not None:
+            _replace_by_copy(temporary, copy_to)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = _os_error(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot write {path}: {reason.strerror}; earlier checkpoints are intact, make room "
+            "and start again with resume=auto"
+        ) from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what `write` stored in `path`, on the CPU.
+
+    Raises:
+        UserError: when the file is missing, damaged, or not one of ours.
+    """
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such checkpoint") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint; delete it, or resume from another one"
+        ) from error
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        found = payload.get("format") if isinstance(payload, dict) else None
+        raise UserError(f"{path}: checkpoint format {found}, this version reads {FORMAT}")
+    return payload
+
+
+def require_same_config(
+    stored: Mapping[str, object], current: Mapping[str, object], path: Path
+) -> None:
+    """Raise a `UserError` naming the first key in which two nested configs differ."""
+    before, now = dict(_flatten(stored)), dict(_flatten(current))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in before or key not in now or before[key] != now[key]:
+            raise UserError(
+                f"{path}: written by another configuration, {key}="
+                f"{before.get(key, '(absent)')} there and {now.get(key, '(absent)')} here; "
+                "choose another name, or resume=never"
+            )
+
+
+class Checkpoints:
+    """The checkpoints of one run: `last.pt`, `best.pt` and, if asked for, some before the last.
+
+    Args:
+        folder: existing folder.
+        keep_last: how many of the latest to keep; those before `last.pt` are `step-<n>.pt`.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int = 1) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self.last = folder / "last.pt"
+        self.best = folder / "best.pt"
+        self._last_step: int | None = None
+
+    def save(self, payload: Mapping[str, Any], *, is_best: bool) -> None:
+        """Write `last.pt`, and `best.pt` before it, so that a kill in between loses neither."""
+        if self.keep_last > 1 and self._last_step is not None:
+            _replace_by_copy(self.last, self.folder / f"step-{self._last_step:09d}.pt")
+        write(payload, self.last, copy_to=self.best if is_best else None)
+        self._last_step = int(payload["step"])
+        for path in sorted(self.folder.glob("step-*.pt"))[: -(self.keep_last - 1) or None]:
+            path.unlink()
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the contents of `last.pt`, or None where there is none yet."""
+        if not self.last.exists():
+            return None
+        payload = read(self.last)
+        self._last_step = int(payload["step"])
+        return payload
+
+
+def _flatten(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _replace_by_copy(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # not every file system has hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Return the OSError behind `error`, which torch.save hides in a RuntimeError."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

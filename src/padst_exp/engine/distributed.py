@@ -1,0 +1,156 @@
+"""The processes that train together: one, or as many as torchrun started."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from padst_exp.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. Every method is a collective: all ranks call it alike.
+
+    Attributes:
+        rank: 0 is the process that writes files and talks.
+        size: number of processes.
+        device: what this process computes on.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Average `tensors`, of any shapes and one dtype, over all ranks, in place."""
+        self.sum_(tensors)
+        if self.size > 1:
+            for tensor in tensors:
+                tensor.div_(self.size)
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Add up `tensors`, of any shapes and one dtype, over all ranks, in place."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(flat)
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, part in zip(tensors, flat.split(sizes), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.device)
+        self.sum_([votes])
+        return bool(votes > 0)
+
+    def from_main(self, value: T) -> T:
+        """Return rank 0's `value` (anything that pickles) on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def assert_identical(self, digest: str, what: str) -> None:
+        """Stop unless `digest` is the same on every rank."""
+        digests = self.gather(digest)
+        assert len(set(digests)) == 1, f"ranks disagree about {what}: {digests}"
+
+    def replicate(self, model: nn.Module, by_hand: Iterable[str]) -> nn.Module:
+        """Return `model` with gradients averaged over ranks, but for parameters named `by_hand`.
+
+        Those may come and go without breaking the buckets of the others.
+        """
+        if self.size == 1:
+            return model
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, list(by_hand)
+        )
+        # Ranks start equal and stay so; only batch statistics drift, see `average_statistics`.
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def average_statistics(self, model: nn.Module) -> None:
+        """Average the running statistics of batch normalisation over ranks."""
+        if self.size > 1:
+            self.mean_([
+                buffer
+                for module in model.modules()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm)
+                for buffer in module.buffers(recurse=False)
+                if buffer.is_floating_point()
+            ])
+
+    def close(self) -> None:
+        """Leave the process group, if there is one."""
+        if self.size > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def start(device: str = "auto") -> World:
+    """Join the processes that torchrun started, or be the only one.
+
+    Args:
+        device: "auto" (a GPU if there is one), "cpu", "cuda", or one such as "cuda:1". Under
+            torchrun each process takes the GPU of its local rank.
+
+    Raises:
+        UserError: when the device does not exist.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        distributed.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
+        )
+    return World(rank=rank, size=size, device=chosen)
+
+
+def _device(name: str, local_rank: int, size: int) -> torch.device:
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not available):
+        return torch.device("cpu")
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:<number>") from None
+    if device.type != "cuda":
+        raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:<number>")
+    index = local_rank if device.index is None or size > 1 else device.index
+    if index >= available:
+        raise UserError(
+            f"device={name}: wants GPU {index}, but this machine has {available}; "
+            "device=cpu trains without one"
+        )
+    return torch.device("cuda", index)

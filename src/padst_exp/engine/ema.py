@@ -1,0 +1,52 @@
+"""An exponential moving average of a model's weights that follows every change of topology."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.layers import permutations
+
+
+class Average:
+    """Keeps `model`, an average over the training of another model of the same architecture.
+
+    The decay grows with the steps, min(decay, (1 + t) / (10 + t)), so that the random start is
+    soon forgotten.
+
+    Args:
+        source: the trained model; copied, so build it before compiling.
+        decay: the final decay.
+    """
+
+    def __init__(self, source: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(source).requires_grad_(False).eval()
+        self.follow(source)
+
+    def follow(self, source: nn.Module) -> None:
+        """Pair up the tensors with those of `source`; again whenever a permutation hardened."""
+        adopted = permutations(self.model)
+        for name, permutation in permutations(source).items():
+            if adopted[name].soft and not permutation.soft:
+                adopted[name].harden(permutation.index)
+        own, other = dict(self.model.named_parameters()), dict(source.named_parameters())
+        assert own.keys() == other.keys(), own.keys() ^ other.keys()
+        self._own: list[Tensor] = list(own.values())
+        self._other: list[Tensor] = [other[name].detach() for name in own]
+        # Topologies and permutations are moved by whoever moves those of the source.
+        buffers = dict(source.named_buffers())
+        self._statistics = [
+            (buffer, buffers[f"{prefix}.{name}"])
+            for prefix, module in self.model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` completed steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._own, self._other, 1 - decay)
+        for own, other in self._statistics:
+            own.copy_(other)

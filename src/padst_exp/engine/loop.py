@@ -1,0 +1,297 @@
+"""The training loop: steps, and what is seen and kept of them."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from padst_exp.data.sampler import train_loader, validation_loader
+from padst_exp.data.seeding import seed_of
+from padst_exp.data.task import Task
+from padst_exp.dst import Algorithm
+from padst_exp.engine.checkpoint import require_same_config
+from padst_exp.engine.distributed import World
+from padst_exp.engine.evaluation import evaluate
+from padst_exp.engine.interruption import Interrupted, Interruption
+from padst_exp.engine.loggers import NoLogger
+from padst_exp.engine.optimizers import OptimizerBuilder
+from padst_exp.engine.plots import plot_curves, plot_topologies
+from padst_exp.engine.progress import Progress
+from padst_exp.engine.run_directory import RunDirectory, read_metrics
+from padst_exp.engine.settings import Trainer
+from padst_exp.engine.state import TrainingState
+from padst_exp.engine.step import DivergedError, Stepper
+from padst_exp.engine.summary import summarize
+from padst_exp.errors import UserError
+from padst_exp.permutations import Learner
+from padst_exp.sparsify import Report
+
+
+def run(
+    *,
+    model: nn.Module,
+    task: Task,
+    algorithm: Algorithm,
+    learner: Learner,
+    optimizer: OptimizerBuilder,
+    trainer: Trainer,
+    report: Report,
+    directory: RunDirectory,
+    logger: NoLogger,
+    world: World,
+    seed: int,
+) -> dict[str, Any]:
+    """Train `model` to the end, from the last checkpoint in `directory` if there is one.
+
+    Args:
+        model: sparsified, with its permutations; the same on every rank.
+        task: data, loss and metrics.
+        algorithm: changes the topologies.
+        learner: trains the permutations.
+        optimizer: builds the optimizer of all else.
+        trainer: how long and in what portions.
+        report: of the sparsification.
+        directory: of the run, already created; the same on every rank.
+        logger: gets the metrics too.
+        world: from `distributed.start`.
+        seed: of batches, augmentation, dropout and growth.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        UserError: when the training diverges, the disk is full, or the checkpoint is damaged or
+            of another configuration. The last good checkpoint stays.
+        Interrupted: after SIGTERM or SIGINT, once the state is saved.
+    """
+    training = _Training(
+        model=model, task=task, algorithm=algorithm, learner=learner, optimizer=optimizer,
+        trainer=trainer, directory=directory, logger=logger, world=world, seed=seed,
+    )
+    try:
+        with Interruption() as interruption:
+            training.train(interruption)
+        return training.finish(report)
+    except BaseException as error:
+        training.abort(error)
+        raise
+
+
+class _Training:
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        task: Task,
+        algorithm: Algorithm,
+        learner: Learner,
+        optimizer: OptimizerBuilder,
+        trainer: Trainer,
+        directory: RunDirectory,
+        logger: NoLogger,
+        world: World,
+        seed: int,
+    ) -> None:
+        self.task, self.trainer, self.directory = task, trainer, directory
+        self.logger, self.world, self.seed = logger, world, seed
+        self.total = trainer.total_steps(len(task.train))
+        self.saved = directory.checkpoints.load()
+        if self.saved is not None:
+            require_same_config(
+                self.saved["config"], directory.config, directory.checkpoints.last
+            )
+        model.to(world.device)
+        if trainer.precision == "float64":
+            model.double()
+        self.state = TrainingState(
+            model=model.train(), optimizer=optimizer, learner=learner,
+            ema_decay=trainer.ema_decay, total=self.total, world=world, saved=self.saved,
+            path=directory.checkpoints.last,
+        )
+        self.stepper = Stepper(
+            self.state, task=task, algorithm=algorithm, learner=learner, trainer=trainer,
+            world=world, seed=seed, total=self.total, record=self.record, say=self.say,
+        )
+        self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
+        self.watched: float | None = None
+        self.baselines: dict[str, float] = {}
+        self.started = self.mark = time.perf_counter()
+        self.marked_step = self.state.step
+
+    def train(self, interruption: Interruption) -> None:
+        """Do all steps that are left."""
+        state, trainer = self.state, self.trainer
+        self.introduce()
+        batches = iter(train_loader(
+            self.task, batch_size=trainer.batch_size, micro_batches=trainer.micro_batches,
+            start_step=state.step, total_steps=self.total, seed=self.seed, rank=self.world.rank,
+            world_size=self.world.size, workers=trainer.workers,
+        ))
+        if self.saved is None:
+            # Dropout differs between ranks, and owes nothing to how the model was initialised.
+            torch.manual_seed(seed_of(self.seed, self.world.rank))
+        else:
+            state.restore_random_state(self.saved, self.directory.checkpoints.last)
+            self.saved = None
+        self.mark = time.perf_counter()
+        while state.step < self.total:
+            self.stepper.step(batches)
+            self.progress.advance()
+            at_end = state.step == self.total
+            logging = at_end or _due(state.step, trainer.log_interval)
+            if logging:
+                self.log()
+            is_best = (at_end or _due(state.step, trainer.eval_interval)) and self.evaluate()
+            # Ranks must agree when to stop; a vote waits for the device, as logging does.
+            voting = logging or self.world.size == 1
+            stopping = voting and self.world.any(interruption.signum is not None)
+            if is_best or at_end or stopping or _due(state.step, trainer.checkpoint_interval):
+                self.save(is_best)
+            if stopping and not at_end:
+                self.stop(interruption)
+
+    def introduce(self) -> None:
+        """Open the logs and say what is to beat."""
+        if not self.world.main:
+            return
+        self.baselines = self.task.baselines()
+        self.directory.open_metrics(self.state.step)
+        self.logger.start(self.directory.path, self.directory.config)
+        if self.state.step:
+            self.say(f"resumed at step {self.state.step} from {self.directory.checkpoints.last}")
+        for name, value in self.baselines.items():
+            self.say(f"baseline {name} {value:.4g}")
+
+    def log(self) -> None:
+        """Record the training metrics since the last time."""
+        state = self.state
+        self.settle()
+        seconds = time.perf_counter() - self.mark
+        speed = (state.step - self.marked_step) * self.trainer.batch_size / seconds
+        values = {"loss": sum(state.losses) / len(state.losses), "lr": self.stepper.lr}
+        if state.norms:
+            values["grad_norm"] = sum(state.norms) / len(state.norms)
+        values["epoch"] = state.step * self.trainer.batch_size / len(self.task.train)
+        timing = {"seconds": seconds, "samples_per_second": speed}
+        shown = f"{speed:,.0f} samples/s"
+        if self.task.items_per_sample > 1:
+            timing["tokens_per_second"] = speed * self.task.items_per_sample
+            shown = f"{timing['tokens_per_second']:,.0f} tokens/s"
+        self.record("train", values | timing)
+        metric = "" if self.watched is None else f"{self.task.monitor[0]} {self.watched:.4g}, "
+        self.progress.show(f"loss {values['loss']:.4f}, {metric}{shown}")
+        state.losses, state.norms = [], []
+        self.mark, self.marked_step = time.perf_counter(), state.step
+
+    def evaluate(self) -> bool:
+        """Record the validation metrics; return whether they are the best so far.
+
+        Where there is an average of the weights, its metrics are the ones that count.
+        """
+        state, began = self.state, time.perf_counter()
+        self.world.average_statistics(state.model)
+        values = self.metrics_of(state.model)
+        name, direction = self.task.monitor
+        self.watched = values[name]
+        if state.average is not None:
+            averaged = self.metrics_of(state.average.model)
+            self.watched = averaged[name]
+            values |= {f"ema_{key}": value for key, value in averaged.items()}
+        self.record("eval", values)
+        sign = 1 if direction == "max" else -1
+        is_best = state.best is None or sign * self.watched > sign * state.best[0]
+        if is_best:
+            state.best = (self.watched, state.step)
+        self.mark += time.perf_counter() - began
+        return is_best
+
+    def metrics_of(self, model: nn.Module) -> dict[str, float]:
+        """Return the metrics of `model` on the validation set."""
+        trainer = self.trainer
+        batches = validation_loader(
+            self.task, rank=self.world.rank, world_size=self.world.size, workers=trainer.workers,
+            batch_size=trainer.eval_batch_size or trainer.micro_batch_size(self.world.size),
+        )
+        return evaluate(model, self.task, batches, precision=trainer.precision, world=self.world)
+
+    def save(self, is_best: bool) -> None:
+        """Write a checkpoint, if the state is sound."""
+        began = time.perf_counter()
+        self.settle()
+        if not self.state.is_finite():
+            self.diverge(DivergedError("a weight is not finite", self.state.step))
+        self.world.average_statistics(self.state.model)
+        payload = self.state.payload()
+        if self.world.main:
+            # First the metrics, so that no checkpoint is ever ahead of them.
+            self.directory.sync_metrics()
+            payload["config"] = self.directory.config
+            payload["config_text"] = self.directory.config_text
+            self.directory.checkpoints.save(payload, is_best=is_best)
+        self.mark += time.perf_counter() - began
+
+    def settle(self) -> None:
+        """Fetch the losses that are still on the device."""
+        try:
+            self.stepper.settle()
+        except DivergedError as error:
+            self.diverge(error)
+
+    def diverge(self, error: DivergedError) -> None:
+        """Stop, and say what is left."""
+        last = self.directory.checkpoints.last
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+        raise UserError(f"training diverged: {error}; {kept}; lower optimizer.lr or set "
+                        "trainer.clip_norm") from error
+
+    def stop(self, interruption: Interruption) -> None:
+        """Leave after a signal, to this rank or another; the state is saved."""
+        signum = max(self.world.gather(interruption.signum or 0))
+        self.say(f"interrupted at step {self.state.step}, saved in "
+                 f"{self.directory.checkpoints.last}; resume=auto continues")
+        raise Interrupted(signum)
+
+    def finish(self, report: Report) -> dict[str, Any]:
+        """Write the summary and the plots."""
+        self.progress.close()
+        summary: dict[str, Any] = {}
+        if self.world.main:
+            path, state = self.directory.path, self.state
+            rows = read_metrics(path / "metrics.jsonl")
+            summary = summarize(
+                rows, report=report, model=state.model, tracker=state.tracker,
+                baselines=self.baselines, monitor=self.task.monitor, world=self.world,
+                seconds=time.perf_counter() - self.started,
+            )
+            plot_curves(rows, self.task.monitor[0], self.baselines, path / "curves.png")
+            plot_topologies(state.model, state.tracker.initial, path / "topology.png")
+            self.directory.finish(summary)
+            self.logger.finish(summary)
+            self.directory.close()
+        return self.world.from_main(summary)
+
+    def abort(self, error: BaseException) -> None:
+        """Close the logs of a run that does not reach its end."""
+        self.progress.close()
+        if self.world.main:
+            code = 128 + error.signum if isinstance(error, Interrupted) else 1
+            self.logger.finish({}, exit_code=code)
+            self.directory.close()
+
+    def say(self, line: str) -> None:
+        """Write a line for a person, on rank 0."""
+        self.progress.say(line)
+
+    def record(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Write a row of `metrics.jsonl`; its numbers go to the logger as well."""
+        if not self.world.main:
+            return
+        self.directory.append({"kind": kind, "step": self.state.step, **values})
+        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        self.logger.log(self.state.step, numbers)
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

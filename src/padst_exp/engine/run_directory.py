@@ -1,0 +1,215 @@
+"""The folder of one run: what was asked, where it ran, what was measured, what came out."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import torch
+import yaml
+
+from padst_exp.engine.checkpoint import Checkpoints, require_same_config
+
+# Fields of metrics.jsonl and summary.json that tell of time or of the machine. All others are
+# equal, bit by bit, in a straight run and in one that was killed and resumed.
+TIME_FIELDS = frozenset({"seconds", "samples_per_second", "tokens_per_second", "timing"})
+
+_PACKAGES = ("torch", "triton", "timm", "transformers", "datasets", "hydra-core", "numpy", "scipy")
+
+
+class RunDirectory:
+    """The folder of one run. Nothing that it finds there is ever deleted.
+
+    Contents: `config.yaml`, `overrides.yaml`, `env.json` (and `env-resume-<n>.json`),
+    `metrics.jsonl`, `checkpoints/`, and at the end `summary.json`, `curves.png`, `topology.png`.
+
+    Attributes:
+        path: the folder.
+        config: the part of the configuration that determines results.
+        config_text: the whole of it, as YAML.
+        checkpoints: of this run.
+        finished: whether the run has its summary already.
+    """
+
+    def __init__(
+        self, path: Path, *, config: Mapping[str, object], config_text: str, keep_last: int = 1
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.config_text = config_text
+        self.checkpoints = Checkpoints(path / "checkpoints", keep_last=keep_last)
+        self._metrics: TextIO | None = None
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        name: str,
+        *,
+        resume: Literal["never", "auto"],
+        config: Mapping[str, object],
+        config_text: str,
+        overrides: list[str],
+        device: str,
+        keep_last: int = 1,
+    ) -> "RunDirectory":
+        """Make the folder of a new run, or find that of the run to continue. On rank 0 only.
+
+        Args:
+            root: folder of all runs.
+            name: of this run; with `resume="never"` one that exists gets a suffix -2, -3, ...
+            resume: "auto" continues the folder of this name if there is one.
+            config: nested plain containers, the part that determines results.
+            config_text: the whole configuration as YAML, interpolations resolved.
+            overrides: of the command line.
+            device: what the run computes on, for the record.
+            keep_last: how many checkpoints to keep.
+
+        Raises:
+            UserError: when the folder to continue was made with another configuration.
+        """
+        path, number = root / name, 1
+        while True:
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if resume == "auto" and (path / "config.yaml").exists():
+                    return cls._reopen(path, config, config_text, device, keep_last)
+                number += 1
+                path = root / f"{name}-{number}"
+        directory = cls(path, config=config, config_text=config_text, keep_last=keep_last)
+        (path / "checkpoints").mkdir()
+        # A JSON string is a YAML string, whatever it holds.
+        lines = [f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides]
+        (path / "overrides.yaml").write_text("".join(lines) or "[]\n")
+        _write_json(path / "env.json", environment(device))
+        # Last, as the mark of a folder that is complete enough to be continued.
+        _write_atomic(path / "config.yaml", config_text)
+        return directory
+
+    @classmethod
+    def _reopen(
+        cls, path: Path, config: Mapping[str, object], config_text: str, device: str,
+        keep_last: int,
+    ) -> "RunDirectory":
+        directory = cls(path, config=config, config_text=config_text, keep_last=keep_last)
+        stored = yaml.safe_load((path / "config.yaml").read_text())
+        require_same_config({key: stored[key] for key in config if key in stored}, config, path)
+        if not directory.finished:
+            number = len(list(path.glob("env-resume-*.json"))) + 1
+            _write_json(path / f"env-resume-{number}.json", environment(device))
+        return directory
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    def summary(self) -> dict[str, Any]:
+        """Return the summary of a finished run."""
+        return json.loads((self.path / "summary.json").read_text())
+
+    def open_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Open `metrics.jsonl` for rows after `step`; return those up to it, dropping later ones.
+
+        Later rows stem from steps after the checkpoint that a killed run is resumed from; they
+        will be computed, and written, again.
+        """
+        path = self.path / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        _write_atomic(path, "".join(_line(row) for row in kept))
+        self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
+        return kept
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Append one row to `metrics.jsonl`, visible to readers at once."""
+        assert self._metrics is not None, "open_metrics comes first"
+        self._metrics.write(_line(row))
+
+    def sync_metrics(self) -> None:
+        """Bring the rows to disk, so that no checkpoint is ever ahead of them."""
+        assert self._metrics is not None, "open_metrics comes first"
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """Write `summary.json`, which marks the run as finished."""
+        _write_json(self.path / "summary.json", summary)
+
+    def close(self) -> None:
+        """Close `metrics.jsonl`."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `metrics.jsonl`; a line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def environment(device: str) -> dict[str, object]:
+    """Return what is needed to tell later where, with what and by which code a run was made."""
+    source = Path(__file__).parent
+    commit = _git(source, "rev-parse", "HEAD")
+    status = _git(source, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "git_commit": commit,
+        "git_dirty": None if status is None else bool(status),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "command": [sys.executable, *sys.argv],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git says, or None outside a checkout (or without git)."""
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True,
+                                text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _line(row: Mapping[str, object]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    _write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

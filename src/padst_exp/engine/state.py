@@ -1,0 +1,130 @@
+"""Everything that changes while training, which is what a checkpoint holds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.engine import checkpoint
+from padst_exp.engine.distributed import World
+from padst_exp.engine.ema import Average
+from padst_exp.engine.optimizers import OptimizerBuilder
+from padst_exp.engine.topology import TopologyTracker, soft_permutations
+from padst_exp.errors import UserError
+from padst_exp.layers import sparse_weights
+from padst_exp.permutations import Learner
+
+
+class TrainingState:
+    """A model in training, fresh or as a checkpoint left it.
+
+    Args:
+        model: fresh, on its device and in its dtype.
+        optimizer: builds the optimizer and its schedule.
+        learner: brings the optimizer of soft permutations.
+        ema_decay: of the average; None: no average.
+        total: steps of the whole training.
+        world: of this process.
+        saved: a checkpoint's contents, or None to start afresh.
+        path: of the checkpoint, for messages.
+
+    Attributes:
+        step: completed steps.
+        best: best value of the monitored metric so far, and its step.
+        losses: of the steps since the last row of metrics; `norms` of their gradients alike.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: OptimizerBuilder,
+        learner: Learner,
+        ema_decay: float | None,
+        total: int,
+        world: World,
+        saved: Mapping[str, Any] | None,
+        path: Path,
+    ) -> None:
+        self.model = model
+        self.world = world
+        self.step = 0
+        self.best: tuple[float, int] | None = None
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        # The fresh model has the initial topology, whatever the checkpoint holds.
+        self.tracker = TopologyTracker(sparse_weights(model))
+        if saved is not None:
+            _load(model, saved["model"], path)
+        self.average = Average(model, ema_decay) if ema_decay is not None else None
+        # Only now is it known which permutations are still soft.
+        soft = [p.logits for p in soft_permutations(model).values() if p.logits is not None]
+        self.permutation_optimizer = learner.optimizer(soft) if soft else None
+        self.optimizer, self.schedule = optimizer.create(model, total)
+        if saved is not None:
+            self._restore(saved, path)
+
+    def payload(self) -> dict[str, Any]:
+        """Return the contents of a checkpoint. A collective: all ranks call it."""
+        soft = self.permutation_optimizer
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "permutation_optimizer": None if soft is None else soft.state_dict(),
+            "topology": self.tracker.state_dict(),
+            "best": self.best,
+            "losses": self.losses,
+            "norms": self.norms,
+            "random": self.world.gather(checkpoint.random_state()),
+        }
+
+    def restore_random_state(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Set the generators of this rank; the last thing to do before the next step."""
+        ranks = len(saved["random"])
+        if ranks != self.world.size:
+            raise UserError(f"{path}: written by {ranks} processes, resumed by {self.world.size}; "
+                            f"start as many as then")
+        checkpoint.restore_random_state(saved["random"][self.world.rank])
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return all parameters but those of soft permutations."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def is_finite(self) -> bool:
+        """Whether all weights are finite numbers."""
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        return bool(torch.stack(norms).isfinite().all())
+
+    def _restore(self, saved: Mapping[str, Any], path: Path) -> None:
+        if (saved["average"] is None) != (self.average is None):
+            raise UserError(f"{path}: written with another trainer.ema_decay")
+        if self.average is not None:
+            _load(self.average.model, saved["average"], path)
+            self.average.follow(self.model)
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.permutation_optimizer is not None:
+                self.permutation_optimizer.load_state_dict(saved["permutation_optimizer"])
+        except ValueError as error:
+            raise UserError(f"{path}: its optimizer state does not fit: {error}") from error
+        self.schedule.load_state_dict(saved["schedule"])
+        self.tracker.load_state_dict(saved["topology"])
+        self.step = saved["step"]
+        self.best = saved["best"]
+        self.losses = list(saved["losses"])
+        self.norms = list(saved["norms"])
+
+
+def _load(model: nn.Module, saved: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(saved)
+    except RuntimeError as error:
+        # torch lists one mismatch a line, below a title.
+        lines = str(error).splitlines()
+        reason = lines[1].strip() if len(lines) > 1 else str(error)
+        raise UserError(f"{path}: does not fit this model: {reason}") from error

@@ -1,0 +1,140 @@
+"""What came out of a run, computed from its metrics, its report and its model."""
+
+import resource
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from padst_exp.engine.distributed import World
+from padst_exp.engine.topology import TopologyTracker, soft_permutations
+from padst_exp.layers import SparseLinear, SparseWeight, permutations, sparse_weights
+from padst_exp.permutations import partition_distance, shift_distance
+from padst_exp.sparsify import Report
+
+Row = Mapping[str, Any]
+
+
+def summarize(
+    rows: Sequence[Row],
+    *,
+    report: Report,
+    model: nn.Module,
+    tracker: TopologyTracker,
+    baselines: Mapping[str, float],
+    monitor: tuple[str, str],
+    world: World,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return the contents of `summary.json`.
+
+    Args:
+        rows: of `metrics.jsonl`, from the first step to the last, across resumptions.
+        report: of the sparsification.
+        model: trained.
+        tracker: of its topologies.
+        baselines: to compare with.
+        monitor: the watched metric and whether "max" or "min" of it is best.
+        world: for the device.
+        seconds: that this process has run.
+    """
+    evaluations = list(_of(rows, "eval"))
+    name, direction = monitor
+    # Where there is an average of the weights, it is what is watched.
+    watched = f"ema_{name}" if f"ema_{name}" in evaluations[-1] else name
+    choose = max if direction == "max" else min
+    best = choose(evaluations, key=lambda row: row[watched])
+    return {
+        "steps": evaluations[-1]["step"],
+        "monitor": {"metric": watched, "best_is": direction},
+        "best": _values(best),
+        "final": _values(evaluations[-1]),
+        "baselines": dict(baselines),
+        "density": {"layers": report.density("layers"), "model": report.density("model")},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "topology": _topology(rows, model, tracker),
+        "permutations": _permutations(rows, model),
+        "sparsification": report.to_dict(),
+        "timing": _timing(rows, world, seconds),
+    }
+
+
+def _topology(
+    rows: Sequence[Row], model: nn.Module, tracker: TopologyTracker
+) -> dict[str, object]:
+    updates = list(_of(rows, "rewire"))
+    weights = sparse_weights(model)
+    explored = {name: tracker.explored(name, weight) for name, weight in weights.items()}
+    return {
+        "rewires": tracker.rewires,
+        "units_replaced": sum(tracker.replaced.values()),
+        "mean_churn": statistics.fmean(row["churn"] for row in updates) if updates else 0.0,
+        "explored": statistics.fmean(explored.values()) if explored else None,
+        "explored_of_layer": explored,
+        "replaced_in_layer": dict(tracker.replaced),
+    }
+
+
+def _permutations(rows: Sequence[Row], model: nn.Module) -> dict[str, object]:
+    hardened = [_values(row) for row in _of(rows, "harden")]
+    jumps = [row["loss_after"] - row["loss_before"] for row in hardened]
+    return {
+        "hardened": len(hardened),
+        "forced": sum(row["reason"] == "deadline" for row in hardened),
+        "still_soft": sorted(soft_permutations(model)),
+        "median_loss_jump": statistics.median(jumps) if jumps else None,
+        "largest_loss_jump": max(jumps) if jumps else None,
+        # Modulo what the structure cannot tell apart; 0 is the identity.
+        "distance_to_identity": distances(model),
+        "events": hardened,
+    }
+
+
+def distances(model: nn.Module) -> dict[str, float]:
+    """Return, for each hard permutation, its distance to the identity, modulo symmetries."""
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SparseLinear):
+            continue
+        for full_name, permutation in permutations(layer).items():
+            if permutation.soft:
+                continue
+            # output_permutations.<i> belongs to weight i, input_permutation to all of them.
+            side, _, position = full_name.partition("_permutation")
+            weight = layer.weights[int(position[2:] or 0)]
+            assert isinstance(weight, SparseWeight)
+            classes = weight.layout.symmetry(side.removesuffix("put"))
+            found[f"{name}.{full_name}"] = (
+                shift_distance(permutation.index) if classes is None
+                else partition_distance(permutation.index, classes)
+            )
+    return found
+
+
+def _timing(rows: Sequence[Row], world: World, seconds: float) -> dict[str, object]:
+    training = list(_of(rows, "train"))
+    # ru_maxrss is in bytes on macOS, in kilobytes elsewhere.
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    timing: dict[str, object] = {
+        "seconds": seconds,
+        "device": str(world.device),
+        "processes": world.size,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+    }
+    for key in ("samples_per_second", "tokens_per_second"):
+        if training and key in training[0]:
+            timing[key] = statistics.median(row[key] for row in training)
+    if world.device.type == "cuda":
+        timing["peak_device_memory_mb"] = torch.cuda.max_memory_allocated(world.device) / 2**20
+    return timing
+
+
+def _of(rows: Iterable[Row], kind: str) -> Iterable[Row]:
+    return (row for row in rows if row["kind"] == kind)
+
+
+def _values(row: Row) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "kind"}
