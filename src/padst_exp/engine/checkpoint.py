@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from padst_exp.errors import UserError
 
@@ -103,6 +104,21 @@ def require_same_config(
                 f"{before.get(key, '(absent)')} there and {now.get(key, '(absent)')} here; "
                 "choose another name, or resume=never"
             )
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load what a checkpoint holds under "model" or "average" into `model`.
+
+    Raises:
+        UserError: when it is the state of another model; names `path`.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        # torch lists one mismatch a line, below a title.
+        lines = str(error).splitlines()
+        reason = lines[1].strip() if len(lines) > 1 else str(error)
+        raise UserError(f"{path}: does not fit this model: {reason}") from error
 
 
 class Checkpoints:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
@@ -57,7 +57,7 @@ class TrainingState:
         # The fresh model has the initial topology, whatever the checkpoint holds.
         self.tracker = TopologyTracker(sparse_weights(model))
         if saved is not None:
-            _load(model, saved["model"], path)
+            checkpoint.load_weights(model, saved["model"], path)
         self.average = Average(model, ema_decay) if ema_decay is not None else None
         # Only now is it known which permutations are still soft.
         soft = [p.logits for p in soft_permutations(model).values() if p.logits is not None]
@@ -104,7 +104,7 @@ class TrainingState:
         if (saved["average"] is None) != (self.average is None):
             raise UserError(f"{path}: written with another trainer.ema_decay")
         if self.average is not None:
-            _load(self.average.model, saved["average"], path)
+            checkpoint.load_weights(self.average.model, saved["average"], path)
             self.average.follow(self.model)
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -118,13 +118,3 @@ class TrainingState:
         self.best = saved["best"]
         self.losses = list(saved["losses"])
         self.norms = list(saved["norms"])
-
-
-def _load(model: nn.Module, saved: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(saved)
-    except RuntimeError as error:
-        # torch lists one mismatch a line, below a title.
-        lines = str(error).splitlines()
-        reason = lines[1].strip() if len(lines) > 1 else str(error)
-        raise UserError(f"{path}: does not fit this model: {reason}") from error

@@ -49,11 +49,12 @@ def summarize(
     best = choose(evaluations, key=lambda row: row[watched])
     return {
         "steps": evaluations[-1]["step"],
-        "monitor": {"metric": watched, "best_is": direction},
+        "monitor": watched,
         "best": _values(best),
         "final": _values(evaluations[-1]),
         "baselines": dict(baselines),
-        "density": {"layers": report.density("layers"), "model": report.density("model")},
+        "density_of_layers": report.density("layers"),
+        "density_of_model": report.density("model"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "topology": _topology(rows, model, tracker),
         "permutations": _permutations(rows, model),
