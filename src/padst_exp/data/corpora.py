@@ -52,7 +52,7 @@ def _hub_tokenizer() -> Tokenizer:
     from huggingface_hub import hf_hub_download
 
     local = "dataset.vocab and dataset.merges to GPT-2's encoder.json and vocab.bpe"
-    require_hub("the GPT-2 tokenizer", local)
+    require_hub("dataset.vocab", "the GPT-2 tokenizer", local)
     try:
         return Tokenizer.from_file(hf_hub_download(GPT2_HUB, "tokenizer.json"))
     except Exception as error:  # of the hub, of httpx: what matters is the line

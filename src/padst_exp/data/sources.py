@@ -99,7 +99,7 @@ def load_hub(
     """
     import datasets
 
-    require_hub(f"the data set {path}", "dataset.root to a local copy")
+    require_hub("dataset.root", f"the data set {path}", "dataset.root to a local copy")
     try:
         return datasets.load_dataset(
             path,
@@ -115,11 +115,16 @@ def load_hub(
         ) from error
 
 
-def require_hub(what: str, instead: str) -> None:
+def require_hub(key: str, what: str, instead: str) -> None:
     """Asks once whether the hub answers, where its libraries would retry for half a minute.
 
+    Args:
+        key: whose null asks for the hub.
+        what: is wanted from it.
+        instead: which key to set to what, to do without.
+
     Raises:
-        UserError: it does not. `instead` names the key to set to what.
+        UserError: it does not answer.
     """
     from huggingface_hub import constants, get_session
 
@@ -129,8 +134,8 @@ def require_hub(what: str, instead: str) -> None:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # httpx or requests, as the hub's version has it
         raise UserError(
-            f"cannot reach {constants.ENDPOINT} for {what} ({first_line(error)}): set {instead}, "
-            "or HF_HUB_OFFLINE=1 if it is already in the hub's cache"
+            f"{key}=null: cannot reach {constants.ENDPOINT} for {what} ({first_line(error)}); set "
+            f"{instead}, or HF_HUB_OFFLINE=1 if it is already in the hub's cache"
         ) from error
 
 
