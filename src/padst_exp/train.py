@@ -1,0 +1,155 @@
+"""Train a sparse model: `python -m padst_exp.train [group=option] [key=value] ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from padst_exp.cli import command_line
+from padst_exp.config import NOT_RESULTS, build, run_name, run_settings
+from padst_exp.errors import UserError
+
+if TYPE_CHECKING:  # the command line must answer --help before torch is imported
+    from torch import nn
+
+    from padst_exp.data.task import Task
+    from padst_exp.engine.distributed import World
+    from padst_exp.engine.run_directory import RunDirectory
+    from padst_exp.permutations import Learner
+    from padst_exp.sparsify import Report, Rule
+
+
+@command_line("config")
+def main(cfg: DictConfig) -> None:
+    """Build what the config names, train it, say where the results are."""
+    settings = run_settings(cfg)
+
+    from padst_exp.engine import distributed
+    from padst_exp.engine.progress import say
+
+    world = distributed.start(settings.device)
+    try:
+        directory, summary = train(cfg, world)
+    finally:
+        world.close()
+    if world.main:
+        name, value = summary["monitor"], summary["final"][summary["monitor"]]
+        say(f"{name} {value:.4g}, density of layers {summary['density_of_layers']:.4f}")
+        say(f"results in {directory}")
+
+
+def train(cfg: DictConfig, world: World) -> tuple[Path, dict[str, Any]]:
+    """Run one training; the run directory and its summary.
+
+    A run that is finished already is not repeated under `resume=auto`.
+    """
+    from padst_exp.engine.loop import run
+
+    settings = run_settings(cfg)
+    task = build(cfg.dataset, "dataset")
+    algorithm = build(cfg.dst, "dst")
+    learner = build(cfg.permutation, "permutation")
+    optimizer = build(cfg.optimizer, "optimizer")
+    trainer = build(cfg.trainer, "trainer")
+    logger = build(cfg.logger, "logger")
+    model, report = sparse_model(cfg, task, learner)
+    directory = run_directory(cfg, world, trainer.keep_last)
+    if directory.finished:
+        return directory.path, directory.summary()
+    summary = run(
+        model=model,
+        task=task,
+        algorithm=algorithm,
+        learner=learner,
+        optimizer=optimizer,
+        trainer=trainer,
+        report=report,
+        directory=directory,
+        logger=logger,
+        world=world,
+        seed=settings.seed,
+    )
+    return directory.path, summary
+
+
+def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Module, Report]:
+    """The model of `cfg` for the data of `task`, its layers sparse, and what was done to it.
+
+    Pretrained weights keep their largest units and their scale; fresh ones start from a random
+    topology with rows scaled to their fan-in.
+    """
+    import torch
+
+    from padst_exp.sparsify import sparsify
+
+    settings = run_settings(cfg)
+    torch.manual_seed(settings.seed)
+    model = build(cfg.model, "model", task.model_shape)
+    pretrained = bool(cfg.model.get("pretrained")) or cfg.model.get("checkpoint") is not None
+    report = sparsify(
+        model,
+        sparse_rules(cfg),
+        structure=build(cfg.structure, "structure"),
+        density=1 - settings.sparsity,
+        distribution=settings.distribution,
+        learner=learner,
+        storage=settings.storage,
+        topology="magnitude" if pretrained else "random",
+        rescale=not pretrained,
+        seed=settings.seed,
+    )
+    return model, report
+
+
+def sparse_rules(cfg: DictConfig) -> list[Rule]:
+    """The rules of `cfg.sparse`: which layers become sparse."""
+    from padst_exp.sparsify import Rule
+
+    rules = OmegaConf.to_container(cfg.sparse, resolve=True)
+    wanted = "expected a list of {pattern: <text>, split: <number of fused projections>}"
+    if not isinstance(rules, list):
+        raise UserError(f"sparse: {wanted}, got {rules!r}")
+    for number, rule in enumerate(rules):
+        if not (
+            isinstance(rule, Mapping)
+            and set(rule) <= {"pattern", "split"}
+            and isinstance(rule.get("pattern"), str)
+            and type(rule.get("split", 1)) is int
+        ):
+            raise UserError(f"sparse[{number}]: {wanted}, got {rule!r}")
+    return [Rule(**rule) for rule in rules]
+
+
+def run_directory(cfg: DictConfig, world: World, keep_last: int) -> RunDirectory:
+    """The folder of this run, made (or found again) by rank 0 and known to all."""
+    from padst_exp.engine.run_directory import RunDirectory
+
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    determining = {str(key): value for key, value in config.items() if key not in NOT_RESULTS}
+    text = OmegaConf.to_yaml(cfg, resolve=True)
+    hydra = HydraConfig.get()
+
+    def make() -> Path:
+        return RunDirectory.create(
+            Path(cfg.runs),
+            run_name(cfg, hydra.runtime.choices),
+            resume=cfg.resume,
+            config=determining,
+            config_text=text,
+            overrides=list(hydra.overrides.task),
+            device=str(world.device),
+            keep_last=keep_last,
+        ).path
+
+    path = world.from_main(make() if world.main else None)
+    assert path is not None
+    return RunDirectory(path, config=determining, config_text=text, keep_last=keep_last)
+
+
+if __name__ == "__main__":
+    main()
