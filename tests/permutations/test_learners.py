@@ -194,11 +194,14 @@ def test_bad_hyper_parameters_are_named(key: str, value: object) -> None:
     with pytest.raises(UserError) as error:
         DoublyStochastic(**{key: value})  # type: ignore[arg-type]
     message = str(error.value)
-    assert message.startswith(f"permutation.{key}={value}: must be ") and "\n" not in message
+    assert message.startswith(f"permutation.{key}: expected ") and message.endswith(f"got {value}")
+    assert "\n" not in message
 
 
 def test_bad_side_of_a_random_permutation_is_named() -> None:
-    with pytest.raises(UserError, match=r"^permutation\.side=left: must be in, out, both or auto"):
+    with pytest.raises(
+        UserError, match=r"^permutation\.side: expected in, out, both or auto, got left"
+    ):
         RandomPermutation(side="left")  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ Readiness = Literal["delta", "deadline"] | None
 
 def _require(valid: bool, key: str, value: object, wanted: str) -> None:
     if not valid:
-        raise UserError(f"permutation.{key}={value}: must be {wanted}")
+        raise UserError(f"permutation.{key}: expected {wanted}, got {value}")
 
 
 class Learner:

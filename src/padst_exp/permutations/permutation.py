@@ -14,7 +14,7 @@ from padst_exp.permutations.sinkhorn import project, sharpness_penalty, sinkhorn
 
 def is_bijection(index: Tensor) -> bool:
     """Tell whether `index` `[d]`, integer, holds each of 0 .. d-1 once."""
-    return torch.equal(index.sort().values, torch.arange(len(index), device=index.device))
+    return torch.equal(index.long().sort().values, torch.arange(len(index), device=index.device))
 
 
 def assign(matrix: Tensor) -> Tensor:
