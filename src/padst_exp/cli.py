@@ -1,10 +1,11 @@
 """What every entry point shares: Hydra underneath, and one line for each mistake."""
 
+import contextlib
 import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import hydra
@@ -37,30 +38,29 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
-        # A cluster launcher runs the job elsewhere and must bring the exception back here.
-        launcher = os.getpid()
-        full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-
-        @functools.wraps(task)
-        def job(cfg: DictConfig) -> None:
-            try:
-                task(cfg)
-            except Exception as error:
-                # Leaving through SystemExit stops a sweep and spares Hydra's own report.
-                if full_error or os.getpid() != launcher or not _is_expected(error):
-                    raise
-                _exit_with(error, job=_job_name())
-
-        program = hydra.main(
-            config_path=str(config_dir()), config_name=config_name, version_base="1.3"
-        )(job)
-
         @functools.wraps(task)
         def main() -> None:
+            full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            launcher = os.getpid()
+
+            @functools.wraps(task)
+            def job(cfg: DictConfig) -> None:
+                try:
+                    task(cfg)
+                except Exception as error:
+                    # Jobs that a cluster runs elsewhere must bring their exception back here; a
+                    # SystemExit stops a local sweep and spares Hydra's own report.
+                    if full_error or os.getpid() != launcher or not _is_expected(error):
+                        raise
+                    _exit_with(error, job=_job_name())
+
             register_schemas()
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+            program = hydra.main(
+                config_path=str(config_dir()), config_name=config_name, version_base="1.3"
+            )(job)
             try:
-                program()
+                with _raising_hydra():
+                    program()
             except KeyboardInterrupt:
                 _say("interrupted")
                 sys.exit(INTERRUPTED)
@@ -74,11 +74,27 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
     return decorate
 
 
+@contextlib.contextmanager
+def _raising_hydra() -> Iterator[None]:
+    """Let Hydra raise its errors, which it would print otherwise."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
 def explain(error: BaseException) -> str:
     """One line for an expected error, naming the key and what would be right where known."""
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if not group:
+            return f"--config-name: {config_dir()} has no {option}.yaml"
         options = ", ".join(error.options or ())
         return f"{group}={option}: unknown option; choose from {options}"
     if isinstance(error, OverrideParseException):

@@ -189,7 +189,7 @@ def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None)
     Raises:
         UserError: in one line that names the dotted key.
     """
-    target = _resolve_target(node, key)
+    target = resolve_target(node, key)
     parameters = keyword_parameters(target)
     given = [str(name) for name in node if name != "_target_"]
     extra = extra or {}
@@ -221,6 +221,25 @@ def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None)
         message, group = str(error), key.partition(".")[0]
         named = message.startswith((f"{group}.", f"{group}:", f"{group}="))
         raise UserError(message if named else f"{key}: {message}") from error
+
+
+def resolve_target(node: DictConfig, key: str) -> Callable[..., object]:
+    """The constructor that `node._target_` names."""
+    path = node.get("_target_") if isinstance(node, DictConfig) else None
+    if not isinstance(path, str) or "." not in path:
+        raise UserError(f"{key}: expected a mapping with a _target_, got {node!r}")
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A missing dependency of an existing module is not a misspelt target.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(f"{key}._target_: no module {module_name!r}") from error
+    target = getattr(module, attribute, None)
+    if not callable(target):
+        raise UserError(f"{key}._target_: {module_name} has no {attribute!r}")
+    return cast(Callable[..., object], target)
 
 
 def keyword_parameters(target: Callable[..., object]) -> dict[str, inspect.Parameter]:
@@ -265,24 +284,6 @@ def run_name(cfg: DictConfig, choices: Mapping[str, str | None]) -> str:
     groups = ("model", "structure", "dst", "permutation")
     chosen = [str(choices[group]) for group in groups]
     return "-".join([*chosen, f"s{cfg.sparsity:g}", f"seed{cfg.seed}", config_hash(cfg)])
-
-
-def _resolve_target(node: DictConfig, key: str) -> Callable[..., object]:
-    path = node.get("_target_") if isinstance(node, DictConfig) else None
-    if not isinstance(path, str) or "." not in path:
-        raise UserError(f"{key}: expected a mapping with a _target_, got {node!r}")
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A missing dependency of an existing module is not a misspelt target.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(f"{key}._target_: no module {module_name!r}") from error
-    target = getattr(module, attribute, None)
-    if not callable(target):
-        raise UserError(f"{key}._target_: {module_name} has no {attribute!r}")
-    return cast(Callable[..., object], target)
 
 
 def _argument(value: object, key: str, parameter: inspect.Parameter) -> object:
