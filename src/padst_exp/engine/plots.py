@@ -20,7 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#e07b39", "#3a9a6b", "#b9bec6", "#22262e"
 _STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "semibold",
+    "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlepad": 7,
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": GREY, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
     "ytick.color": INK, "axes.grid": True, "grid.color": "#eceef1", "axes.axisbelow": True,
@@ -47,8 +47,11 @@ def plot_curves(
     panels += ["topology"] if of["rewire"] else []
     panels += ["penalty"] if of["permutation"] else []
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.4 * len(panels), 3.3), layout="constrained")
-        axes = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
+        across = 2 if len(panels) == 4 else len(panels)
+        down = len(panels) // across
+        figure = Figure(figsize=(5 * across, 3.2 * down), layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False)
+        axes = dict(zip(panels, grid.flat, strict=True))
         _loss(axes["loss"], of["train"], of["eval"])
         _metric(axes["metric"], of["eval"], metric, baselines)
         if "topology" in axes:
@@ -58,8 +61,10 @@ def plot_curves(
         last = max((row["step"] for row in rows), default=1)
         for axis in axes.values():
             axis.set_xlim(0, last * 1.01)
+            _mark_hardening(axis, of["harden"], labelled=axis is axes["loss"])
+        axes["loss"].legend()
+        for axis in grid[-1]:
             axis.set_xlabel("step")
-            _mark_hardening(axis, of["harden"])
         figure.savefig(path)
 
 
@@ -68,7 +73,6 @@ def _loss(axis: Axes, train: Rows, held: Rows) -> None:
     axis.plot(_steps(train), [row["loss"] for row in train], color=BLUE, lw=1.2, label="training")
     axis.plot(_steps(held), [row["loss"] for row in held], color=ORANGE, lw=1.4, marker="o", ms=3,
               label="validation")
-    axis.legend()
 
 
 def _metric(
@@ -116,9 +120,10 @@ def _penalties(
         axis.legend()
 
 
-def _mark_hardening(axis: Axes, hardened: Rows) -> None:
-    for step in sorted({row["step"] for row in hardened}):
-        axis.axvline(step, color=GREY, lw=0.8, ls=":", zorder=0)
+def _mark_hardening(axis: Axes, hardened: Rows, *, labelled: bool) -> None:
+    for number, step in enumerate(sorted({row["step"] for row in hardened})):
+        label = "permutations harden" if labelled and number == 0 else None
+        axis.axvline(step, color=INK, alpha=0.5, lw=0.9, ls=":", zorder=1, label=label)
 
 
 def _steps(rows: Rows) -> list[int]:
@@ -138,7 +143,8 @@ def plot_topologies(model: nn.Module, initial: Mapping[str, Tensor], path: Path)
         return
     picks = sorted({round(i) for i in np.linspace(0, len(layers) - 1, PLOTTED_LAYERS)})
     chosen = [layers[i] for i in picks]
-    with rc_context({**_STYLE, "axes.grid": False}):
+    bare = {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+    with rc_context({**_STYLE, **bare}):
         figure = Figure(figsize=(11.6, 3.1 * len(chosen)), layout="constrained")
         grid = figure.subplots(len(chosen), 4, squeeze=False)
         for axes, (name, layer) in zip(grid, chosen, strict=True):
@@ -147,25 +153,31 @@ def plot_topologies(model: nn.Module, initial: Mapping[str, Tensor], path: Path)
             before = initial[f"{name}.weights.0"]
             rows, columns = weight.layout.shape
             title = f"{name}.weights.0" if len(layer.weights) > 1 else name
-            axes[0].set_ylabel(f"{title}\n{rows} x {columns}", fontweight="semibold")
-            _mask(axes[0], weight, before, "Mask at the start")
-            _mask(axes[1], weight, weight.active, "Mask at the end", before)
+            cut = ", upper left corner" if max(rows, columns) > MAX_PIXELS else ""
+            axes[0].set_ylabel(f"{title}\n{rows} x {columns}{cut}")
+            _mask(axes[0], weight, before, None)
+            _mask(axes[1], weight, weight.active, before)
             permutation = _first_permutation(layer)
-            _permutation(axes[2], permutation, "initial", "Permutation at the start")
-            _permutation(axes[3], permutation, "index", "Permutation at the end")
+            if permutation is None:
+                axes[2].set_title("No permutation")
+                axes[2].set_axis_off()
+                axes[3].set_axis_off()
+            else:
+                _permutation(axes[2], permutation, permutation.initial, "Permutation, start")
+                what = "Soft matrix" if permutation.soft else "Permutation"
+                end = f"{what}, end: {100 * (1 - permutation.agreement()):.0f}% moved"
+                _permutation(axes[3], permutation, permutation.nearest(), end)
         figure.savefig(path)
 
 
-def _mask(
-    axis: Axes, weight: SparseWeight, active: Tensor, title: str, before: Tensor | None = None
-) -> None:
+def _mask(axis: Axes, weight: SparseWeight, active: Tensor, before: Tensor | None) -> None:
     """Draw active entries; those that were not active `before` stand out."""
-    image = _image(weight, active)
+    image, title = _image(weight, active), "Mask, start"
     if before is not None:
         kept = active[torch.isin(active, before)]
-        image = np.where(image > 0, np.where(_image(weight, kept) > 0, 1, 2), 0)
-        title += f" ({100 * (1 - len(kept) / len(active)):.0f}% new)"
-    axis.imshow(image, cmap=ListedColormap(["#f4f5f7", BLUE, ORANGE]), vmin=0, vmax=2,
+        image = 2 * image - _image(weight, kept)
+        title = f"Mask, end: {100 * (1 - len(kept) / len(active)):.0f}% new"
+    axis.imshow(image, cmap=ListedColormap(["#eef0f3", BLUE, ORANGE]), vmin=0, vmax=2,
                 aspect="auto", interpolation="nearest")
     axis.set_title(title)
     axis.set_xticks([])
@@ -188,20 +200,15 @@ def _first_permutation(layer: SparseLinear) -> Permutation | None:
     return None
 
 
-def _permutation(axis: Axes, permutation: Permutation | None, which: str, title: str) -> None:
-    if permutation is None:
-        axis.set_axis_off()
-        axis.set_title("No permutation" if which == "initial" else "", color=GREY)
-        return
-    index = permutation.initial if which == "initial" else permutation.nearest()
-    soft = " (still soft)" if which == "index" and permutation.soft else ""
+def _permutation(axis: Axes, permutation: Permutation, index: Tensor, title: str) -> None:
+    """Draw a dot for each feature; those that do not stand where they began stand out."""
     size = permutation.size
-    axis.scatter(index.cpu().numpy(), np.arange(size), s=max(0.4, 220 / size), color=BLUE, lw=0)
-    if which == "index":
-        moved = 100 * (1 - permutation.agreement())
-        title += f"{soft} ({moved:.0f}% moved)"
+    moved = (index != permutation.initial).cpu().numpy()
+    axis.scatter(index.cpu().numpy(), np.arange(size), s=max(0.8, 560 / size), lw=0,
+                 c=np.where(moved, ORANGE, BLUE))
+    axis.set_facecolor("#f6f7f9")
     axis.set_title(title)
     axis.set_xlim(-1, size)
     axis.set_ylim(size, -1)
-    axis.set_xticks([0, size])
-    axis.set_yticks([0, size])
+    axis.set_xticks([])
+    axis.set_yticks([])

@@ -164,9 +164,10 @@ def harden(
         if reason is None:
             continue
         before = loss() if before is None else before
+        penalty = float(permutation.penalty().detach())
         record: dict[str, Any] = {
-            "permutation": name, "step": step, "reason": reason,
-            "penalty": float(permutation.penalty()), "gain": permutation.gain(),
+            "permutation": name, "step": step, "reason": reason, "penalty": penalty,
+            "gain": permutation.gain(),
         }
         logits = permutation.logits
         permutation.harden(world.from_main(permutation.nearest()))

@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+import torch
+from engine.toy import toy_learner, toy_model
+from torch import nn
+
+from padst_exp.engine.optimizers import SGD, AdamW, AgeAwareAdamW, parameter_roles
+from padst_exp.errors import UserError
+
+SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 0.05}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_a_grown_entry_moves_as_under_a_fresh_adamw(dtype: torch.dtype, tolerance: float) -> None:
+    birth, steps = 57, 40
+    gradients = torch.randn(birth + steps, 2, 3, dtype=dtype)
+    old = nn.Parameter(torch.randn(2, 3, dtype=dtype))
+    optimizer = AgeAwareAdamW([old], **SETTINGS)
+    for gradient in gradients[:birth]:
+        old.grad = gradient
+        optimizer.step()
+    state = optimizer.state[old]
+    with torch.no_grad():
+        for tensor in (old, state["exp_avg"], state["exp_avg_sq"]):
+            tensor[1] = 0
+    state["birth"] = torch.tensor([[0.0], [float(birth)]], dtype=dtype)
+
+    original = nn.Parameter(old.detach().clone())
+    unaware = torch.optim.AdamW([original], **SETTINGS)
+    unaware.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    young = nn.Parameter(torch.zeros(3, dtype=dtype))
+    fresh = torch.optim.AdamW([young], **SETTINGS)
+    for gradient in gradients[birth:]:
+        old.grad, original.grad, young.grad = gradient, gradient.clone(), gradient[1].clone()
+        for each in (optimizer, unaware, fresh):
+            each.step()
+        torch.testing.assert_close(old[1], young, rtol=0, atol=tolerance)
+        assert torch.equal(old[0], original[0])
+    assert not torch.allclose(original[1], young, rtol=0, atol=1e-3)
+
+
+def test_birth_survives_a_checkpoint() -> None:
+    parameter = nn.Parameter(torch.ones(2, 3))
+    optimizer = AgeAwareAdamW([parameter])
+    parameter.grad = torch.ones(2, 3)
+    optimizer.step()
+    optimizer.state[parameter]["birth"] = torch.tensor([[0.0], [1.0]])
+    other = AgeAwareAdamW([parameter])
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.state[parameter]["birth"], torch.tensor([[0.0], [1.0]]))
+
+
+def test_roles_and_groups() -> None:
+    model, _ = toy_model(toy_learner())
+    model.append(nn.Embedding(3, 4))
+    model.token = nn.Parameter(torch.zeros(1, 1, 4))
+    roles = {name: role for name, (role, _) in parameter_roles(model).items()}
+    assert roles == {
+        "token": "embedding", "0.bias": "bias", "0.weights.0.values": "packed",
+        "1.weight": "norm", "1.bias": "bias", "4.bias": "bias", "4.weights.0.values": "packed",
+        "6.weight": "weight", "6.bias": "bias", "7.weight": "embedding",
+    }
+    optimizer, _ = AdamW(lr=0.1, weight_decay=0.3).create(model, 10)
+    decays = {group["role"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {"packed": 0.3, "weight": 0.3, "bias": 0, "norm": 0, "embedding": 0}
+
+
+def test_a_tied_weight_is_one_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    model[1].weight = model[0].weight
+    assert [role for role, _ in parameter_roles(model).values()] == ["embedding"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "final"),
+    [("cosine", 0.055, 0.01), ("linear", 0.055, 0.01), ("constant", 0.1, 0.1)],
+)
+def test_schedules(schedule: str, middle: float, final: float) -> None:
+    model = nn.Linear(2, 2)
+    builder = SGD(lr=0.1, warmup=0.2, schedule=schedule, min_lr=0.01)
+    optimizer, scheduler = builder.create(model, 100)
+    rates = []
+    for step in range(1, 101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step_update(step)
+    rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(0.005) and rates[10] == pytest.approx(0.0525)
+    assert rates[20] == pytest.approx(0.1) and rates[60] == pytest.approx(middle)
+    assert rates[100] == pytest.approx(final)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"lr": 0.0}, "lr"), ({"lr": 0.1, "warmup": 1.0}, "warmup"),
+     ({"lr": 0.1, "min_lr": 0.2}, "min_lr"), ({"lr": 0.1, "betas": (0.9, 1.0)}, "betas")],
+)
+def test_mistakes_name_the_key(settings: dict[str, float], key: str) -> None:
+    with pytest.raises(UserError, match=rf"^optimizer\.{key}: expected .*, got"):
+        AdamW(**settings)

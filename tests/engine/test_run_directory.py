@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from padst_exp.engine.run_directory import RunDirectory, read_metrics
+from padst_exp.errors import UserError
+
+
+def create(root: Path, resume: str = "never", lr: float = 0.1) -> RunDirectory:
+    return RunDirectory.create(
+        root, "run", resume=resume, config={"optimizer": {"lr": lr}},
+        config_text=f"optimizer:\n  lr: {lr}\nruns: here\n",
+        overrides=["optimizer.lr=0.1", 'name="a: b"'], device="cpu",
+    )
+
+
+def test_what_a_new_folder_holds(tmp_path: Path) -> None:
+    path = create(tmp_path / "deep" / "runs").path
+    assert {entry.name for entry in path.iterdir()} == {
+        "config.yaml", "overrides.yaml", "env.json", "checkpoints"
+    }
+    assert yaml.safe_load((path / "config.yaml").read_text())["optimizer"] == {"lr": 0.1}
+    overrides = yaml.safe_load((path / "overrides.yaml").read_text())
+    assert overrides == ["optimizer.lr=0.1", 'name="a: b"']
+    environment = json.loads((path / "env.json").read_text())
+    assert environment["device"] == "cpu" and environment["packages"]["torch"]
+    assert environment["git_commit"] is None or len(environment["git_commit"]) == 40
+
+
+def test_never_takes_a_folder_of_its_own(tmp_path: Path) -> None:
+    names = [create(tmp_path).path.name for _ in range(3)]
+    assert names == ["run", "run-2", "run-3"]
+
+
+def test_auto_continues_the_folder_of_its_name(tmp_path: Path) -> None:
+    first = create(tmp_path, "auto")
+    again = create(tmp_path, "auto")
+    assert again.path == first.path and not again.finished
+    assert (again.path / "env-resume-1.json").exists()
+    first.finish({"x": 1})
+    assert again.finished and again.summary() == {"x": 1}
+
+
+def test_auto_leaves_a_foreign_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    assert create(tmp_path, "auto").path.name == "run-2"
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
+
+
+def test_auto_refuses_another_configuration(tmp_path: Path) -> None:
+    create(tmp_path, "auto", lr=0.1)
+    with pytest.raises(UserError, match=r"optimizer\.lr=0\.1 there and 0\.2 here"):
+        create(tmp_path, "auto", lr=0.2)
+
+
+def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
+    directory = create(tmp_path)
+    path = directory.path / "metrics.jsonl"
+    assert directory.open_metrics(0) == []
+    for step in (1, 2, 3):
+        directory.append({"step": step, "loss": 0.1 * step})
+        assert len(read_metrics(path)) == step  # no buffer keeps a row from its readers
+    directory.sync_metrics()
+    directory.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed here
+    assert [row["step"] for row in directory.open_metrics(2)] == [1, 2]
+    directory.append({"step": 3, "loss": 0.5})
+    directory.close()
+    assert [row["loss"] for row in read_metrics(path)] == [0.1, 0.2, 0.5]
