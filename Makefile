@@ -36,7 +36,7 @@ fmt: $(STAMP)  ## format the code and fix what ruff can fix
 lint: $(STAMP)  ## ruff, formatting, import contracts
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 
 types: $(STAMP)  ## mypy --strict
 	$(PYTHON) -m mypy
