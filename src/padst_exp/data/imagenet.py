@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -207,6 +208,7 @@ class Imagenet1k(Classification):
                 f"dataset.auto_augment={auto_augment}: no policy of timm; try "
                 "rand-m9-mstd0.5-inc1, 3a or null"
             ) from error
+        _allow_no_bits(augmented)
         plain = create_transform(
             image_size,
             interpolation="bicubic" if interpolation == "random" else interpolation,
@@ -223,6 +225,20 @@ class Imagenet1k(Classification):
             raise UserError(f"dataset.root={root}: training and validation differ in their classes")
         self.train = TrainImages(train, augmented)
         self.validation = ValidationImages(validation, plain)
+
+
+def _allow_no_bits(transform: Callable[..., object]) -> None:
+    # timm's stronger policies posterize to 0 bits now and then. Pillow used to answer with a
+    # black image, on which published recipes were trained; since version 13 it refuses.
+    from timm.data.auto_augment import posterize
+
+    def posterized(image: Image.Image, bits: int, **unused: object) -> Image.Image:
+        return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+    for step in getattr(transform, "transforms", ()):
+        for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
+            if op.aug_fn is posterize:
+                op.aug_fn = posterized
 
 
 def _source(root: str | None, split: Split) -> FolderImages | TableImages:

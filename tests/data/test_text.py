@@ -1,0 +1,314 @@
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from padst_exp.data.bigram import Bigram
+from padst_exp.data.corpora import C4, END_OF_TEXT, Wikitext103, gpt2_tokenizer
+from padst_exp.data.task import IGNORED, LanguageModeling
+from padst_exp.data.text import Shakespeare, TextFile, train_bpe
+from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks
+from padst_exp.errors import UserError
+
+LINES = [
+    line
+    for number in range(60)
+    for line in ("", f" = Title {number} = ", "", f" The {number} foxes jumped over a dog . ")
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("PADST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def bpe(tmp_path: Path) -> dict[str, str]:
+    """The two files of a tiny tokenizer in GPT-2's format."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(LINES, trainer)
+    vocab, merges = tokenizer.model.save(str(tmp_path))
+    return {"vocab": vocab, "merges": merges}
+
+
+def local_text(folder: Path, suffix: str) -> str:
+    """WikiText as its own archives have it: blank lines hold a space."""
+    folder.mkdir()
+    for split, lines in (("train", LINES), ("valid", LINES[:40]), ("test", LINES[40:60])):
+        text = "".join(f"{line}\n" if line else " \n" for line in lines)
+        (folder / f"wiki.{split}.{suffix}").write_text(text)
+    return str(folder)
+
+
+def local_parquet(folder: Path) -> str:
+    """WikiText as the hub has it: blank lines are empty rows."""
+    import datasets
+
+    folder.mkdir()
+    for split, lines in (("train", LINES), ("validation", LINES[:40]), ("test", LINES[40:60])):
+        rows = [f"{line}\n" if line else "" for line in lines]
+        path = folder / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_dict({"text": rows}).to_parquet(path)
+    return str(folder)
+
+
+def expected_tokens(lines: list[str], bpe: dict[str, str]) -> list[int]:
+    tokenizer = gpt2_tokenizer(**bpe)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    return [token for line in lines if line for token in [*tokenizer.encode(f"{line}\n").ids, end]]
+
+
+def all_tokens(stream: TokenStream) -> list[int]:
+    return stream.windows([0], len(stream))[0].tolist()
+
+
+def scored(task: LanguageModeling) -> list[int]:
+    pairs = [task.validation[index][1] for index in range(len(task.validation))]
+    return [token for targets in pairs for token in targets.tolist() if token != IGNORED]
+
+
+@pytest.mark.parametrize("layout", ["raw", "tokens", "parquet"])
+def test_wikitext_blocks_equal_plain_concatenation(
+    tmp_path: Path, bpe: dict[str, str], layout: str
+) -> None:
+    folder = tmp_path / "wikitext"
+    root = local_parquet(folder) if layout == "parquet" else local_text(folder, layout)
+    task = Wikitext103(root=root, context_length=16, **bpe)
+    assert task.model_shape == {"vocab_size": 300, "context_length": 16}
+    expected = expected_tokens(LINES, bpe)
+    assert all_tokens(task.train.stream) == expected
+    blocks = [task.train[(0, index)] for index in range(len(task.train))]
+    inputs = torch.cat([inputs for inputs, _ in blocks])
+    targets = torch.cat([targets for _, targets in blocks])
+    assert inputs.tolist() == expected[: len(inputs)]
+    assert targets.tolist() == expected[1 : len(inputs) + 1]
+    assert len(expected) - 1 - len(inputs) < 16
+    held_out = expected_tokens(LINES[:40], bpe)
+    assert scored(task) == held_out[1:]
+    words = sum(len(line.split()) + 1 for line in LINES[:40])
+    assert task.tokens_per_word == pytest.approx(len(held_out) / words)
+    summary = task.summarize({"nll": 20.0, "tokens": 10, "count": 1})
+    assert summary["word_perplexity"] == pytest.approx(np.exp(2 * len(held_out) / words))
+
+
+def test_wikitext_split_selects_the_test_text(tmp_path: Path, bpe: dict[str, str]) -> None:
+    root = local_text(tmp_path / "wikitext", "raw")
+    task = Wikitext103(root=root, split="test", context_length=16, **bpe)
+    assert scored(task) == expected_tokens(LINES[40:60], bpe)[1:]
+
+
+def test_tokenised_text_is_cached_by_content(
+    tmp_path: Path, bpe: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = local_text(tmp_path / "wikitext", "raw")
+    before = Wikitext103(root=root, context_length=16, **bpe)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr("datasets.Dataset._map_single", refuse)
+    again = Wikitext103(root=root, context_length=8, **bpe)
+    assert all_tokens(again.train.stream) == all_tokens(before.train.stream)
+
+
+@pytest.mark.parametrize("documents", [None, 3])
+def test_c4_reads_its_json_and_stops_where_told(
+    tmp_path: Path, bpe: dict[str, str], documents: int | None
+) -> None:
+    texts = [f"Document {number}.\nIt has two lines." for number in range(8)]
+    (tmp_path / "en").mkdir()
+    for split, rows in (("train", texts[:6]), ("validation", texts[6:])):
+        with gzip.open(tmp_path / f"en/c4-{split}.00000-of-00001.json.gz", "wt") as file:
+            for text in rows:
+                file.write(json.dumps({"text": text, "url": "x", "timestamp": "y"}) + "\n")
+    task = C4(root=str(tmp_path), documents=documents, context_length=8, **bpe)
+    tokenizer = gpt2_tokenizer(**bpe)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    kept = texts[: documents or 6]
+    expected = [token for text in kept for token in [*tokenizer.encode(text).ids, end]]
+    assert all_tokens(task.train.stream) == expected
+
+
+def test_missing_corpora_name_their_keys(tmp_path: Path, bpe: dict[str, str]) -> None:
+    cases = {
+        rf"dataset\.root={tmp_path}: no train file": {"root": str(tmp_path), **bpe},
+        r"dataset\.root=.*nowhere: no such": {"root": str(tmp_path / "nowhere"), **bpe},
+        r"dataset\.merges=null: ": {"vocab": bpe["vocab"]},
+        r"dataset\.vocab=null: ": {"merges": bpe["merges"]},
+        r"dataset\.vocab=.*no GPT-2 tokenizer": {"vocab": bpe["merges"], "merges": bpe["vocab"]},
+        r"dataset\.merges=.*gone: no such": {"vocab": bpe["vocab"], "merges": "gone"},
+    }
+    for message, keys in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            Wikitext103(**keys)
+        assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_without_end_of_text_is_an_error(tmp_path: Path, bpe: dict[str, str]) -> None:
+    vocab = json.loads(Path(bpe["vocab"]).read_text())
+    del vocab[END_OF_TEXT]
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(vocab))
+    with pytest.raises(UserError, match=r"dataset\.vocab=.*endoftext"):
+        gpt2_tokenizer(str(path), bpe["merges"])
+
+
+def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unplugged:
+        def head(self, url: str, timeout: float) -> None:
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", Unplugged)
+    with pytest.raises(UserError, match=r"dataset\.vocab=null: .*set dataset\.vocab and"):
+        Wikitext103()
+
+
+def test_windows_cross_the_chunks_of_a_stream() -> None:
+    numbers = np.arange(20, dtype=np.int32)
+    whole = TokenStream([numbers])
+    parts = TokenStream([numbers[:3], numbers[:0], numbers[3:4], numbers[4:15], numbers[15:]])
+    starts = [0, 2, 3, 13]
+    assert np.array_equal(parts.windows(starts, 7), whole.windows(starts, 7))
+    assert parts.windows([13], 7).tolist() == [list(range(13, 20))]
+    assert parts.windows([0], 2).dtype == np.int64
+
+
+@pytest.mark.parametrize("length", [9, 16, 17, 18, 24, 25])
+def test_validation_scores_every_token_but_the_first_once(length: int) -> None:
+    blocks = ValidationBlocks(TokenStream([np.arange(length)]), 8)
+    targets = [block for index in range(len(blocks)) for block in blocks[index][1].tolist()]
+    assert [token for token in targets if token != IGNORED] == list(range(1, length))
+    for index in range(len(blocks)):
+        inputs, wanted = blocks[index]
+        kept = wanted != IGNORED
+        assert torch.equal(wanted[kept], inputs[kept] + 1)
+
+
+def test_moving_blocks_follow_seed_and_epoch_and_stay_inside() -> None:
+    blocks = TrainBlocks(TokenStream([np.arange(41)]), 8, moving=True)
+    assert len(blocks) == 4
+    firsts = set()
+    for epoch in range(60):
+        inputs, targets = blocks.__getitems__([(epoch, index) for index in range(4)])
+        assert torch.equal(targets, inputs + 1)
+        assert torch.equal(inputs[1:, 0], inputs[:-1, 0] + 8)
+        firsts.add(inputs[0, 0].item())
+    assert firsts == set(range(8))
+
+
+def test_a_text_below_one_block_names_its_key() -> None:
+    stream = TokenStream([np.arange(8)])
+    for build in (
+        lambda: TrainBlocks(stream, 8, moving=False),
+        lambda: ValidationBlocks(stream, 8),
+    ):
+        with pytest.raises(UserError, match=r"dataset\.context_length=8: .* 8 tokens"):
+            build()
+
+
+def test_bigram_probabilities_sum_to_one_and_reward_what_was_seen() -> None:
+    vocab_size = 23
+    tokens = np.random.default_rng(0).geometric(0.2, 400).clip(0, vocab_size - 3)
+    model = Bigram(tokens, vocab_size)
+    previous, following = np.divmod(np.arange(vocab_size**2), vocab_size)
+    table = model.probabilities(previous, following).reshape(vocab_size, vocab_size)
+    np.testing.assert_allclose(table.sum(1), 1)  # the last two contexts were never seen
+    assert table.min() > 0
+    np.testing.assert_allclose(
+        model.perplexity(tokens),
+        np.exp(-np.mean([np.log(table[pair]) for pair in itertools.pairwise(tokens)])),
+    )
+
+
+def test_bigram_formula_on_a_text_counted_by_hand() -> None:
+    # Pairs ab ab bc ca: n1 = 2, n2 = 1, so D = 1/2. Distinct predecessors: a 1, b 1, c 1.
+    tokens = np.array([0, 1, 2, 0, 1])
+    model = Bigram(tokens, 4)
+    assert model.discount == 2 / (2 + 2 * 1)
+    # All three continuation counts are 1: their own discount is 1, which leaves the uniform.
+    assert model.continuation.tolist() == [0.25] * 4
+    # p(b | a) = (2 - .5) / 2 + .5 * 1 / 2 * 1/4
+    assert model.probabilities(np.array([0]), np.array([1]))[0] == pytest.approx(0.8125)
+
+
+def test_bpe_is_deterministic_lossless_and_cached(cache: Path) -> None:
+    text = "\n".join(LINES) + " \u00e9\u4e2d\t end"
+    first = train_bpe(text, 290)
+    (path,) = cache.iterdir()
+    stored = path.read_bytes()
+    path.unlink()
+    assert train_bpe(text, 290).to_str() == first.to_str()
+    assert path.read_bytes() == stored
+    path.write_text(train_bpe(text, 280).to_str())
+    assert train_bpe(text, 290).get_vocab_size() == 280  # so it does read the file
+    assert first.decode(first.encode(text).ids) == text
+
+
+def test_bpe_does_without_a_cache_it_cannot_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("PADST_CACHE", str(blocked / "cache"))
+    assert train_bpe("a b a b", 257).get_vocab_size() >= 256
+
+
+def test_shakespeare_holds_out_a_play_and_has_a_bigram_baseline() -> None:
+    task = Shakespeare(vocab_size=512, context_length=64)
+    validation = task.tokenizer.decode(task.validation_tokens.tolist())
+    assert validation.startswith("AS YOU LIKE IT")
+    assert "the wise man knows himself to\nbe a fool" in validation
+    train = task.tokenizer.decode(task.train_tokens.tolist())
+    assert "AS YOU LIKE IT" not in train
+    assert "To be, or not to be" in train
+    assert "utenberg" not in train + validation
+    assert 0.07 < len(validation) / len(train + validation) < 0.1
+    assert task.model_shape == {"vocab_size": 512, "context_length": 64}
+    assert len(scored(task)) == len(task.validation_tokens) - 1
+    # Between what is impossible for bigrams and what a unigram model gives.
+    unigram = np.bincount(task.train_tokens, minlength=512) + 1
+    nll = -np.log(unigram / unigram.sum())[task.validation_tokens].mean()
+    assert 20 < task.baselines()["bigram_perplexity"] < 0.5 * np.exp(nll)
+
+
+def test_text_file_splits_at_a_line_and_names_its_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("\n".join(LINES))
+    task = TextFile(path=str(path), vocab_size=300, context_length=8, validation_fraction=0.25)
+    parts = [
+        task.tokenizer.decode(tokens.tolist())
+        for tokens in (task.train_tokens, task.validation_tokens)
+    ]
+    assert "".join(parts) == "\n".join(LINES)
+    assert parts[0].endswith("\n")
+    assert len(parts[1]) / len("".join(parts)) == pytest.approx(0.25, abs=0.02)
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    cases: dict[str, dict[str, object]] = {
+        r"dataset\.path=.*gone: no such": {"path": "gone"},
+        r"dataset\.path=.*binary\.txt: no readable": {"path": str(binary)},
+        r"dataset\.path=.*empty\.txt: no line break": {"path": str(empty)},
+        r"dataset\.vocab_size=10: ": {"path": str(path), "vocab_size": 10},
+        r"dataset\.context_length=0: ": {"path": str(path), "context_length": 0},
+        r"dataset\.validation_fraction=1\.0: ": {"path": str(path), "validation_fraction": 1.0},
+    }
+    for message, keys in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            TextFile(**keys)  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
