@@ -119,15 +119,15 @@ def start(device: str = "auto") -> World:
     """Join the processes that torchrun started, or be the only one.
 
     Args:
-        device: "auto" (a GPU if there is one), "cpu", "cuda", or one such as "cuda:1". Under
-            torchrun each process takes the GPU of its local rank.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda". Each process takes the GPU of
+            its local rank.
 
     Raises:
         UserError: when the device does not exist.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
@@ -137,20 +137,15 @@ def start(device: str = "auto") -> World:
     return World(rank=rank, size=size, device=chosen)
 
 
-def _device(name: str, local_rank: int, size: int) -> torch.device:
+def _device(name: str, local_rank: int) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: expected auto, cpu or cuda, got {name!r}")
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not available):
         return torch.device("cpu")
-    try:
-        device = torch.device("cuda" if name == "auto" else name)
-    except RuntimeError:
-        raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:<number>") from None
-    if device.type != "cuda":
-        raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:<number>")
-    index = local_rank if device.index is None or size > 1 else device.index
-    if index >= available:
+    if local_rank >= available:
         raise UserError(
-            f"device={name}: wants GPU {index}, but this machine has {available}; "
-            "device=cpu trains without one"
+            f"device: expected cpu, got {name}: this machine has {available} GPUs, and process "
+            f"{local_rank} of it finds none"
         )
-    return torch.device("cuda", index)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from padst_exp.engine import progress
+from padst_exp.engine.loggers import NoLogger, Wandb
+from padst_exp.engine.progress import Progress
+
+
+class FailingRun:
+    def log(self, values: dict[str, float], step: int) -> None:
+        raise ConnectionResetError("the service\nis gone")
+
+
+def test_a_failing_service_costs_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = Wandb()
+    monkeypatch.setattr(logger, "_init", lambda *_: FailingRun())
+    logger.start(tmp_path, {})
+    for step in range(3):
+        logger.log(step, {"loss": 1.0})
+    logger.finish({})
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "ConnectionResetError: the service" in error
+
+
+def test_a_service_that_does_not_start_is_survived(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = Wandb()
+    monkeypatch.setattr(logger, "_init", lambda *_: 1 / 0)
+    logger.start(tmp_path, {})
+    logger.log(1, {"loss": 1.0})
+    logger.finish({"a": {"b": 1}})
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+@pytest.mark.slow
+def test_offline_needs_no_account(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from padst_exp.engine.loggers import Wandb
+logger = Wandb(tags=("t",), group="g")
+logger.start(Path({str(tmp_path)!r}), {{"seed": 0}})
+assert logger._run is not None
+logger.log(1, {{"loss": 0.5}})
+logger.finish({{"best": {{"loss": 0.5}}, "none": None, "events": [{{"x": 1}}]}})
+"""
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={"PYTHONPATH": f"{root / 'src'}:{root / 'kernels'}", "HOME": str(tmp_path),
+             "PATH": "/usr/bin:/bin"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "" and "warning" not in result.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_no_logger_does_nothing(tmp_path: Path) -> None:
+    logger = NoLogger()
+    logger.start(tmp_path, {})
+    logger.log(1, {"loss": 1.0})
+    logger.finish({})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_file_gets_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = Progress(total=200, step=0, shown=True)
+    for step in range(100):
+        now[0] += 0.25
+        shown.advance()
+        shown.show(f"loss {json.dumps(step)}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["step 40/200, loss 39, 00:40 left", "step 80/200, loss 79, 00:30 left"]
+    hidden = Progress(total=200, step=0, shown=False)
+    now[0] += 60
+    hidden.show("loss 1")
+    hidden.say("hello")
+    assert capsys.readouterr().err == ""
