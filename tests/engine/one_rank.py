@@ -1,11 +1,11 @@
-"""One of the processes of `test_distributed.py`, started as torchrun would: argument 1, a folder."""
+"""One process of `test_distributed.py`, started as torchrun would: argument 1, a folder."""
 
 import sys
 from pathlib import Path
 
 import torch
-from engine.toy import toy_run, toy_trainer
 
+from engine.toy import toy_run, toy_trainer
 from padst_exp.engine import distributed
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.toy import timeless, toy_run, toy_trainer
 
+from engine.toy import timeless, toy_run, toy_trainer
 from padst_exp.engine import checkpoint, distributed
 from padst_exp.engine.distributed import World
 from padst_exp.engine.run_directory import read_metrics

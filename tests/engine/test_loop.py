@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine.toy import STEPS, ToyTask, timeless, toy_run, toy_trainer
 from torch import nn
 
+from engine.toy import STEPS, ToyTask, timeless, toy_run, toy_trainer
 from padst_exp.engine import checkpoint
 from padst_exp.engine.interruption import Interrupted
 from padst_exp.engine.run_directory import RunDirectory, read_metrics

@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from engine.toy import toy_learner, toy_model
 from torch import nn
 
+from engine.toy import toy_learner, toy_model
 from padst_exp.engine.optimizers import SGD, AdamW, AgeAwareAdamW, parameter_roles
 from padst_exp.errors import UserError
 

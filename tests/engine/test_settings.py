@@ -26,11 +26,11 @@ def test_mistakes_name_the_key(settings: dict[str, object], message: str) -> Non
 def test_steps_of_epochs() -> None:
     assert Trainer(epochs=1.5, batch_size=10).total_steps(105) == 15
     assert Trainer(steps=7, batch_size=10).total_steps(105) == 7
-    with pytest.raises(UserError, match="trainer.batch_size: expected at most 9"):
+    with pytest.raises(UserError, match=r"trainer\.batch_size: expected at most 9"):
         Trainer(steps=7, batch_size=10).total_steps(9)
 
 
 def test_batches_divide_evenly() -> None:
     assert Trainer(steps=1, batch_size=24, micro_batches=2).micro_batch_size(3) == 4
-    with pytest.raises(UserError, match="trainer.batch_size: expected a multiple of"):
+    with pytest.raises(UserError, match=r"trainer\.batch_size: expected a multiple of"):
         Trainer(steps=1, batch_size=24, micro_batches=2).micro_batch_size(5)

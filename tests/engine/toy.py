@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from padst_exp.data.task import Task
 from padst_exp.dst import DropGrow, Gradient, Magnitude
 from padst_exp.engine.distributed import World
@@ -16,8 +19,6 @@ from padst_exp.engine.settings import Trainer
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Report, Rule, sparsify
 from padst_exp.structures import Block
-from torch import Tensor, nn
-from torch.nn import functional
 
 STEPS = 30
 

@@ -143,7 +143,7 @@ def plot_topologies(model: nn.Module, initial: Mapping[str, Tensor], path: Path)
         return
     picks = sorted({round(i) for i in np.linspace(0, len(layers) - 1, PLOTTED_LAYERS)})
     chosen = [layers[i] for i in picks]
-    bare = {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+    bare: Any = {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
     with rc_context({**_STYLE, **bare}):
         figure = Figure(figsize=(11.6, 3.1 * len(chosen)), layout="constrained")
         grid = figure.subplots(len(chosen), 4, squeeze=False)
