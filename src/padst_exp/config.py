@@ -13,13 +13,18 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from padst_exp.errors import UserError
+
+if TYPE_CHECKING:
+    Storage = Literal["packed", "masked"]
+else:
+    Storage = str  # OmegaConf knows no Literal; `validate` checks
 
 DISTRIBUTIONS = ("uniform", "erk")
 STORAGES = ("packed", "masked")
@@ -68,7 +73,7 @@ class Run:
     sparse: list[SparseRule] = MISSING
     sparsity: float = MISSING
     distribution: Any = MISSING
-    storage: str = MISSING
+    storage: Storage = MISSING
     seed: int = MISSING
     resume: str = MISSING
     runs: str = MISSING
