@@ -54,7 +54,6 @@ smoke: $(STAMP)  ## train a few steps and evaluate, in a throw-away folder
 
 demo: $(STAMP)  ## train a sparse ViT on real data that needs no download
 	$(PYTHON) -m padst_exp.train model=vit structure=nm sparsity=0.9
-	@printf 'Results: %s\n' "$$(ls -td runs/*/ | head -n 1)"
 
 bench: $(STAMP)  ## time what has a limit
 	$(PYTHON) scripts/bench_startup.py
