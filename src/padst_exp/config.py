@@ -30,7 +30,6 @@ DISTRIBUTIONS = ("uniform", "erk")
 STORAGES = ("packed", "masked")
 RESUMES = ("never", "auto")
 DEVICES = ("auto", "cpu", "cuda")
-SPLITS = ("validation", "train")
 
 # Keys that say where and how a run is watched, not what it computes.
 NOT_RESULTS = ("logger", "runs", "resume", "name", "device")
@@ -123,19 +122,16 @@ class EvaluateSchema:
 
     Args:
         run: run directory, as printed at the end of a training.
-        split: "validation" or "train".
         batch_size: null takes the run's own evaluation batch size.
         device: "auto" takes the GPU where there is one.
     """
 
     run: str = MISSING
-    split: str = MISSING
     batch_size: int | None = None
     device: str = MISSING
 
     def validate(self) -> None:
         """Check values (the types were checked on composition); `UserError` names the key."""
-        _require_choice("split", self.split, SPLITS)
         _require_choice("device", self.device, DEVICES)
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"batch_size: expected at least 1, got {self.batch_size}")

@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     finally:
         world.close()
     if world.main:
-        say(f"{path}, {settings.split} split")
+        say(str(path))
         for name, value in metrics.items():
             say(f"{name} {value:.6g}")
 
@@ -63,8 +63,6 @@ def evaluate(settings: EvaluateSchema, world: World) -> tuple[Path, dict[str, fl
     model, _ = sparse_model(cfg, task, build(cfg.permutation, "permutation"))
     model.to(world.device, trainer.dtype)
     checkpoint.load_weights(model, saved["average"] or saved["model"], path)
-    if settings.split == "train":
-        task.validation = task.train_for_evaluation()
     batches = validation_loader(
         task,
         batch_size=settings.batch_size or trainer.eval_batch_size or trainer.micro_batch_size(1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.cli import command_line
-from padst_exp.config import NOT_RESULTS, build, run_name, run_settings
-from padst_exp.errors import UserError
+from padst_exp.config import build, results_config, run_name, run_settings
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import nn
@@ -20,7 +18,7 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from padst_exp.engine.distributed import World
     from padst_exp.engine.run_directory import RunDirectory
     from padst_exp.permutations import Learner
-    from padst_exp.sparsify import Report, Rule
+    from padst_exp.sparsify import Report
 
 
 @command_line("config")
@@ -84,7 +82,7 @@ def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Modu
     """
     import torch
 
-    from padst_exp.sparsify import sparsify
+    from padst_exp.sparsify import Rule, sparsify
 
     settings = run_settings(cfg)
     torch.manual_seed(settings.seed)
@@ -92,7 +90,7 @@ def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Modu
     pretrained = bool(cfg.model.get("pretrained")) or cfg.model.get("checkpoint") is not None
     report = sparsify(
         model,
-        sparse_rules(cfg),
+        [Rule(rule.pattern, rule.split) for rule in settings.sparse],
         structure=build(cfg.structure, "structure"),
         density=1 - settings.sparsity,
         distribution=settings.distribution,
@@ -105,32 +103,11 @@ def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Modu
     return model, report
 
 
-def sparse_rules(cfg: DictConfig) -> list[Rule]:
-    """The rules of `cfg.sparse`: which layers become sparse."""
-    from padst_exp.sparsify import Rule
-
-    rules = OmegaConf.to_container(cfg.sparse, resolve=True)
-    wanted = "expected a list of {pattern: <text>, split: <number of fused projections>}"
-    if not isinstance(rules, list):
-        raise UserError(f"sparse: {wanted}, got {rules!r}")
-    for number, rule in enumerate(rules):
-        if not (
-            isinstance(rule, Mapping)
-            and set(rule) <= {"pattern", "split"}
-            and isinstance(rule.get("pattern"), str)
-            and type(rule.get("split", 1)) is int
-        ):
-            raise UserError(f"sparse[{number}]: {wanted}, got {rule!r}")
-    return [Rule(**rule) for rule in rules]
-
-
 def run_directory(cfg: DictConfig, world: World, keep_last: int) -> RunDirectory:
     """The folder of this run, made (or found again) by rank 0 and known to all."""
     from padst_exp.engine.run_directory import RunDirectory
 
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
-    determining = {str(key): value for key, value in config.items() if key not in NOT_RESULTS}
+    config = results_config(cfg)
     text = OmegaConf.to_yaml(cfg, resolve=True)
     hydra = HydraConfig.get()
 
@@ -139,7 +116,7 @@ def run_directory(cfg: DictConfig, world: World, keep_last: int) -> RunDirectory
             Path(cfg.runs),
             run_name(cfg, hydra.runtime.choices),
             resume=cfg.resume,
-            config=determining,
+            config=config,
             config_text=text,
             overrides=list(hydra.overrides.task),
             device=str(world.device),
@@ -148,7 +125,7 @@ def run_directory(cfg: DictConfig, world: World, keep_last: int) -> RunDirectory
 
     path = world.from_main(make() if world.main else None)
     assert path is not None
-    return RunDirectory(path, config=determining, config_text=text, keep_last=keep_last)
+    return RunDirectory(path, config=config, config_text=text, keep_last=keep_last)
 
 
 if __name__ == "__main__":
