@@ -96,18 +96,27 @@ class AgeAwareAdamW(torch.optim.AdamW):
 
 
 def _correct_bias(parameter: Tensor, state: Mapping[str, Tensor], group: dict[str, Any]) -> None:
-    """Replace the update that AdamW just made by the one of each entry's own age."""
+    """Replace the update that AdamW just made by the one of each entry's own age.
+
+    With c_i = 1 - beta_i^age, AdamW moves by -lr * mean * (sqrt(c_2) / c_1) / (root + eps *
+    sqrt(c_2)), root being that of the second moment.
+    """
     birth = state["birth"]
     beta1, beta2 = group["betas"]
     root = state["exp_avg_sq"].sqrt()
 
-    def update(age: Tensor) -> Tensor:
-        mean = state["exp_avg"] / (1 - beta1**age)
-        return mean / (root / (1 - beta2**age).sqrt() + group["eps"])
+    def factors(age: Tensor) -> tuple[Tensor, Tensor]:
+        correction = (1 - beta2**age).sqrt()
+        return correction / (1 - beta1**age), group["eps"] * correction
 
-    # Filled to the shape of `birth`, so that original entries cancel to exactly zero.
-    step = torch.zeros_like(birth) + state["step"]
-    parameter.add_(update(step) - update(step - birth), alpha=float(group["lr"]))
+    step = state["step"].to(birth)
+    scale, eps = factors(step)
+    own_scale, own_eps = factors(step - birth)
+    # Original entries must cancel to exactly zero, whatever the rounding of a vectorised power.
+    young = birth > 0
+    own_scale, own_eps = own_scale.where(young, scale), own_eps.where(young, eps)
+    difference = (scale / (root + eps)).sub_(own_scale / (root + own_eps))
+    parameter.addcmul_(state["exp_avg"], difference, value=float(group["lr"]))
 
 
 class OptimizerBuilder:
