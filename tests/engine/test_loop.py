@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from engine.toy import STEPS, ToyTask, timeless, toy_run, toy_trainer
@@ -160,7 +161,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         toy_run(tmp_path)
 
 
-def test_bfloat16_and_compiled_runs_train(tmp_path: Path) -> None:
+def test_bfloat16_trains_float32_weights(tmp_path: Path) -> None:
     trainer = toy_trainer(steps=12, precision="bfloat16", micro_batches=1)
     summary, _, model = toy_run(tmp_path, trainer=trainer)
     assert summary["final"]["loss"] < 1.5
@@ -189,6 +190,30 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
         results.append(model.state_dict())
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=1e-9)
+
+
+def test_changes_of_topology_do_not_compile_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(24), nn.Linear(24, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + nn.functional.gelu(self.linear(self.norm(x)))
+
+    counter = torch._dynamo.testing.CompileCounter()
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: compile_module(self, backend=counter, fullgraph=True)
+    )
+    blocks = nn.Sequential(Block(), Block(), Block())
+    model = nn.Sequential(nn.Linear(24, 24), blocks, nn.Linear(24, 4))
+    summary, _, _ = toy_run(tmp_path, trainer=toy_trainer(compile=True), model=model)
+    assert summary["topology"]["rewires"] == 4 and summary["permutations"]["hardened"] == 4
+    # One graph while permutations are soft and one once they are hard, shared by the blocks.
+    assert counter.frame_count == 2
 
 
 def test_blocks_are_found_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,11 +90,16 @@ def toy_model(learner: DoublyStochastic, dropout: float = 0.1) -> tuple[nn.Modul
         nn.Linear(24, 32), nn.LayerNorm(32), nn.GELU(), nn.Dropout(dropout),
         nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4),
     )
-    report = sparsify(
-        model, [Rule("0"), Rule("4")], structure=Block(size=4, balanced=False), density=0.4,
-        learner=learner,
+    return model, sparse(model, learner)
+
+
+def sparse(model: nn.Module, learner: DoublyStochastic) -> Report:
+    """Make all linear layers of `model` sparse but the last."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return sparsify(
+        model, [Rule(name) for name in names[:-1]], structure=Block(size=4, balanced=False),
+        density=0.4, learner=learner,
     )
-    return model, report
 
 
 def toy_trainer(**changes: Any) -> Trainer:
@@ -115,6 +120,7 @@ def toy_run(
     config: dict[str, object] | None = None,
     world: World | None = None,
     dropout: float = 0.1,
+    model: nn.Module | None = None,
 ) -> tuple[dict[str, Any], RunDirectory, nn.Module]:
     """Run a training in `root`; its summary, folder and trained model."""
     config = config or {"optimizer": {"lr": 0.01}}
@@ -131,7 +137,10 @@ def toy_run(
     assert path is not None
     directory = RunDirectory(path, config=config, config_text=text, keep_last=trainer.keep_last)
     learner = toy_learner()
-    model, report = toy_model(learner, dropout)
+    if model is None:
+        model, report = toy_model(learner, dropout)
+    else:
+        report = sparse(model, learner)
     summary = run(
         model=model, task=task or ToyTask(), algorithm=toy_algorithm(), learner=learner,
         optimizer=AdamW(lr=0.01), trainer=trainer, report=report, directory=directory,

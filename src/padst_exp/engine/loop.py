@@ -22,7 +22,7 @@ from padst_exp.engine.progress import Progress
 from padst_exp.engine.run_directory import RunDirectory, read_metrics
 from padst_exp.engine.settings import Trainer
 from padst_exp.engine.state import TrainingState
-from padst_exp.engine.step import DivergedError, Stepper
+from padst_exp.engine.step import DivergedError, Stepper, eagerly
 from padst_exp.engine.summary import summarize
 from padst_exp.errors import UserError
 from padst_exp.permutations import Learner
@@ -214,7 +214,11 @@ class _Training:
             self.task, rank=self.world.rank, world_size=self.world.size, workers=trainer.workers,
             batch_size=trainer.eval_batch_size or trainer.micro_batch_size(self.world.size),
         )
-        return evaluate(model, self.task, batches, precision=trainer.precision, world=self.world)
+        # Its shapes and modes would have every block compiled anew, twice.
+        with eagerly(trainer.compile):
+            return evaluate(
+                model, self.task, batches, precision=trainer.precision, world=self.world
+            )
 
     def save(self, is_best: bool) -> None:
         """Write a checkpoint, if the state is sound."""

@@ -16,7 +16,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.settings import Trainer
 from padst_exp.engine.state import TrainingState
-from padst_exp.layers import sparse_weights
+from padst_exp.layers import permutations, sparse_weights
 from padst_exp.permutations import Learner
 
 Batch = tuple[Tensor, Tensor]
@@ -79,7 +79,7 @@ class Stepper:
         """
         state = self.state
         step, progress = state.step + 1, (state.step + 1) / self.total
-        rewiring = self.algorithm.is_due(step, self.total)
+        rewiring = bool(self.dynamic) and self.algorithm.is_due(step, self.total)
 
         state.optimizer.zero_grad(set_to_none=True)
         if state.permutation_optimizer is not None:
@@ -133,10 +133,9 @@ class Stepper:
         trainer, world = self.trainer, self.world
         for weight in self.dynamic:
             weight.collect_dense_gradient = collect
-        # Collecting is rare; it is not worth another compilation of every block.
-        eager = collect and trainer.compile
+        # What is rare or passing is not worth another compilation of every block.
         losses, seen = [], []
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+        with eagerly(trainer.compile and (collect or self._half_hard())):
             for micro in range(trainer.micro_batches):
                 part = micro * world.size + world.rank
                 inputs, targets = to_device(next(batches), world.device, trainer.precision)
@@ -172,7 +171,7 @@ class Stepper:
             step=state.step, total=self.total, seed=self.seed, world=self.world,
         )
         active = sum(len(weight.active) for weight in self.dynamic)
-        self.record("rewire", {"replaced": replaced, "churn": replaced / max(1, active)})
+        self.record("rewire", {"replaced": replaced, "churn": replaced / active})
 
     def _harden(self, seen: list[Batch], progress: float) -> None:
         """Record the soft permutations and harden those that are ready."""
@@ -200,18 +199,29 @@ class Stepper:
             f"{len(self.soft)} still soft"
         )
 
+    def _half_hard(self) -> bool:
+        return 0 < len(self.soft) < len(permutations(self.model))
+
     @torch.no_grad()
     def _loss_of(self, seen: list[Batch]) -> float:
         """Return the loss of the batch of this step, over all ranks, without dropout."""
         self.model.eval()
         losses = []
         for inputs, targets in seen:
-            with forward_context(self.trainer.precision, self.world.device):
+            with (
+                eagerly(self.trainer.compile),
+                forward_context(self.trainer.precision, self.world.device),
+            ):
                 losses.append(self.task.loss(self.model(inputs), targets))
         self.model.train()
         mean = torch.stack(losses).mean()
         self.world.mean_([mean])
         return float(mean)
+
+
+def eagerly(wanted: bool) -> AbstractContextManager[Any]:
+    """Return a context in which compiled blocks run uncompiled, if `wanted`."""
+    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from padst_exp.dst import Algorithm, Relayout
 from padst_exp.engine.distributed import World
 from padst_exp.engine.ema import Average
-from padst_exp.layers import SparseWeight, permutations, sparse_weights
+from padst_exp.layers import SparseLinear, SparseWeight, permutations, sparse_weights
 from padst_exp.permutations import Learner, Permutation
 from padst_exp.seeds import stream
 
@@ -171,6 +171,7 @@ def harden(
         }
         logits = permutation.logits
         permutation.harden(world.from_main(permutation.nearest()))
+        fold(model)
         forget(optimizer, logits)
         after = loss()
         records.append({
@@ -184,6 +185,13 @@ def harden(
         if world.size > 1:
             world.assert_identical(topology_digest(model), f"permutations after step {step}")
     return records
+
+
+def fold(model: nn.Module) -> None:
+    """Fold what has hardened now, not in a forward pass, which may be a compiled one."""
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            layer.fold()
 
 
 def forget(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter | None) -> None:
