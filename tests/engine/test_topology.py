@@ -11,7 +11,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.ema import Average
 from padst_exp.engine.optimizers import AdamW
 from padst_exp.layers import SparseWeight, permutations, sparse_weights
-from padst_exp.permutations import Permutation
+from padst_exp.permutations import DoublyStochastic, Permutation
 from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import Block, scatter_entries
 
@@ -21,7 +21,7 @@ def sparse_model(storage: Literal["packed", "masked"] = "packed") -> nn.Sequenti
     model = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 2))
     structure = Block(size=4, balanced=False)
     sparsify(model, [Rule("0"), Rule("2")], structure=structure, density=0.5,
-             learner=toy_learner(), storage=storage)
+             learner=toy_learner(side="in"), storage=storage)
     return model
 
 
@@ -105,7 +105,7 @@ def test_hardening_one_of_two_keeps_the_state_of_the_other() -> None:
     optimizer.step()
     moments = optimizer.state[second.logits]["exp_avg"].clone()
 
-    class FirstOnly(type(toy_learner())):
+    class FirstOnly(DoublyStochastic):
         def ready(self, permutation: Permutation, progress: float) -> Literal["deadline"] | None:
             return "deadline" if permutation is first else None
 
