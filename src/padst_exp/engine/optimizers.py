@@ -88,35 +88,42 @@ class AgeAwareAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = super().step(closure)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state.get(parameter)
-                if state and "birth" in state and parameter.grad is not None:
-                    _correct_bias(parameter, state, group)
+            grown = [
+                parameter for parameter in group["params"]
+                if parameter.grad is not None and "birth" in self.state[parameter]
+            ]
+            if grown:
+                _correct_bias(grown, [self.state[parameter] for parameter in grown], group)
         return loss
 
 
-def _correct_bias(parameter: Tensor, state: Mapping[str, Tensor], group: dict[str, Any]) -> None:
+def _correct_bias(
+    parameters: list[Tensor], states: list[Mapping[str, Tensor]], group: dict[str, Any]
+) -> None:
     """Replace the update that AdamW just made by the one of each entry's own age.
 
     With c_i = 1 - beta_i^age, AdamW moves by -lr * mean * (sqrt(c_2) / c_1) / (root + eps *
     sqrt(c_2)), root being that of the second moment.
     """
-    birth = state["birth"]
     beta1, beta2 = group["betas"]
-    root = state["exp_avg_sq"].sqrt()
+    births = tuple(state["birth"] for state in states)
+    roots = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
 
-    def factors(age: Tensor) -> tuple[Tensor, Tensor]:
-        correction = (1 - beta2**age).sqrt()
-        return correction / (1 - beta1**age), group["eps"] * correction
+    def unbiased(beta: float, ages: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch._foreach_add(torch._foreach_neg(torch._foreach_pow(beta, ages)), 1)
 
-    step = state["step"].to(birth)
-    scale, eps = factors(step)
-    own_scale, own_eps = factors(step - birth)
-    # Original entries must cancel to exactly zero, whatever the rounding of a vectorised power.
-    young = birth > 0
-    own_scale, own_eps = own_scale.where(young, scale), own_eps.where(young, eps)
-    difference = (scale / (root + eps)).sub_(own_scale / (root + own_eps))
-    parameter.addcmul_(state["exp_avg"], difference, value=float(group["lr"]))
+    def factors(ages: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        correction = torch._foreach_sqrt(unbiased(beta2, ages))
+        scale = torch._foreach_div(correction, unbiased(beta1, ages))
+        eps = torch._foreach_mul(correction, group["eps"])
+        return torch._foreach_div(scale, torch._foreach_add(roots, eps))
+
+    # In the shape of the births, so that original entries cancel to exactly zero.
+    steps = torch._foreach_mul(births, 0)
+    torch._foreach_add_(steps, [state["step"].to(state["birth"]) for state in states])
+    difference = torch._foreach_sub(factors(steps), factors(torch._foreach_sub(steps, births)))
+    means = [state["exp_avg"] for state in states]
+    torch._foreach_addcmul_(parameters, means, difference, value=float(group["lr"]))
 
 
 class OptimizerBuilder:
