@@ -120,15 +120,29 @@ def test_projection_restarts_empty_rows_and_columns(dim: int) -> None:
     torch.testing.assert_close(projected.sum(1), torch.ones(5), rtol=0, atol=1e-3)
 
 
-def test_project_only_touches_the_projected_form() -> None:
-    logits, entries = soft(5), soft(5, projected=True)
-    for permutation in (logits, entries):
-        assert permutation.logits is not None
-        permutation.logits.data -= 0.1
-        before = permutation.logits.clone()
+def test_projected_entries_are_doubly_stochastic_again_after_a_step() -> None:
+    permutation = soft(33, projected=True)
+    assert permutation.logits is not None
+    permutation.logits.data -= 0.02
+    permutation.project_()
+    torch.testing.assert_close(permutation.matrix().sum(0), torch.ones(33))
+    torch.testing.assert_close(permutation.matrix().sum(1), torch.ones(33), rtol=0, atol=1e-3)
+
+
+def test_normalising_sharp_logits_step_by_step_makes_them_doubly_stochastic() -> None:
+    """Ten rounds leave rows far from one; kept from step to step, rounds add up."""
+    permutation = Permutation(20 * torch.randn(33, 33))
+    assert permutation.matrix().sum(1).sub(1).abs().max() > 0.2
+    for _ in range(300):
         permutation.project_()
-        assert torch.equal(permutation.logits, before) == (permutation is logits)
-    torch.testing.assert_close(entries.matrix().sum(0), torch.ones(5))
+    torch.testing.assert_close(permutation.matrix().sum(1), torch.ones(33), rtol=0, atol=0.02)
+
+
+def test_normalising_balanced_logits_changes_nothing() -> None:
+    permutation = soft(33, iterations=50)
+    before = permutation.matrix()
+    permutation.project_()
+    torch.testing.assert_close(permutation.matrix(), before)
 
 
 @pytest.mark.parametrize("size", [2, *SIZES])

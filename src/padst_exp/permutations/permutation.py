@@ -31,8 +31,8 @@ class Permutation(nn.Module):
 
     While soft, P is a doubly stochastic matrix M, (M x)[i] = sum_j M[i, j] x[j], given by `logits`
     `[size, size]`: through Sinkhorn's iterations at every call, or, in the projected form, as the
-    entries themselves, which `project_` brings back after each optimizer step. Loading the state
-    of a hard permutation hardens.
+    entries themselves. `project_` must follow each optimizer step. Loading the state of a hard
+    permutation hardens.
 
     Attributes:
         size: number of features d.
@@ -117,9 +117,17 @@ class Permutation(nn.Module):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Bring the entries of the projected form back to a doubly stochastic matrix."""
-        if self.logits is not None and self.projected:
+        """Normalise `logits` after an optimizer step, so that M stays doubly stochastic.
+
+        Sharp logits need far more rounds than one call of `matrix` makes: two rows would share a
+        column, each at 0.5 and without penalty. A round that is kept at every step adds up.
+        """
+        if self.logits is None:
+            return
+        if self.projected:
             self.logits.copy_(project(self.logits, self.iterations))
+        else:
+            self.logits.copy_(self.logits.log_softmax(1).log_softmax(0))
 
     @torch.no_grad()
     def gain(self) -> float:
