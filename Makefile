@@ -55,8 +55,10 @@ smoke: $(STAMP)  ## train a few steps and evaluate, in a throw-away folder
 demo: $(STAMP)  ## train a sparse ViT on real data that needs no download
 	$(PYTHON) -m padst_exp.train model=vit structure=nm sparsity=0.9
 
-bench: $(STAMP)  ## time what has a limit
+bench: $(STAMP)  ## measure what has a limit, about 15 minutes on 2 cores
 	$(PYTHON) scripts/bench_startup.py
+	$(PYTHON) scripts/bench_framework.py
+	$(PYTHON) scripts/bench_accuracy.py
 
 ci: lint types test smoke  ## what a change must pass
 

@@ -44,7 +44,7 @@ LEARNERS: dict[str, Learner] = {
 
 @pytest.fixture(scope="module")
 def digits() -> Digits:
-    return Digits(shift=0)
+    return Digits()
 
 
 def train(

@@ -66,7 +66,7 @@ class Digits(_SmallImages):
     def __init__(
         self,
         *,
-        shift: int = 1,
+        shift: int = 0,
         smoothing: float = 0.0,
         objective: Literal["cross_entropy", "bce"] = "cross_entropy",
     ) -> None:
