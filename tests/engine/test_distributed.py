@@ -22,14 +22,19 @@ def run_ranks(folder: Path, ranks: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {
-        **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("src", "kernels", "tests")),
     }
     script = str(Path(__file__).with_name("one_rank.py"))
     processes = [
         subprocess.Popen(
-            [sys.executable, script, str(folder)], stderr=subprocess.PIPE, text=True,
+            [sys.executable, script, str(folder)],
+            stderr=subprocess.PIPE,
+            text=True,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(ranks)

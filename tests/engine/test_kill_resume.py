@@ -17,9 +17,18 @@ from padst_exp.engine.run_directory import read_metrics
 ROOT = Path(__file__).parents[2]
 # Rewirings every 10 steps, all hardenings among them, a checkpoint in every 3rd step.
 OVERRIDES = (
-    "model.dim=32", "model.depth=2", "model.heads=2", "trainer.steps=80",
-    "trainer.checkpoint_interval=3", "trainer.log_interval=2", "trainer.eval_interval=20",
-    "trainer.ema_decay=0.9", "dst.interval=10", "logger=none", "device=cpu", "resume=auto",
+    "model.dim=32",
+    "model.depth=2",
+    "model.heads=2",
+    "trainer.steps=80",
+    "trainer.checkpoint_interval=3",
+    "trainer.log_interval=2",
+    "trainer.eval_interval=20",
+    "trainer.ema_decay=0.9",
+    "dst.interval=10",
+    "logger=none",
+    "device=cpu",
+    "resume=auto",
 )
 
 
@@ -27,8 +36,11 @@ def start(runs: Path, name: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "padst_exp.train", *OVERRIDES, f"runs={runs}", f"name={name}"]
     path = os.pathsep.join(str(ROOT / part) for part in ("src", "kernels"))
     return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, cwd=runs,
-        stderr=subprocess.PIPE, text=True,
+        command,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=runs,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -73,8 +85,9 @@ def test_a_run_killed_three_times_equals_a_straight_one(tmp_path: Path) -> None:
     assert timeless(one) == timeless(two)
     assert one["permutations"]["hardened"] > 0 and one["topology"]["rewires"] > 3
     for part in ("model", "average"):
-        weights = [checkpoint.read(path / "checkpoints" / "last.pt")[part]
-                   for path in (straight, killed)]
+        weights = [
+            checkpoint.read(path / "checkpoints" / "last.pt")[part] for path in (straight, killed)
+        ]
         for name, tensor in weights[0].items():
             assert torch.equal(tensor, weights[1][name]), name
     # A finished run is not repeated.

@@ -52,9 +52,15 @@ logger.finish({{"best": {{"loss": 0.5}}, "none": None, "events": [{{"x": 1}}]}})
 """
     root = Path(__file__).parents[2]
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-        env={"PYTHONPATH": f"{root / 'src'}:{root / 'kernels'}", "HOME": str(tmp_path),
-             "PATH": "/usr/bin:/bin"},
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            "PYTHONPATH": f"{root / 'src'}:{root / 'kernels'}",
+            "HOME": str(tmp_path),
+            "PATH": "/usr/bin:/bin",
+        },
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "" and "warning" not in result.stderr

@@ -56,7 +56,11 @@ def test_a_run_learns_and_leaves_its_files(straight: tuple[dict[str, Any], Path]
     summary, path = straight
     kinds = [row["kind"] for row in read_metrics(path / "metrics.jsonl")]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {
-        "train": STEPS / 3, "eval": 3, "rewire": 4, "permutation": 3, "harden": 2
+        "train": STEPS / 3,
+        "eval": 3,
+        "rewire": 4,
+        "permutation": 3,
+        "harden": 2,
     }
     for name in ("summary.json", "curves.png", "topology.png"):
         assert (path / name).stat().st_size > 100
@@ -92,7 +96,10 @@ def test_a_kill_before_the_summary(
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(
-    tmp_path: Path, straight: tuple[dict[str, Any], Path], signum: int, status: int,
+    tmp_path: Path,
+    straight: tuple[dict[str, Any], Path],
+    signum: int,
+    status: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Signalled(ToyTask):

@@ -57,9 +57,16 @@ def test_roles_and_groups() -> None:
     model.token = nn.Parameter(torch.zeros(1, 1, 4))
     roles = {name: role for name, (role, _) in parameter_roles(model).items()}
     assert roles == {
-        "token": "embedding", "0.bias": "bias", "0.weights.0.values": "packed",
-        "1.weight": "norm", "1.bias": "bias", "4.bias": "bias", "4.weights.0.values": "packed",
-        "6.weight": "weight", "6.bias": "bias", "7.weight": "embedding",
+        "token": "embedding",
+        "0.bias": "bias",
+        "0.weights.0.values": "packed",
+        "1.weight": "norm",
+        "1.bias": "bias",
+        "4.bias": "bias",
+        "4.weights.0.values": "packed",
+        "6.weight": "weight",
+        "6.bias": "bias",
+        "7.weight": "embedding",
     }
     optimizer, _ = AdamW(lr=0.1, weight_decay=0.3).create(model, 10)
     decays = {group["role"]: group["weight_decay"] for group in optimizer.param_groups}
@@ -92,8 +99,12 @@ def test_schedules(schedule: str, middle: float, final: float) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "key"),
-    [({"lr": 0.0}, "lr"), ({"lr": 0.1, "warmup": 1.0}, "warmup"),
-     ({"lr": 0.1, "min_lr": 0.2}, "min_lr"), ({"lr": 0.1, "betas": (0.9, 1.0)}, "betas")],
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"lr": 0.1, "warmup": 1.0}, "warmup"),
+        ({"lr": 0.1, "min_lr": 0.2}, "min_lr"),
+        ({"lr": 0.1, "betas": (0.9, 1.0)}, "betas"),
+    ],
 )
 def test_mistakes_name_the_key(settings: dict[str, float], key: str) -> None:
     with pytest.raises(UserError, match=rf"^optimizer\.{key}: expected .*, got"):

@@ -10,16 +10,23 @@ from padst_exp.errors import UserError
 
 def create(root: Path, resume: str = "never", lr: float = 0.1) -> RunDirectory:
     return RunDirectory.create(
-        root, "run", resume=resume, config={"optimizer": {"lr": lr}},
+        root,
+        "run",
+        resume=resume,
+        config={"optimizer": {"lr": lr}},
         config_text=f"optimizer:\n  lr: {lr}\nruns: here\n",
-        overrides=["optimizer.lr=0.1", 'name="a: b"'], device="cpu",
+        overrides=["optimizer.lr=0.1", 'name="a: b"'],
+        device="cpu",
     )
 
 
 def test_what_a_new_folder_holds(tmp_path: Path) -> None:
     path = create(tmp_path / "deep" / "runs").path
     assert {entry.name for entry in path.iterdir()} == {
-        "config.yaml", "overrides.yaml", "env.json", "checkpoints"
+        "config.yaml",
+        "overrides.yaml",
+        "env.json",
+        "checkpoints",
     }
     assert yaml.safe_load((path / "config.yaml").read_text())["optimizer"] == {"lr": 0.1}
     overrides = yaml.safe_load((path / "overrides.yaml").read_text())

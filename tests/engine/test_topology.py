@@ -20,8 +20,14 @@ def sparse_model(storage: Literal["packed", "masked"] = "packed") -> nn.Sequenti
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 2))
     structure = Block(size=4, balanced=False)
-    sparsify(model, [Rule("0"), Rule("2")], structure=structure, density=0.5,
-             learner=toy_learner(side="in"), storage=storage)
+    sparsify(
+        model,
+        [Rule("0"), Rule("2")],
+        structure=structure,
+        density=0.5,
+        learner=toy_learner(side="in"),
+        storage=storage,
+    )
     return model
 
 
@@ -50,21 +56,30 @@ def test_state_moves_with_the_units(storage: str, moments: str) -> None:
         before[name]["average"] = sparse_weights(average.model)[name].dense()
         before[name]["values"] = weight.dense()
 
-    algorithm = DropGrow(drop=Magnitude(), grow=Uniform(), fraction=0.6, interval=3, stop=1.0,
-                         moments=moments)
+    algorithm = DropGrow(
+        drop=Magnitude(), grow=Uniform(), fraction=0.6, interval=3, stop=1.0, moments=moments
+    )
     tracker = topology.TopologyTracker(sparse_weights(model))
-    replaced = topology.rewire(model, algorithm, optimizer, average, tracker, step=3, total=100,
-                               seed=0, world=World())
+    replaced = topology.rewire(
+        model, algorithm, optimizer, average, tracker, step=3, total=100, seed=0, world=World()
+    )
     assert replaced > 0 and tracker.rewires == 1
     for name, weight in sparse_weights(model).items():
         old, state = before[name], optimizer.state[weight.values]
         entries = weight.layout.entries(weight.active.long())
-        active = scatter_entries(torch.ones_like(entries, dtype=torch.float), entries,
-                                 weight.layout.shape) != 0
+        active = (
+            scatter_entries(
+                torch.ones_like(entries, dtype=torch.float), entries, weight.layout.shape
+            )
+            != 0
+        )
         mine = sparse_weights(average.model)[name]
         assert torch.equal(mine.active, weight.active)
-        now = {"values": weight.dense(), "average": mine.dense(),
-               **{key: as_dense(weight, state[key]) for key in ("exp_avg", "exp_avg_sq")}}
+        now = {
+            "values": weight.dense(),
+            "average": mine.dense(),
+            **{key: as_dense(weight, state[key]) for key in ("exp_avg", "exp_avg_sq")},
+        }
         kept = active & (old["values"] != 0)
         assert kept.any() and not kept[active].all()
         for key, dense in now.items():
@@ -85,11 +100,21 @@ def test_rewiring_depends_on_seed_and_step_only() -> None:
         model = sparse_model()
         optimizer, _ = AdamW(lr=0.01).create(model, 100)
         torch.rand(seed + step)  # whatever else was drawn before
-        algorithm = DropGrow(drop=Magnitude(), grow=Uniform(), fraction=0.6, interval=1,
-                             stop=1.0, moments="age")
+        algorithm = DropGrow(
+            drop=Magnitude(), grow=Uniform(), fraction=0.6, interval=1, stop=1.0, moments="age"
+        )
         tracker = topology.TopologyTracker(sparse_weights(model))
-        topology.rewire(model, algorithm, optimizer, None, tracker, step=step, total=100,
-                        seed=seed, world=World())
+        topology.rewire(
+            model,
+            algorithm,
+            optimizer,
+            None,
+            tracker,
+            step=step,
+            total=100,
+            seed=seed,
+            world=World(),
+        )
         return topology.topology_digest(model)
 
     assert rewired(0, 1) == rewired(0, 1)
@@ -111,7 +136,13 @@ def test_hardening_one_of_two_keeps_the_state_of_the_other() -> None:
 
     losses = iter([2.0, 3.0])
     (record,) = topology.harden(
-        model, FirstOnly(), optimizer, average, lambda: next(losses), step=7, progress=0.1,
+        model,
+        FirstOnly(),
+        optimizer,
+        average,
+        lambda: next(losses),
+        step=7,
+        progress=0.1,
         world=World(),
     )
     assert not first.soft and second.soft
@@ -125,6 +156,6 @@ def test_hardening_one_of_two_keeps_the_state_of_the_other() -> None:
     average.update(1)
     x = torch.randn(3, 24)
     torch.testing.assert_close(
-        model[0](x), x[:, first.index] @ sparse_weights(model)["0.weights.0"].dense().t()
-        + model[0].bias,
+        model[0](x),
+        x[:, first.index] @ sparse_weights(model)["0.weights.0"].dense().t() + model[0].bias,
     )

@@ -80,15 +80,21 @@ def toy_learner(**changes: Any) -> DoublyStochastic:
 
 
 def toy_algorithm() -> DropGrow:
-    return DropGrow(drop=Magnitude(), grow=Gradient(), fraction=0.3, interval=5, stop=0.75,
-                    moments="age")
+    return DropGrow(
+        drop=Magnitude(), grow=Gradient(), fraction=0.3, interval=5, stop=0.75, moments="age"
+    )
 
 
 def toy_model(learner: DoublyStochastic, dropout: float = 0.1) -> tuple[nn.Module, Report]:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(24, 32), nn.LayerNorm(32), nn.GELU(), nn.Dropout(dropout),
-        nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4),
+        nn.Linear(24, 32),
+        nn.LayerNorm(32),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(32, 32),
+        nn.GELU(),
+        nn.Linear(32, 4),
     )
     return model, sparse(model, learner)
 
@@ -97,15 +103,24 @@ def sparse(model: nn.Module, learner: DoublyStochastic) -> Report:
     """Make all linear layers of `model` sparse but the last."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return sparsify(
-        model, [Rule(name) for name in names[:-1]], structure=Block(size=4, balanced=False),
-        density=0.4, learner=learner,
+        model,
+        [Rule(name) for name in names[:-1]],
+        structure=Block(size=4, balanced=False),
+        density=0.4,
+        learner=learner,
     )
 
 
 def toy_trainer(**changes: Any) -> Trainer:
     settings: dict[str, Any] = {
-        "steps": STEPS, "batch_size": 16, "micro_batches": 2, "eval_interval": 10,
-        "checkpoint_interval": 4, "log_interval": 3, "clip_norm": 1.0, "ema_decay": 0.9,
+        "steps": STEPS,
+        "batch_size": 16,
+        "micro_batches": 2,
+        "eval_interval": 10,
+        "checkpoint_interval": 4,
+        "log_interval": 3,
+        "clip_norm": 1.0,
+        "ema_decay": 0.9,
     }
     return Trainer(**settings | changes)
 
@@ -129,8 +144,14 @@ def toy_run(
 
     def create() -> Path:
         return RunDirectory.create(
-            root, name, resume=resume, config=config, config_text=text, overrides=[],
-            device="cpu", keep_last=trainer.keep_last,
+            root,
+            name,
+            resume=resume,
+            config=config,
+            config_text=text,
+            overrides=[],
+            device="cpu",
+            keep_last=trainer.keep_last,
         ).path
 
     path = world.from_main(create() if world.main else None)
@@ -142,9 +163,17 @@ def toy_run(
     else:
         report = sparse(model, learner)
     summary = run(
-        model=model, task=task or ToyTask(), algorithm=toy_algorithm(), learner=learner,
-        optimizer=AdamW(lr=0.01), trainer=trainer, report=report, directory=directory,
-        logger=NoLogger(), world=world, seed=0,
+        model=model,
+        task=task or ToyTask(),
+        algorithm=toy_algorithm(),
+        learner=learner,
+        optimizer=AdamW(lr=0.01),
+        trainer=trainer,
+        report=report,
+        directory=directory,
+        logger=NoLogger(),
+        world=world,
+        seed=0,
     )
     return summary, directory, model
 

@@ -145,7 +145,7 @@ class Classification(Task):
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits `[B, K]`, targets int64 `[B]` (smoothed here) or mixed `[B, K]` -> scalar."""
-        logits = logits.float()
+        logits = at_least_float32(logits)
         if self.objective == "cross_entropy":
             smoothing = self.smoothing if targets.ndim == 1 else 0.0
             return F.cross_entropy(logits, targets, label_smoothing=smoothing)
@@ -159,7 +159,7 @@ class Classification(Task):
 
         Mixed targets `[B, K]` count as their largest class in the hits.
         """
-        logits = logits.float()
+        logits = at_least_float32(logits)
         loss = F.cross_entropy(logits, targets, reduction="none")
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
@@ -203,13 +203,13 @@ class LanguageModeling(Task):
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits `[B, T, V]`, targets int64 `[B, T]` (`IGNORED` skipped) -> mean nats a token."""
         return F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED
+            at_least_float32(logits.flatten(0, 1)), targets.flatten(), ignore_index=IGNORED
         )
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Sums of the negative log-likelihood in nats, of scored tokens, and of samples."""
         nll = F.cross_entropy(
-            logits.flatten(0, 1).float(),
+            at_least_float32(logits.flatten(0, 1)),
             targets.flatten(),
             ignore_index=IGNORED,
             reduction="none",
@@ -232,3 +232,8 @@ class LanguageModeling(Task):
 def _exp(nats: float) -> float:
     # A diverged run must report infinity, not stop with an OverflowError.
     return math.exp(nats) if nats < 700 else math.inf
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Widen half precision before a softmax, and leave float64 as it is."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

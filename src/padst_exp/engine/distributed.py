@@ -1,6 +1,7 @@
 """The processes that train together: one, or as many as torchrun started."""
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -87,27 +88,32 @@ class World:
         """
         if self.size == 1:
             return model
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, list(by_hand)
-        )
-        # Ranks start equal and stay so; only batch statistics drift, see `average_statistics`.
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(by_hand))
+        # Told once of every convolution of one channel, whose strides are ambiguous; harmless.
+        warnings.filterwarnings("ignore", message="(?s)Grad strides do not match bucket view")
+        with warnings.catch_warnings():
+            # The name of broadcast_buffers changes after torch 2.14; older ones know only this.
+            warnings.simplefilter("ignore", FutureWarning)
+            # Ranks start equal and stay so; only batch statistics drift: `average_statistics`.
+            return DistributedDataParallel(
+                model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def average_statistics(self, model: nn.Module) -> None:
         """Average the running statistics of batch normalisation over ranks."""
         if self.size > 1:
-            self.mean_([
-                buffer
-                for module in model.modules()
-                if isinstance(module, nn.modules.batchnorm._BatchNorm)
-                for buffer in module.buffers(recurse=False)
-                if buffer.is_floating_point()
-            ])
+            self.mean_(
+                [
+                    buffer
+                    for module in model.modules()
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm)
+                    for buffer in module.buffers(recurse=False)
+                    if buffer.is_floating_point()
+                ]
+            )
 
     def close(self) -> None:
         """Leave the process group, if there is one."""

@@ -26,8 +26,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._before = {signum: signal.getsignal(signum)
-                        for signum in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {
+            signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def __enter__(self) -> "Interruption":
         # Python delivers signals to the main thread only, and lets only it set handlers.
@@ -37,7 +38,9 @@ class Interruption:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         if threading.current_thread() is threading.main_thread():

@@ -87,8 +87,10 @@ class Wandb(NoLogger):
             return action()
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
-            say(f"warning: wandb failed and is off now ({type(error).__name__}: {first_line}); "
-                "metrics.jsonl goes on")
+            say(
+                f"warning: wandb failed and is off now ({type(error).__name__}: {first_line}); "
+                "metrics.jsonl goes on"
+            )
             self._run = None
             return None
 

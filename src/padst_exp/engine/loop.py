@@ -67,8 +67,16 @@ def run(
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     training = _Training(
-        model=model, task=task, algorithm=algorithm, learner=learner, optimizer=optimizer,
-        trainer=trainer, directory=directory, logger=logger, world=world, seed=seed,
+        model=model,
+        task=task,
+        algorithm=algorithm,
+        learner=learner,
+        optimizer=optimizer,
+        trainer=trainer,
+        directory=directory,
+        logger=logger,
+        world=world,
+        seed=seed,
     )
     try:
         with Interruption() as interruption:
@@ -99,20 +107,31 @@ class _Training:
         self.total = trainer.total_steps(len(task.train))
         self.saved = directory.checkpoints.load()
         if self.saved is not None:
-            require_same_config(
-                self.saved["config"], directory.config, directory.checkpoints.last
-            )
+            require_same_config(self.saved["config"], directory.config, directory.checkpoints.last)
         model.to(world.device)
         if trainer.precision == "float64":
             model.double()
         self.state = TrainingState(
-            model=model.train(), optimizer=optimizer, learner=learner,
-            ema_decay=trainer.ema_decay, total=self.total, world=world, saved=self.saved,
+            model=model.train(),
+            optimizer=optimizer,
+            learner=learner,
+            ema_decay=trainer.ema_decay,
+            total=self.total,
+            world=world,
+            saved=self.saved,
             path=directory.checkpoints.last,
         )
         self.stepper = Stepper(
-            self.state, task=task, algorithm=algorithm, learner=learner, trainer=trainer,
-            world=world, seed=seed, total=self.total, record=self.record, say=self.say,
+            self.state,
+            task=task,
+            algorithm=algorithm,
+            learner=learner,
+            trainer=trainer,
+            world=world,
+            seed=seed,
+            total=self.total,
+            record=self.record,
+            say=self.say,
         )
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
         self.watched: float | None = None
@@ -124,11 +143,19 @@ class _Training:
         """Do all steps that are left."""
         state, trainer = self.state, self.trainer
         self.introduce()
-        batches = iter(train_loader(
-            self.task, batch_size=trainer.batch_size, micro_batches=trainer.micro_batches,
-            start_step=state.step, total_steps=self.total, seed=self.seed, rank=self.world.rank,
-            world_size=self.world.size, workers=trainer.workers,
-        ))
+        batches = iter(
+            train_loader(
+                self.task,
+                batch_size=trainer.batch_size,
+                micro_batches=trainer.micro_batches,
+                start_step=state.step,
+                total_steps=self.total,
+                seed=self.seed,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                workers=trainer.workers,
+            )
+        )
         if self.saved is None:
             # Dropout differs between ranks, and owes nothing to how the model was initialised.
             torch.manual_seed(seed_of(self.seed, self.world.rank))
@@ -211,7 +238,10 @@ class _Training:
         """Return the metrics of `model` on the validation set."""
         trainer = self.trainer
         batches = validation_loader(
-            self.task, rank=self.world.rank, world_size=self.world.size, workers=trainer.workers,
+            self.task,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            workers=trainer.workers,
             batch_size=trainer.eval_batch_size or trainer.micro_batch_size(self.world.size),
         )
         # Its shapes and modes would have every block compiled anew, twice.
@@ -247,14 +277,17 @@ class _Training:
         """Stop, and say what is left."""
         last = self.directory.checkpoints.last
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
-        raise UserError(f"training diverged: {error}; {kept}; lower optimizer.lr or set "
-                        "trainer.clip_norm") from error
+        raise UserError(
+            f"training diverged: {error}; {kept}; lower optimizer.lr or set trainer.clip_norm"
+        ) from error
 
     def stop(self, interruption: Interruption) -> None:
         """Leave after a signal, to this rank or another; the state is saved."""
         signum = max(self.world.gather(interruption.signum or 0))
-        self.say(f"interrupted at step {self.state.step}, saved in "
-                 f"{self.directory.checkpoints.last}; resume=auto continues")
+        self.say(
+            f"interrupted at step {self.state.step}, saved in "
+            f"{self.directory.checkpoints.last}; resume=auto continues"
+        )
         raise Interrupted(signum)
 
     def finish(self, report: Report) -> dict[str, Any]:
@@ -265,8 +298,13 @@ class _Training:
             path, state = self.directory.path, self.state
             rows = read_metrics(path / "metrics.jsonl")
             summary = summarize(
-                rows, report=report, model=state.model, tracker=state.tracker,
-                baselines=self.baselines, monitor=self.task.monitor, world=self.world,
+                rows,
+                report=report,
+                model=state.model,
+                tracker=state.tracker,
+                baselines=self.baselines,
+                monitor=self.task.monitor,
+                world=self.world,
                 seconds=time.perf_counter() - self.started,
             )
             plot_curves(rows, self.task.monitor[0], self.baselines, path / "curves.png")

@@ -65,8 +65,11 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     for role, parameter in parameter_roles(model).values():
         groups.setdefault(role, []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay if role in DECAYED else 0.0,
-         "role": role}
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if role in DECAYED else 0.0,
+            "role": role,
+        }
         for role, parameters in groups.items()
     ]
 
@@ -89,7 +92,8 @@ class AgeAwareAdamW(torch.optim.AdamW):
         loss = super().step(closure)
         for group in self.param_groups:
             grown = [
-                parameter for parameter in group["params"]
+                parameter
+                for parameter in group["params"]
                 if parameter.grad is not None and "birth" in self.state[parameter]
             ]
             if grown:
@@ -149,8 +153,12 @@ class OptimizerBuilder:
         require(lr > 0, "optimizer.lr", lr, "positive")
         require(weight_decay >= 0, "optimizer.weight_decay", weight_decay, "at least 0")
         require(0 <= warmup < 1, "optimizer.warmup", warmup, "a fraction of training in [0, 1)")
-        require(schedule in ("cosine", "linear", "constant"), "optimizer.schedule", schedule,
-                "cosine, linear or constant")
+        require(
+            schedule in ("cosine", "linear", "constant"),
+            "optimizer.schedule",
+            schedule,
+            "cosine, linear or constant",
+        )
         require(0 <= min_lr <= lr, "optimizer.min_lr", min_lr, f"from 0 to optimizer.lr={lr}")
         self.lr = lr
         self.weight_decay = weight_decay
@@ -158,9 +166,7 @@ class OptimizerBuilder:
         self.schedule = schedule
         self.min_lr = min_lr
 
-    def create(
-        self, model: nn.Module, total_steps: int
-    ) -> tuple[torch.optim.Optimizer, Schedule]:
+    def create(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, Schedule]:
         """Return an optimizer of all but the soft permutations of `model`, and its schedule.
 
         The model must be on its device already.
@@ -182,18 +188,45 @@ class OptimizerBuilder:
         start = self.lr / max(1, warmup_steps)
         scheduler: Schedule
         if self.schedule == "constant":
-            scheduler = cast(Schedule, StepLRScheduler(
-                optimizer, decay_t=2 * total_steps, decay_rate=1.0, warmup_t=warmup_steps,
-                warmup_lr_init=start, warmup_prefix=True, t_in_epochs=False))
+            scheduler = cast(
+                Schedule,
+                StepLRScheduler(
+                    optimizer,
+                    decay_t=2 * total_steps,
+                    decay_rate=1.0,
+                    warmup_t=warmup_steps,
+                    warmup_lr_init=start,
+                    warmup_prefix=True,
+                    t_in_epochs=False,
+                ),
+            )
         elif self.schedule == "linear":
-            scheduler = cast(Schedule, PolyLRScheduler(
-                optimizer, t_initial=decay_steps, power=1.0, lr_min=self.min_lr,
-                warmup_t=warmup_steps, warmup_lr_init=start, warmup_prefix=True,
-                t_in_epochs=False))
+            scheduler = cast(
+                Schedule,
+                PolyLRScheduler(
+                    optimizer,
+                    t_initial=decay_steps,
+                    power=1.0,
+                    lr_min=self.min_lr,
+                    warmup_t=warmup_steps,
+                    warmup_lr_init=start,
+                    warmup_prefix=True,
+                    t_in_epochs=False,
+                ),
+            )
         else:
-            scheduler = cast(Schedule, CosineLRScheduler(
-                optimizer, t_initial=decay_steps, lr_min=self.min_lr, warmup_t=warmup_steps,
-                warmup_lr_init=start, warmup_prefix=True, t_in_epochs=False))
+            scheduler = cast(
+                Schedule,
+                CosineLRScheduler(
+                    optimizer,
+                    t_initial=decay_steps,
+                    lr_min=self.min_lr,
+                    warmup_t=warmup_steps,
+                    warmup_lr_init=start,
+                    warmup_prefix=True,
+                    t_in_epochs=False,
+                ),
+            )
         scheduler.step_update(0)
         return scheduler
 
@@ -218,18 +251,24 @@ class AdamW(OptimizerBuilder):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         min_lr: float = 0.0,
     ) -> None:
-        super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
-                         min_lr=min_lr)
-        require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "optimizer.betas",
-                betas, "two numbers of at least 0 and below 1")
+        super().__init__(
+            lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, min_lr=min_lr
+        )
+        require(
+            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+            "optimizer.betas",
+            betas,
+            "two numbers of at least 0 and below 1",
+        )
         require(eps > 0, "optimizer.eps", eps, "positive")
         self.betas = (float(betas[0]), float(betas[1]))
         self.eps = eps
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         cuda = all(parameter.is_cuda for parameter in _parameters(groups))
-        return AgeAwareAdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps,
-                             fused=True if cuda else None)
+        return AgeAwareAdamW(
+            groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True if cuda else None
+        )
 
 
 class SGD(OptimizerBuilder):
@@ -252,11 +291,16 @@ class SGD(OptimizerBuilder):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         min_lr: float = 0.0,
     ) -> None:
-        super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
-                         min_lr=min_lr)
+        super().__init__(
+            lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, min_lr=min_lr
+        )
         require(0 <= momentum < 1, "optimizer.momentum", momentum, "at least 0 and below 1")
-        require(not nesterov or momentum > 0, "optimizer.nesterov", nesterov,
-                "false without optimizer.momentum")
+        require(
+            not nesterov or momentum > 0,
+            "optimizer.nesterov",
+            nesterov,
+            "false without optimizer.momentum",
+        )
         self.momentum = momentum
         self.nesterov = nesterov
 

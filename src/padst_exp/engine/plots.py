@@ -20,19 +20,29 @@ Rows = Sequence[Mapping[str, Any]]
 
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#e07b39", "#3a9a6b", "#b9bec6", "#22262e"
 _STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlepad": 7,
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": GREY, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
-    "ytick.color": INK, "axes.grid": True, "grid.color": "#eceef1", "axes.axisbelow": True,
-    "legend.frameon": False, "figure.dpi": 110,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 7,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": "#eceef1",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.dpi": 110,
 }
 PLOTTED_LAYERS = 4
 MAX_PIXELS = 384
 
 
-def plot_curves(
-    rows: Rows, metric: str, baselines: Mapping[str, float], path: Path
-) -> None:
+def plot_curves(rows: Rows, metric: str, baselines: Mapping[str, float], path: Path) -> None:
     """Draw loss, watched metric, churn and penalties over the steps.
 
     Args:
@@ -41,8 +51,10 @@ def plot_curves(
         baselines: horizontal lines beside the metric of the same name.
         path: PNG to write.
     """
-    of = {kind: [row for row in rows if row["kind"] == kind]
-          for kind in ("train", "eval", "rewire", "permutation", "harden")}
+    of = {
+        kind: [row for row in rows if row["kind"] == kind]
+        for kind in ("train", "eval", "rewire", "permutation", "harden")
+    }
     panels = ["loss", "metric"]
     panels += ["topology"] if of["rewire"] else []
     panels += ["penalty"] if of["permutation"] else []
@@ -71,13 +83,18 @@ def plot_curves(
 def _loss(axis: Axes, train: Rows, held: Rows) -> None:
     axis.set_title("Loss (nats)")
     axis.plot(_steps(train), [row["loss"] for row in train], color=BLUE, lw=1.2, label="training")
-    axis.plot(_steps(held), [row["loss"] for row in held], color=ORANGE, lw=1.4, marker="o", ms=3,
-              label="validation")
+    axis.plot(
+        _steps(held),
+        [row["loss"] for row in held],
+        color=ORANGE,
+        lw=1.4,
+        marker="o",
+        ms=3,
+        label="validation",
+    )
 
 
-def _metric(
-    axis: Axes, held: Rows, metric: str, baselines: Mapping[str, float]
-) -> None:
+def _metric(axis: Axes, held: Rows, metric: str, baselines: Mapping[str, float]) -> None:
     axis.set_title(f"Validation {metric}")
     values = [row[metric] for row in held]
     averaged = [row[f"ema_{metric}"] for row in held if f"ema_{metric}" in row]
@@ -101,9 +118,7 @@ def _churn(axis: Axes, rewires: Rows) -> None:
     axis.set_ylim(bottom=0)
 
 
-def _penalties(
-    axis: Axes, rows: Rows, hardened: Rows
-) -> None:
+def _penalties(axis: Axes, rows: Rows, hardened: Rows) -> None:
     axis.set_title("Permutation penalty (0: a permutation)")
     names = list(rows[0]["penalty"])
     for name in names:
@@ -113,8 +128,9 @@ def _penalties(
         points = [(row["step"], row["penalty"]) for row in hardened if row["reason"] == reason]
         if points:
             steps, penalties = zip(*points, strict=True)
-            axis.scatter(steps, penalties, color=color, s=16, zorder=3,
-                         label=f"{label} ({len(points)})")
+            axis.scatter(
+                steps, penalties, color=color, s=16, zorder=3, label=f"{label} ({len(points)})"
+            )
     axis.set_ylim(0, 1.02)
     if hardened:
         axis.legend()
@@ -177,8 +193,14 @@ def _mask(axis: Axes, weight: SparseWeight, active: Tensor, before: Tensor | Non
         kept = active[torch.isin(active, before)]
         image = 2 * image - _image(weight, kept)
         title = f"Mask, end: {100 * (1 - len(kept) / len(active)):.0f}% new"
-    axis.imshow(image, cmap=ListedColormap(["#eef0f3", BLUE, ORANGE]), vmin=0, vmax=2,
-                aspect="auto", interpolation="nearest")
+    axis.imshow(
+        image,
+        cmap=ListedColormap(["#eef0f3", BLUE, ORANGE]),
+        vmin=0,
+        vmax=2,
+        aspect="auto",
+        interpolation="nearest",
+    )
     axis.set_title(title)
     axis.set_xticks([])
     axis.set_yticks([])
@@ -204,8 +226,13 @@ def _permutation(axis: Axes, permutation: Permutation, index: Tensor, title: str
     """Draw a dot for each feature; those that do not stand where they began stand out."""
     size = permutation.size
     moved = (index != permutation.initial).cpu().numpy()
-    axis.scatter(index.cpu().numpy(), np.arange(size), s=max(0.8, 560 / size), lw=0,
-                 c=np.where(moved, ORANGE, BLUE))
+    axis.scatter(
+        index.cpu().numpy(),
+        np.arange(size),
+        s=max(0.8, 560 / size),
+        lw=0,
+        c=np.where(moved, ORANGE, BLUE),
+    )
     axis.set_facecolor("#f6f7f9")
     axis.set_title(title)
     axis.set_xlim(-1, size)

@@ -29,7 +29,8 @@ class Progress:
         terminal = sys.stderr.isatty()
         self._bar = (
             tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
-            if shown and terminal else None
+            if shown and terminal
+            else None
         )
 
     def advance(self) -> None:

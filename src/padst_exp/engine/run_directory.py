@@ -96,7 +96,11 @@ class RunDirectory:
 
     @classmethod
     def _reopen(
-        cls, path: Path, config: Mapping[str, object], config_text: str, device: str,
+        cls,
+        path: Path,
+        config: Mapping[str, object],
+        config_text: str,
+        device: str,
         keep_last: int,
     ) -> "RunDirectory":
         directory = cls(path, config=config, config_text=config_text, keep_last=keep_last)
@@ -191,8 +195,13 @@ def _version(package: str) -> str | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     """Return what git says, or None outside a checkout (or without git)."""
     try:
-        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True,
-                                text=True, timeout=10, check=True)
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()

@@ -60,16 +60,35 @@ class Trainer:
             raise UserError(f"trainer.steps: expected either this or trainer.epochs, got {both}")
         self._at_least("steps", self.steps, 1)
         require(self.epochs is None or self.epochs > 0, "trainer.epochs", self.epochs, "positive")
-        for key in ("batch_size", "micro_batches", "eval_batch_size", "eval_interval",
-                    "checkpoint_interval", "log_interval", "keep_last"):
+        for key in (
+            "batch_size",
+            "micro_batches",
+            "eval_batch_size",
+            "eval_interval",
+            "checkpoint_interval",
+            "log_interval",
+            "keep_last",
+        ):
             self._at_least(key, getattr(self, key), 1)
         self._at_least("workers", self.workers, 0)
-        require(self.precision in ("float32", "bfloat16", "float64"), "trainer.precision",
-                self.precision, "float32, bfloat16 or float64")
-        require(self.clip_norm is None or self.clip_norm > 0, "trainer.clip_norm", self.clip_norm,
-                "positive, or null for no clipping")
-        require(self.ema_decay is None or 0 < self.ema_decay < 1, "trainer.ema_decay",
-                self.ema_decay, "between 0 and 1, or null for no average")
+        require(
+            self.precision in ("float32", "bfloat16", "float64"),
+            "trainer.precision",
+            self.precision,
+            "float32, bfloat16 or float64",
+        )
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            "trainer.clip_norm",
+            self.clip_norm,
+            "positive, or null for no clipping",
+        )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "trainer.ema_decay",
+            self.ema_decay,
+            "between 0 and 1, or null for no average",
+        )
 
     @staticmethod
     def _at_least(key: str, value: int | None, least: int) -> None:
@@ -83,15 +102,23 @@ class Trainer:
     def micro_batch_size(self, world_size: int) -> int:
         """Samples in one forward pass of one process."""
         parts = self.micro_batches * world_size
-        require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size,
-                f"a multiple of trainer.micro_batches={self.micro_batches} times {world_size} "
-                "processes")
+        require(
+            self.batch_size % parts == 0,
+            "trainer.batch_size",
+            self.batch_size,
+            f"a multiple of trainer.micro_batches={self.micro_batches} times {world_size} "
+            "processes",
+        )
         return self.batch_size // parts
 
     def total_steps(self, samples: int) -> int:
         """Optimizer steps of the training on a set of `samples` samples, ragged ends dropped."""
-        require(self.batch_size <= samples, "trainer.batch_size", self.batch_size,
-                f"at most {samples}, the size of the training set")
+        require(
+            self.batch_size <= samples,
+            "trainer.batch_size",
+            self.batch_size,
+            f"at most {samples}, the size of the training set",
+        )
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None

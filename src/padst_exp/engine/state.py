@@ -87,8 +87,10 @@ class TrainingState:
         """Set the generators of this rank; the last thing to do before the next step."""
         ranks = len(saved["random"])
         if ranks != self.world.size:
-            raise UserError(f"{path}: written by {ranks} processes, resumed by {self.world.size}; "
-                            f"start as many as then")
+            raise UserError(
+                f"{path}: written by {ranks} processes, resumed by {self.world.size}; "
+                f"start as many as then"
+            )
         checkpoint.restore_random_state(saved["random"][self.world.rank])
 
     def trained_parameters(self) -> list[nn.Parameter]:

@@ -167,8 +167,15 @@ class Stepper:
     def _rewire(self) -> None:
         state = self.state
         replaced = topology.rewire(
-            self.model, self.algorithm, state.optimizer, state.average, state.tracker,
-            step=state.step, total=self.total, seed=self.seed, world=self.world,
+            self.model,
+            self.algorithm,
+            state.optimizer,
+            state.average,
+            state.tracker,
+            step=state.step,
+            total=self.total,
+            seed=self.seed,
+            world=self.world,
         )
         active = sum(len(weight.active) for weight in self.dynamic)
         self.record("rewire", {"replaced": replaced, "churn": replaced / active})
@@ -177,13 +184,22 @@ class Stepper:
         """Record the soft permutations and harden those that are ready."""
         state = self.state
         with torch.no_grad():
-            self.record("permutation", {
-                "penalty": {name: float(p.penalty()) for name, p in self.soft.items()},
-                "gain": {name: p.gain() for name, p in self.soft.items()},
-            })
+            self.record(
+                "permutation",
+                {
+                    "penalty": {name: float(p.penalty()) for name, p in self.soft.items()},
+                    "gain": {name: p.gain() for name, p in self.soft.items()},
+                },
+            )
         hardened = topology.harden(
-            self.model, self.learner, state.permutation_optimizer, state.average,
-            lambda: self._loss_of(seen), step=state.step, progress=progress, world=self.world,
+            self.model,
+            self.learner,
+            state.permutation_optimizer,
+            state.average,
+            lambda: self._loss_of(seen),
+            step=state.step,
+            progress=progress,
+            world=self.world,
         )
         if not hardened:
             return

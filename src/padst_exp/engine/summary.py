@@ -63,9 +63,7 @@ def summarize(
     }
 
 
-def _topology(
-    rows: Sequence[Row], model: nn.Module, tracker: TopologyTracker
-) -> dict[str, object]:
+def _topology(rows: Sequence[Row], model: nn.Module, tracker: TopologyTracker) -> dict[str, object]:
     updates = list(_of(rows, "rewire"))
     weights = sparse_weights(model)
     explored = {name: tracker.explored(name, weight) for name, weight in weights.items()}
@@ -109,7 +107,8 @@ def distances(model: nn.Module) -> dict[str, float]:
             assert isinstance(weight, SparseWeight)
             classes = weight.layout.symmetry(side.removesuffix("put"))
             found[f"{name}.{full_name}"] = (
-                shift_distance(permutation.index) if classes is None
+                shift_distance(permutation.index)
+                if classes is None
                 else partition_distance(permutation.index, classes)
             )
     return found

@@ -166,7 +166,10 @@ def harden(
         before = loss() if before is None else before
         penalty = float(permutation.penalty().detach())
         record: dict[str, Any] = {
-            "permutation": name, "step": step, "reason": reason, "penalty": penalty,
+            "permutation": name,
+            "step": step,
+            "reason": reason,
+            "penalty": penalty,
             "gain": permutation.gain(),
         }
         logits = permutation.logits
@@ -174,10 +177,14 @@ def harden(
         fold(model)
         forget(optimizer, logits)
         after = loss()
-        records.append({
-            **record, "agreement": permutation.agreement(),
-            "loss_before": before, "loss_after": after,
-        })
+        records.append(
+            {
+                **record,
+                "agreement": permutation.agreement(),
+                "loss_before": before,
+                "loss_after": after,
+            }
+        )
         before = after
     if records:
         if average is not None:
