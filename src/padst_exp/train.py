@@ -46,6 +46,7 @@ def train(cfg: DictConfig, world: World) -> tuple[Path, dict[str, Any]]:
     A run that is finished already is not repeated under `resume=auto`.
     """
     from padst_exp.engine.loop import run
+    from padst_exp.engine.progress import say
 
     settings = run_settings(cfg)
     task = build(cfg.dataset, "dataset")
@@ -57,7 +58,15 @@ def train(cfg: DictConfig, world: World) -> tuple[Path, dict[str, Any]]:
     model, report = sparse_model(cfg, task, learner)
     directory = run_directory(cfg, world, trainer.keep_last)
     if directory.finished:
+        if world.main:
+            say("finished before; resume=never trains again")
         return directory.path, directory.summary()
+    if world.main:
+        say(
+            f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
+            f"entries, {report.density('model'):.2%} of the model's parameters remain; "
+            f"{trainer.total_steps(len(task.train))} steps on {world.device}, in {directory.path}"
+        )
     summary = run(
         model=model,
         task=task,

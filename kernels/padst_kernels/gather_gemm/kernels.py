@@ -330,7 +330,9 @@ def launch_product(
     in_features, num_tokens = x.shape
     y = empty_features(out_features, num_tokens, x, feature_major)
     block_v = _block_height(height)
-    tile = tile or _product_tile(num_tokens, width if row_pointer is None else 4 * width, x)
+    if tile is None:
+        extent = width * triton.cdiv(len(columns), num_groups)
+        tile = _product_tile(x, extent, block_v, run)
     _product_kernel[
         num_groups * triton.cdiv(height, block_v), triton.cdiv(num_tokens, tile.tokens)
     ](
@@ -345,10 +347,10 @@ def launch_product(
         y,
         in_features,
         out_features,
-        _readable_tokens("x", x),
-        _readable_tokens("y", y)
+        readable_tokens("x", x),
+        readable_tokens("y", y)
         if residual is None
-        else min(_readable_tokens("y", y), _readable_tokens("residual", residual)),
+        else min(readable_tokens("y", y), readable_tokens("residual", residual)),
         *x.stride(),
         *y.stride(),
         *((0, 0) if residual is None else residual.stride()),
@@ -431,8 +433,8 @@ def launch_input_gradient(
             slots,
             dx_chunk,
             in_features,
-            _readable_tokens("z", z),
-            _readable_tokens("dx", dx_chunk),
+            readable_tokens("z", z),
+            readable_tokens("dx", dx_chunk),
             z.stride(0),
             *dx_chunk.stride(),
             BLOCK_I=16,
@@ -485,7 +487,7 @@ def launch_weight_gradient(
     block_v = _block_height(height)
     # An average row group; one with more tiles loops.
     extent = width * triton.cdiv(num_tiles, num_groups)
-    tile = tile or _weight_gradient_tile(num_tokens, extent, x)
+    tile = tile or _weight_gradient_tile(x, extent, block_v)
     programs = num_groups * triton.cdiv(height, block_v), triton.cdiv(extent, tile.columns)
     if splits is None:
         splits = max(1, min(1024 // (programs[0] * programs[1]), num_tokens // 512))
@@ -503,8 +505,8 @@ def launch_weight_gradient(
         x.shape[0],
         dy.shape[0],
         num_tokens,
-        _readable_tokens("x", x),
-        _readable_tokens("dy", dy),
+        readable_tokens("x", x),
+        readable_tokens("dy", dy),
         split_tokens,
         out.numel(),
         *x.stride(),
@@ -537,7 +539,7 @@ def empty_features(
     return like.new_empty(num_features, padded)[:, :num_tokens]
 
 
-def _readable_tokens(name: str, x: Tensor) -> int:
+def readable_tokens(name: str, x: Tensor) -> int:
     """How many tokens may be touched: the padding of feature-major rows keeps accesses wide."""
     num_tokens = x.shape[1]
     if x.stride(0) == 1:
@@ -559,13 +561,18 @@ def _block_height(height: int) -> int:
     return max(8, triton.next_power_of_2(height))
 
 
-def _product_tile(num_tokens: int, width: int, x: Tensor) -> Tile:
-    tokens = min(128, max(16, triton.next_power_of_2(num_tokens)))
-    columns = min(32, max(16, triton.next_power_of_2(width)))
-    return Tile(tokens=tokens, columns=columns, warps=4, stages=5)
+def _product_tile(x: Tensor, width: int, block_v: int, run: int) -> Tile:
+    tokens = min(128, max(16, triton.next_power_of_2(x.shape[1])))
+    # 64 columns make 16-byte copies of a weight tile 16 rows high by 128 threads; 4-byte operands
+    # fill shared memory twice as fast.
+    columns = min(64 if x.element_size() == 2 else 32, max(16, triton.next_power_of_2(width)))
+    if x.stride(0) == 1 and run < 8:
+        # Every element of a token-major gather is addressed by itself, out of registers.
+        tokens, columns = min(tokens, 64), min(columns, 32)
+    return Tile(tokens, columns, warps=8 if tokens * block_v >= 128 * 128 else 4, stages=5)
 
 
-def _weight_gradient_tile(num_tokens: int, extent: int, x: Tensor) -> Tile:
-    tokens = min(64, max(16, triton.next_power_of_2(num_tokens)))
+def _weight_gradient_tile(x: Tensor, extent: int, block_v: int) -> Tile:
+    tokens = min(128 // x.element_size(), max(16, triton.next_power_of_2(x.shape[1])))
     columns = min(128, max(16, triton.next_power_of_2(extent)))
-    return Tile(tokens=tokens, columns=columns, warps=8 if columns == 128 else 4, stages=4)
+    return Tile(tokens, columns, warps=8 if columns * block_v >= 128 * 64 else 4, stages=4)
