@@ -85,7 +85,7 @@ def make_case(
     )
 
 
-def activation(num_features: int, num_tokens: int, feature_major: bool) -> Tensor:
+def activation(num_features: int, num_tokens: int, feature_major: bool = True) -> Tensor:
     """Standard normal, with NaN in the padding."""
     like = torch.empty(0, device=DEVICE)
     x = kernels.empty_features(num_features, num_tokens, like, feature_major)
@@ -108,11 +108,197 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("num_tokens", [1, 33])
-def test_product_of_any_shape(name: str, num_tokens: int) -> None:
-    case = make_case(*CASES[name])
-    x = activation(case.dense.shape[1], num_tokens, True)
+@pytest.mark.parametrize("num_tokens", [1, 5, 33, 197])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_product_of_any_shape(name: str, num_tokens: int, permuted: bool) -> None:
+    case = make_case(*CASES[name], permuted=permuted)
+    x = activation(case.dense.shape[1], num_tokens)
     y = kernels.launch_product(
         x, case.weight, case.columns, case.row_pointer, case.out_features, rows=case.rows
     )
     assert_close(y, case.dense @ x.double().cpu())
+
+
+@pytest.mark.parametrize("x_layout", [True, False])
+@pytest.mark.parametrize("y_layout", [True, False])
+@pytest.mark.parametrize("num_tokens", [5, 33])
+@pytest.mark.parametrize("epilogue", ["", "bias", "bias gelu", "residual", "bias gelu residual"])
+def test_layouts_and_epilogues(
+    x_layout: bool, y_layout: bool, num_tokens: int, epilogue: str
+) -> None:
+    case = make_case(*CASES["nm16"])
+    x = activation(case.dense.shape[1], num_tokens, x_layout)
+    bias = torch.randn(case.out_features, device=DEVICE) if "bias" in epilogue else None
+    residual = None
+    if "residual" in epilogue:
+        residual = activation(case.out_features, num_tokens, y_layout)
+    y = kernels.launch_product(
+        x,
+        case.weight,
+        case.columns,
+        case.row_pointer,
+        case.out_features,
+        rows=case.rows,
+        bias=bias,
+        gelu="gelu" in epilogue,
+        residual=residual,
+        feature_major=y_layout,
+    )
+    assert y.stride(1 if y_layout else 0) == 1
+    expected = case.dense @ x.double().cpu()
+    if bias is not None:
+        expected += bias.double().cpu()[:, None]
+    if "gelu" in epilogue:
+        expected = torch.nn.functional.gelu(expected)
+    if residual is not None:
+        expected += residual.double().cpu()
+    assert_close(y, expected)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32])
+@pytest.mark.parametrize("feature_major", [True, False])
+def test_transposed_product_is_the_input_gradient_of_blocks(size: int, feature_major: bool) -> None:
+    in_blocks, counts = 5, [2, 0, 4]
+    in_features, out_features = in_blocks * size, 3 * size - 3
+    case = make_case(size, size, counts, in_features, out_features, blocks=True)
+    case.weight.nan_to_num_(nan=7.0)  # padding is finite
+    assert case.rows is not None
+    # Tiles by block of inputs: the transposed weight's row groups.
+    block = case.columns[:, 0].cpu() // size
+    order = block.argsort(stable=True)
+    pointer = torch.cat([torch.zeros(1), torch.bincount(block, minlength=in_blocks).cumsum(0)])
+    owner = torch.tensor(case.owner)[order]
+    perm = torch.randperm(in_features)  # an input permutation, folded into the stores
+    dy = activation(out_features, 33, feature_major)
+    dx = kernels.launch_product(
+        dy,
+        case.weight,
+        case.rows.view(-1, size)[owner.to(DEVICE)],
+        int32(pointer),
+        in_features,
+        rows=int32(perm),
+        order=int32(order),
+        transposed=True,
+        feature_major=feature_major,
+    )
+    expected = torch.empty(in_features, 33, dtype=torch.float64)
+    expected[perm] = case.dense.T @ dy.double().cpu()
+    assert_close(dx, expected)
+
+
+@pytest.mark.parametrize("name", ["nm16", "nm64", "nm8_wide", "tall"])
+@pytest.mark.parametrize("num_tokens", [1, 33, 197])
+@pytest.mark.parametrize("layouts", [(True, True), (False, False)], ids=str)
+def test_input_gradient_by_slots(name: str, num_tokens: int, layouts: tuple[bool, bool]) -> None:
+    case = make_case(*CASES[name])
+    case.weight.nan_to_num_(nan=7.0)  # padding is finite
+    assert case.rows is not None
+    out_features, in_features = case.dense.shape
+    flat = case.columns.flatten().cpu()
+    counts = torch.bincount(flat, minlength=in_features).cumsum(0)
+    dy = activation(out_features, num_tokens, layouts[0])
+    dx = kernels.launch_input_gradient(
+        dy,
+        case.weight,
+        case.rows.view(len(case.weight), -1),
+        int32(torch.cat([torch.zeros(1), counts])),
+        int32(flat.argsort(stable=True)),
+        in_features,
+        feature_major=layouts[1],
+        workspace=1,  # cuts 197 tokens into two chunks
+    )
+    assert_close(dx, case.dense.T @ dy.double().cpu())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("num_tokens", [1, 33, 197])
+@pytest.mark.parametrize("layouts", [(True, True), (False, False), (True, False)], ids=str)
+def test_weight_gradient(name: str, num_tokens: int, layouts: tuple[bool, bool]) -> None:
+    case = make_case(*CASES[name])
+    assert case.rows is not None
+    out_features, in_features = case.dense.shape
+    height = case.weight.shape[2]
+    x = activation(in_features, num_tokens, layouts[0])
+    dy = activation(out_features, num_tokens, layouts[1])
+    dense = dy.double().cpu() @ x.double().cpu().T
+    dense = torch.cat([dense, dense.new_zeros(1, in_features)])  # padding rows
+    rows = case.rows.view(-1, height)[case.owner].long().cpu()
+    expected = dense[rows[:, None, :], case.columns.long().cpu()[:, :, None]]
+    for splits in (1, 3):
+        dweight = kernels.launch_weight_gradient(
+            x, dy, case.columns, case.row_pointer, case.rows, height, splits=splits
+        )
+        assert_close(dweight, expected)
+
+
+@pytest.mark.parametrize("feature_major", [True, False])
+def test_runs_of_columns_equal_columns(feature_major: bool) -> None:
+    case = make_case(16, 16, [2, 0, 3], 70, 48, blocks=True)
+    x = activation(70, 33, feature_major)
+    dy = activation(48, 33, feature_major)
+    y = kernels.launch_product(
+        x, case.weight, case.columns, case.row_pointer, 48, rows=case.rows, run=16
+    )
+    assert_close(y, case.dense @ x.double().cpu())
+    one, many = (
+        kernels.launch_weight_gradient(
+            x, dy, case.columns, case.row_pointer, case.rows, 16, run=run
+        )
+        for run in (1, 16)
+    )
+    assert torch.equal(one, many)
+
+
+def test_columns_out_of_range_read_zero() -> None:
+    case = make_case(16, 8, [1, 1], 20, 32)
+    case.columns[:, 5] = 20
+    x, dy = activation(20, 5), activation(32, 5)
+    y = kernels.launch_product(x, case.weight, case.columns, None, 32, rows=case.rows)
+    weight = case.weight.clone()
+    weight[:, 5] = 0
+    expected = kernels.launch_product(
+        x, weight, case.columns.clamp(max=19), None, 32, rows=case.rows
+    )
+    assert torch.equal(y, expected)
+    dweight = kernels.launch_weight_gradient(x, dy, case.columns, None, case.rows, 16)
+    assert (dweight[:, 5] == 0).all()
+    assert dweight.isfinite().all()
+
+
+# The interpreter multiplies the bits of bfloat16 as integers.
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+def test_low_precision_is_as_good_as_that_of_torch(dtype: torch.dtype) -> None:
+    case = make_case(16, 40, [1, 1, 1], 60, 41, permuted=False)
+    weight = case.weight.nan_to_num(nan=0.0).to(dtype)
+    x = kernels.empty_features(60, 33, weight).copy_(torch.randn(60, 33))
+    y = kernels.launch_product(x, weight, case.columns, None, 41)
+    dense = torch.zeros(48, 60, dtype=dtype, device=DEVICE)
+    for group in range(3):
+        dense[group * 16 : group * 16 + 16, case.columns[group].long()] = weight[group].T
+    truth = dense[:41].double() @ x.double()
+    error = (y.double() - truth).norm()
+    error_of_torch = ((dense[:41] @ x).double() - truth).norm()
+    assert error <= 2 * error_of_torch
+
+
+def test_unaligned_feature_major_is_refused() -> None:
+    case = make_case(16, 8, [1, 1], 20, 32)
+    for x in (
+        torch.randn(20, 197, device=DEVICE),
+        torch.randn(20, 32, device=DEVICE)[:, 1:20],
+        torch.randn(20, 64, device=DEVICE)[:, ::2],
+    ):
+        with pytest.raises(ValueError, match="x: feature-major rows must start on multiples of 16"):
+            kernels.launch_product(x, case.weight, case.columns, None, 32)
+
+
+def test_results_are_the_same_every_time() -> None:
+    case = make_case(*CASES["nm16"])
+    x, dy = activation(60, 197), activation(41, 197)
+    first, second = (
+        kernels.launch_weight_gradient(x, dy, case.columns, None, case.rows, 16, splits=3)
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)

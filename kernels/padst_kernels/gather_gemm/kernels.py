@@ -264,9 +264,10 @@ def _weight_gradient_kernel(
 def _sum_partials_kernel(partial, total, size, num_splits, BLOCK: tl.constexpr):
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(num_splits):
-        at = partial + split.to(tl.int64) * size + entry
-        acc += tl.load(at, mask=entry < size, other=0.0)
+    partial += entry
+    for _ in range(num_splits):
+        acc += tl.load(partial, mask=entry < size, other=0.0)
+        partial += size
     tl.store(total + entry, acc.to(total.dtype.element_ty), mask=entry < size)
 
 
