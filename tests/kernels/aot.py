@@ -1,16 +1,23 @@
-"""Compile, without a GPU, exactly what a launcher would launch, and read the machine code.
+"""Compile, without a GPU, exactly what the launchers would launch, and read the machine code.
 
-`TRITON_INTERPRET` must be unset before triton is imported: use a process of its own.
+A process of its own, because `TRITON_INTERPRET` must be unset before triton is imported:
+
+    python aot.py 90 bfloat16 [the names to compile; all]
+
+prints a JSON object per kernel: its name and counts from PTX, SASS and ptxas.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +28,9 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from padst_kernels.diagonals import kernels as diagonals
+from padst_kernels.gather_gemm import kernels as gather
 
 _TOOLS = Path(os.path.dirname(triton.backends.nvidia.__file__)) / "bin"
 _TYPES = {
@@ -102,7 +112,8 @@ def _read(ptx: str, cubin: bytes, shared: int) -> dict[str, int]:
         "wgmma": count(r"wgmma\.mma"),
         "mma": count(r"mma\.sync"),
         "copies_16": count(r"cp\.async\.c[ag]\.shared\.global.*0x10"),
-        "copies_small": count(r"cp\.async\.ca\.shared\.global.*0x[48]\b"),
+        "copies_8": count(r"cp\.async\.ca\.shared\.global.*0x8\b"),
+        "copies_4": count(r"cp\.async\.ca\.shared\.global.*0x4\b"),
         "loads_16": count(r"ld\.global\S*\.v4\.(b|u)32|ld\.global\S*\.v2\.(b|u)64"),
         "loads_2": count(r"ld\.global\S*\.[bu]16\b"),
         "stores_16": count(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64"),
@@ -112,3 +123,115 @@ def _read(ptx: str, cubin: bytes, shared: int) -> dict[str, int]:
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True).stdout
+
+
+def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every kind of launch for a 768 -> 3072 layer at 90%. `fm`, `tm`: layouts in and out."""
+    precision = "tf32" if dtype == torch.float32 else "ieee"
+
+    def index(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    def features(num_features: int, num_tokens: int = 6304, major: str = "fm") -> torch.Tensor:
+        return gather.empty_features(num_features, num_tokens, empty, major == "fm")
+
+    def product(**options: Any) -> Callable[[], Any]:
+        return partial(gather.launch_product, **options, precision=precision)
+
+    empty = torch.empty(0, dtype=dtype)
+    x, dy, bias, rows = features(768), features(3072), torch.zeros(3072), index(3072)
+    for height in (16, 32, 64, 128):
+        groups = 3072 // height
+        weight, columns = torch.empty(groups, 77, height, dtype=dtype), index(groups, 77)
+        nm = {"weight": weight, "columns": columns, "row_pointer": None, "out_features": 3072}
+        yield f"forward nm{height} fm fm", product(x=x, **nm, rows=rows)
+        yield f"forward nm{height} fm tm", product(x=x, **nm, bias=bias, feature_major=False)
+        yield (
+            f"forward nm{height} fm fm epilogue",
+            product(x=x, **nm, rows=rows, bias=bias, gelu=True, residual=dy),
+        )
+        yield f"forward nm{height} fm fm ragged", product(x=features(768, 197), **nm, rows=rows)
+        yield f"forward nm{height} fm fm few", product(x=features(768, 5), **nm, rows=rows)
+        yield (
+            f"forward nm{height} tm tm",
+            product(x=features(768, 6304, "tm"), **nm, feature_major=False),
+        )
+        yield (
+            f"dx nm{height} fm fm",
+            partial(
+                gather.launch_input_gradient,
+                dy,
+                weight,
+                index(groups, height),
+                index(769),
+                index(groups * 77),
+                768,
+                workspace=1 << 40,
+                precision=precision,
+            ),
+        )
+        yield (
+            f"dw nm{height} fm fm",
+            partial(
+                gather.launch_weight_gradient,
+                x,
+                dy,
+                columns,
+                None,
+                rows,
+                height,
+                precision=precision,
+            ),
+        )
+        num_tiles = 3072 * 768 // (10 * height * height)
+        tiles, pointer = index(num_tiles, height), index(groups + 1)
+        weight = torch.empty(num_tiles, height, height, dtype=dtype)
+        block = {"weight": weight, "columns": tiles, "row_pointer": pointer, "out_features": 3072}
+        yield f"forward block{height} fm fm", product(x=x, **block, rows=rows)
+        yield (
+            f"forward block{height} tm tm runs",
+            product(x=features(768, 6304, "tm"), **block, run=height, feature_major=False),
+        )
+        block |= {"row_pointer": index(768 // height + 1), "out_features": 768}
+        block |= {"order": index(num_tiles), "transposed": True}
+        yield f"dx block{height} fm fm", product(x=dy, **block, rows=index(768))
+        yield (
+            f"dw block{height} fm fm",
+            partial(
+                gather.launch_weight_gradient,
+                x,
+                dy,
+                tiles,
+                pointer,
+                rows,
+                height,
+                run=height,
+                precision=precision,
+            ),
+        )
+    values, offsets, columns = torch.empty(77, 768, dtype=dtype), index(77), index(768)
+    sides = {"by_row": False, "columns": columns, "rows": rows}
+    yield (
+        "forward diagonals fm fm",
+        partial(diagonals.launch_diagonals, x, values, offsets, 3072, **sides),
+    )
+    yield (
+        "dw diagonals fm fm",
+        partial(diagonals.launch_diagonals_gradient, x, dy, offsets, **sides),
+    )
+
+
+def main(arch: int, dtype: torch.dtype, names: list[str]) -> None:
+    for launch_name, launch in launches(dtype):
+        if names and launch_name not in names:
+            continue
+        with recorded(gather, diagonals) as recordings:
+            launch()
+        for kernel, args, kwargs in recordings:
+            counts = compile_launch(kernel, args, kwargs, arch)
+            row = {"name": launch_name, "kernel": kernel.__name__, **counts}
+            sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,97 @@
+"""What ptxas makes of every kernel, compiled ahead of time: no GPU needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+# One of each kind of launch, of each height and of each epilogue.
+REPRESENTATIVE = [
+    "forward nm16 fm fm",
+    "forward nm32 fm tm",
+    "forward nm64 fm fm epilogue",
+    "forward nm128 fm fm ragged",
+    "forward nm64 tm tm",
+    "forward block64 tm tm runs",
+    "dx block16 fm fm",
+    "dx nm64 fm fm",
+    "dw nm16 fm fm",
+    "dw block32 fm fm",
+    "forward diagonals fm fm",
+]
+
+
+def compiled(arch: int, dtype: str, names: list[str]) -> list[dict]:
+    script = Path(__file__).with_name("aot.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, str(arch), dtype, *names],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["name"] for kernel in kernels} >= set(names)
+    return kernels
+
+
+def problems(kernel: dict, arch: int, dtype: str) -> list[str]:
+    """What is wrong with the machine code of one kernel."""
+    name, function = kernel["name"], kernel["kernel"]
+    matrix = function in ("_product_kernel", "_weight_gradient_kernel")
+    # A tile of 16 tokens is too low for wgmma, and its threads are too many for wide stores.
+    few = name.endswith("few")
+    # Nothing is contiguous in a gather of single columns from token-major activations.
+    scattered = name.endswith("tm tm")
+    found = []
+    if kernel["shared"] > SHARED_MEMORY[arch]:
+        found.append("too much shared memory")
+    if dtype == "float32":
+        return found
+    if kernel["spills"]:
+        found.append("spills")
+    if matrix and arch == 90 and not few and (not kernel["wgmma"] or kernel["mma"]):
+        found.append("not on wgmma")
+    if matrix and (arch == 80 or few) and not kernel["mma"]:
+        found.append("not on matrix instructions")
+    if not scattered and not kernel["copies_16"] + kernel["loads_16"]:
+        found.append("no 16-byte reads")
+    if not scattered and kernel["copies_8"]:
+        found.append("8-byte copies")
+    # Copies of 4 bytes are of indices: at most two lists, each as often as there are stages.
+    if kernel["copies_4"] > 10:
+        found.append("4-byte copies")
+    # Diagonals read their values, not activations, one by one.
+    if kernel["loads_2"] and not scattered and "diagonals" not in name:
+        found.append("2-byte loads")
+    if (not kernel["stores_16"] or kernel["stores_2"]) and not few and name != "dw diagonals fm fm":
+        found.append("stores below 16 bytes")
+    return [f"{name}, {function}, sm_{arch}, {dtype}: {problem} {kernel}" for problem in found]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_representative_kernels_compile_well(arch: int) -> None:
+    kernels = compiled(arch, "bfloat16", REPRESENTATIVE)
+    assert not [line for kernel in kernels for line in problems(kernel, arch, "bfloat16")]
+
+
+def test_the_counts_see_2_byte_loads() -> None:
+    (kernel,) = compiled(90, "bfloat16", ["forward nm64 tm tm"])
+    assert kernel["loads_2"] > 0
+    kernel["name"] = "forward nm64 fm fm"
+    assert any("2-byte loads" in line for line in problems(kernel, 90, "bfloat16"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_kernel_compiles_well(arch: int, dtype: str) -> None:
+    kernels = compiled(arch, dtype, [])
+    assert not [line for kernel in kernels for line in problems(kernel, arch, dtype)]
