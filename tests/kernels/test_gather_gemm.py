@@ -1,70 +1,225 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
-from padst_kernels.gather_gemm import gather_gemm, gather_gemm_reference
-from padst_kernels.scatter_linear import scatter_linear
+from padst_kernels import compiled as compiled_module
+from padst_kernels.compiled import compiled
+from padst_kernels.gather_gemm import TileIndex, cpu, gather_gemm, gather_gemm_reference, tile_index
+
+
+@dataclass
+class Case:
+    x: Tensor
+    weight: Tensor
+    columns: Tensor
+    owner: Tensor | None
+    positions: Tensor | None
+    num_row_groups: int
+    out_features: int
+    index: TileIndex
+
+    def dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The reference, with the zero feature that padding columns read."""
+        return gather_gemm_reference(
+            torch.nn.functional.pad(x, (0, 1)),
+            weight,
+            self.columns,
+            self.owner,
+            self.positions,
+            self.num_row_groups,
+            self.out_features,
+        )
+
 
 SHAPES = [
     # tokens, inputs, tiles, width, height, row groups, outputs
     (1, 7, 3, 2, 4, 3, 12),
+    (3, 70, 5, 33, 69, 5, 341),
     (5, 33, 6, 5, 8, 3, 21),
+    (9, 40, 4, 9, 128, 7, 896),
     (63, 40, 9, 8, 16, 4, 64),
     (200, 17, 4, 17, 1, 4, 4),
+    (301, 71, 9, 13, 19, 5, 93),
+    (0, 17, 4, 17, 8, 4, 32),
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("permuted", [False, True])
-def test_gather_gemm_equals_the_dense_product(shape: tuple[int, ...], permuted: bool) -> None:
+def make_case(shape: tuple[int, ...], permuted: bool, dtype: torch.dtype) -> Case:
     tokens, inputs, tiles, width, height, groups, outputs = shape
-    x = torch.randn(tokens, inputs, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(tiles, width, height, dtype=torch.float64, requires_grad=True)
-    columns = torch.stack([torch.randperm(inputs)[:width] for _ in range(tiles)])
+    # Feature `inputs` is padding.
+    columns = torch.stack([torch.randperm(inputs + 1)[:width] for _ in range(tiles)])
     owner = None if tiles == groups else torch.randint(0, groups, (tiles,))
     positions = torch.randperm(groups * height)[:outputs] if permuted else None
-    arguments = (columns, owner, positions, groups, outputs)
+    index = tile_index(
+        columns, owner, positions,
+        height=height, num_row_groups=groups, in_features=inputs, out_features=outputs,
+    )  # fmt: skip
+    x, weight = torch.randn(tokens, inputs), torch.randn(tiles, width, height)
+    return Case(
+        x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), columns, owner, positions,
+        groups, outputs, index,
+    )  # fmt: skip
 
-    y = gather_gemm(x, weight, *arguments)
+
+@pytest.fixture(params=["compiled", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "_library", lambda: None)
+    elif cpu._library() is None:
+        pytest.skip("no compiler")
+    yield request.param
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = actual.detach().double() - expected.detach()
+    return float(difference.norm() / expected.detach().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_dense_product(
+    shape: tuple[int, ...], permuted: bool, dtype: torch.dtype, backend: str
+) -> None:
+    case = make_case(shape, permuted, dtype)
+    y = gather_gemm(case.x, case.weight, case.index, case.out_features)
     dy = torch.randn_like(y)
-    grads = torch.autograd.grad(y, (x, weight), dy)
-    reference = gather_gemm_reference(x, weight, *arguments)
-    reference_grads = torch.autograd.grad(reference, (x, weight), dy)
-    torch.testing.assert_close(y, reference)
-    for grad, expected in zip(grads, reference_grads, strict=True):
-        torch.testing.assert_close(grad, expected)
+    ours = (y, *torch.autograd.grad(y, (case.x, case.weight), dy))
+
+    def dense(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        x = case.x.detach().to(dtype).requires_grad_()
+        weight = case.weight.detach().to(dtype).requires_grad_()
+        y = case.dense(x, weight)
+        return y, *torch.autograd.grad(y, (x, weight), dy.to(dtype))
+
+    exact = dense(torch.float64)
+    # Half precision may be as wrong as twice PyTorch's own product.
+    dense_errors = map(relative_error, dense(dtype), exact)
+    floor = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
+    for actual, expected, error in zip(ours, exact, dense_errors, strict=True):
+        assert actual.dtype == dtype and actual.shape == expected.shape
+        assert relative_error(actual, expected) <= max(2 * error, floor)
 
 
-def test_gather_gemm_keeps_leading_dimensions() -> None:
-    weight, columns = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [4, 3, 0]])
-    x = torch.randn(2, 6, 5)
-    y = gather_gemm(x, weight, columns, None, None, 2, 8)
-    assert y.shape == (2, 6, 8)
-    flat = gather_gemm(x.flatten(0, 1), weight, columns, None, None, 2, 8)
-    torch.testing.assert_close(y.flatten(0, 1), flat)
+def test_takes_any_strides_and_leading_dimensions(backend: str) -> None:
+    case = make_case((60, 33, 6, 5, 8, 3, 21), True, torch.float32)
+    weight = case.weight.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    x = case.x.detach().t().contiguous().t().view(5, 12, 33).requires_grad_()
+    y = gather_gemm(x, weight, case.index, 21)
+    assert y.shape == (5, 12, 21)
+    dy = torch.randn(21, 12, 5).permute(2, 1, 0)
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+    expected = case.dense(case.x, case.weight)
+    expected_grads = torch.autograd.grad(expected, (case.x, case.weight), dy.reshape(60, 21))
+    torch.testing.assert_close(y.flatten(0, 1), expected)
+    torch.testing.assert_close(dx.flatten(0, 1), expected_grads[0])
+    torch.testing.assert_close(dweight, expected_grads[1])
 
 
-def test_gather_gemm_names_shapes_that_disagree() -> None:
-    with pytest.raises(ValueError, match=r"columns is \(2, 3\)"):
-        gather_gemm(
-            torch.randn(4, 5), torch.randn(2, 2, 4), torch.zeros(2, 3).long(), None, None, 2, 8
+def test_computes_only_the_gradients_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((9, 33, 6, 5, 8, 3, 21), False, torch.float64)
+    monkeypatch.setattr(cpu, "input_gradient", None)
+    gather_gemm(case.x.detach(), case.weight, case.index, 21).sum().backward()
+    assert case.weight.grad is not None
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "weight_gradient", None)
+    gather_gemm(case.x, case.weight.detach(), case.index, 21).sum().backward()
+    assert case.x.grad is not None
+
+
+def test_threads_change_no_bit() -> None:
+    case = make_case((500, 128, 8, 40, 64, 8, 512), True, torch.float32)
+
+    def run() -> tuple[Tensor, ...]:
+        y = gather_gemm(case.x, case.weight, case.index, 512)
+        return y, *torch.autograd.grad(y, (case.x, case.weight), torch.ones_like(y))
+
+    single = run()
+    torch.set_num_threads(2)
+    try:
+        double = run()
+    finally:
+        torch.set_num_threads(1)
+    for one, two in zip(single, double, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_operator_passes_opcheck(permuted: bool) -> None:
+    for shape in SHAPES[2:4]:
+        case = make_case(shape, permuted, torch.float32)
+        torch.library.opcheck(
+            torch.ops.padst.gather_gemm.default,
+            (case.x, case.weight, *case.index, case.out_features),
         )
 
 
-def test_scatter_linear_equals_the_dense_product_and_ignores_padding() -> None:
-    x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
-    values = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    entries = torch.tensor([[0, 13], [34, 7], [20, 35], [35, 35]])  # 35 = 7 * 5: padding
-    inside = entries.flatten() < 35
+def test_compiles_whole_and_survives_new_topologies() -> None:
+    case = make_case((40, 33, 6, 5, 8, 3, 21), True, torch.float32)
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
-    y = scatter_linear(x, values, entries, 7)
-    dense = torch.zeros(35, dtype=torch.float64)
-    dense = dense.index_put((entries.flatten()[inside],), values.flatten()[inside])
-    reference = x @ dense.view(7, 5).T
-    dy = torch.randn_like(y)
-    torch.testing.assert_close(y, reference)
-    for grad, expected in zip(
-        torch.autograd.grad(y, (x, values), dy),
-        torch.autograd.grad(reference, (x, values), dy),
-        strict=True,
-    ):
-        torch.testing.assert_close(grad, expected)
+    @torch.compile(fullgraph=True, backend=count)
+    def run(x: Tensor, weight: Tensor, index: TileIndex) -> Tensor:
+        return gather_gemm(x, weight, index, 21).relu()
+
+    for _ in range(2):
+        y = run(case.x, case.weight, case.index)
+        expected = case.dense(case.x, case.weight).relu()
+        torch.testing.assert_close(y, expected)
+        dy = torch.randn_like(y)
+        for ours, theirs in zip(
+            torch.autograd.grad(y, (case.x, case.weight), dy),
+            torch.autograd.grad(expected, (case.x, case.weight), dy),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+        new = make_case((40, 33, 6, 5, 8, 3, 21), True, torch.float32)
+        for old_tensor, new_tensor in zip(case.index, new.index, strict=True):
+            assert old_tensor is not None and new_tensor is not None
+            old_tensor.copy_(new_tensor)
+        case.columns, case.owner, case.positions = new.columns, new.owner, new.positions
+    assert count.frame_count == 1
+
+
+def test_names_shapes_and_dtypes_that_disagree() -> None:
+    case = make_case((4, 33, 6, 5, 8, 3, 21), False, torch.float32)
+    with pytest.raises(ValueError, match=r"columns is \(6, 5\)"):
+        gather_gemm(case.x, case.weight[:, :3], case.index, 21)
+    with pytest.raises(ValueError, match="expected 33 features"):
+        gather_gemm(case.x[:, :32], case.weight, case.index, 21)
+    with pytest.raises(ValueError, match=r"x is torch\.float32"):
+        gather_gemm(case.x, case.weight.double(), case.index, 21)
+
+
+def test_an_index_out_of_range_is_an_error_not_a_crash(backend: str) -> None:
+    case = make_case((40, 33, 6, 5, 8, 3, 21), False, torch.float32)
+    case.index.columns[2, 3] = 34
+    with pytest.raises(IndexError):
+        gather_gemm(case.x, case.weight, case.index, 21)
+
+
+def test_no_compiler_no_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    source = tmp_path / "kernel.cpp"
+    source.write_text("int one() { return 1; }\n")
+    assert compiled(source) is None
+    assert "plain PyTorch instead" in caplog.text
+
+
+def test_a_library_is_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if cpu._library() is None:
+        pytest.skip("no compiler")
+    monkeypatch.setenv("PADST_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "kernel.cpp"
+    source.write_text('extern "C" int one() { return 1; }\n')
+    first = compiled_module._build(source)
+    built = first.stat().st_mtime_ns
+    assert compiled_module._build(source) == first and first.stat().st_mtime_ns == built
+    assert sorted((tmp_path / "cache").iterdir()) == [first]

@@ -1,4 +1,4 @@
-"""Grouped gather GEMM in plain PyTorch, with a backward pass of its own on the packed values.
+"""Grouped gather GEMM, differentiable: one implementation for each device, one operator.
 
 Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile,
 R row groups.
@@ -10,118 +10,214 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# With fewer tokens the two transpositions of the feature-major form cost more than they save.
-MIN_FEATURE_MAJOR_TOKENS = 32
+from padst_kernels.gather_gemm import cpu
+from padst_kernels.gather_gemm.index import TileIndex
 
 
-def gather_gemm(
-    x: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    owner: Tensor | None,
-    positions: Tensor | None,
-    num_row_groups: int,
-    out_features: int,
-) -> Tensor:
-    """y[..., o] = sum over tiles g owned by o's row group of weight[g, :, v] . x[..., columns[g]].
+def gather_gemm(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
+    """y[..., o] = sum over tiles g of o's row group of weight[g, :, v] . x[..., columns[g]].
 
-    Where `positions[o] = r * V + v`, output o is row v of row group r. Permutations fold into
-    `columns` (input side) and `positions` (output side) at no cost.
+    Permutations fold into `index`, on the input and on the output side, at no cost.
 
     Args:
         x: floating point `[..., I]`.
         weight: `[G, K, V]`, dtype of x.
-        columns: int64 `[G, K]`, values in [0, I).
-        owner: int64 `[G]`, the row group each tile adds to; None when tile g is row group g.
-        positions: int64 `[O]`, distinct; None for the identity.
-        num_row_groups: R.
-        out_features: O, at most R * V.
+        index: int32, made by `tile_index`.
+        out_features: O.
 
     Returns:
         `[..., O]`, dtype of x. Differentiable in `x` and `weight`.
 
     Raises:
-        ValueError: the shapes of `weight` and `columns` disagree.
+        ValueError: shapes or dtypes disagree.
     """
-    if weight.shape[:2] != columns.shape:
+    if weight.shape[:2] != index.columns.shape:
         raise ValueError(
-            f"gather_gemm: columns is {tuple(columns.shape)}, expected the first two sizes of "
-            f"weight {tuple(weight.shape)}"
+            f"gather_gemm: columns is {tuple(index.columns.shape)}, expected the first two sizes "
+            f"of weight {tuple(weight.shape)}"
         )
-    y: Tensor = _GatherGemm.apply(
-        x.reshape(-1, x.shape[-1]), weight, columns, owner, positions, num_row_groups, out_features
-    )
+    if x.shape[-1] != len(index.column_pointer) - 1:
+        raise ValueError(
+            f"gather_gemm: x is {tuple(x.shape)}, expected {len(index.column_pointer) - 1} features"
+        )
+    if x.dtype != weight.dtype:
+        raise ValueError(
+            f"gather_gemm: x is {x.dtype}, expected the dtype of weight {weight.dtype}"
+        )
+    flat = x.reshape(-1, x.shape[-1])
+    # In eager mode a custom operator costs four times the calls of an autograd function.
+    run = _operator if torch.compiler.is_compiling() else _GatherGemm.apply
+    y: Tensor = run(flat, weight, *index, out_features)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
+    if not _on_triton(x):
+        return cpu.product(x, weight, index, out_features)
+    from padst_kernels.gather_gemm import kernels
+
+    y = kernels.launch_product(
+        x.contiguous().t(),
+        weight.contiguous(),
+        index.columns,
+        index.row_pointer,
+        out_features,
+        rows=index.rows,
+        order=index.order,
+        feature_major=False,
+        precision=_precision(),
+    )
+    return y.t()
+
+
+def _input_gradient(dy: Tensor, weight: Tensor, index: TileIndex) -> Tensor:
+    in_features = len(index.column_pointer) - 1
+    if not _on_triton(dy):
+        return cpu.input_gradient(dy, weight, index, in_features)
+    from padst_kernels.gather_gemm import kernels
+
+    dx = kernels.launch_input_gradient(
+        dy.contiguous().t(),
+        weight.contiguous(),
+        index.tile_rows,
+        index.column_pointer,
+        index.slots,
+        in_features,
+        feature_major=False,
+        precision=_precision(),
+    )
+    return dx.t()
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, index: TileIndex, height: int) -> Tensor:
+    if not _on_triton(x):
+        return cpu.weight_gradient(x, dy, index, height)
+    from padst_kernels.gather_gemm import kernels
+
+    dweight = kernels.launch_weight_gradient(
+        x.contiguous().t(),
+        dy.contiguous().t(),
+        index.columns,
+        index.row_pointer,
+        index.rows,
+        height,
+        precision=_precision(),
+    )
+    if index.order is None:
+        return dweight
+    return torch.empty_like(dweight).index_copy_(0, index.order.long(), dweight)
+
+
+def _on_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 class _GatherGemm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        columns: Tensor,
-        owner: Tensor | None,
-        positions: Tensor | None,
-        num_row_groups: int,
-        out_features: int,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, columns, owner, positions)
-        ctx.num_row_groups = num_row_groups
-        height = weight.shape[2]
-        if len(x) < MIN_FEATURE_MAJOR_TOKENS:
-            products = torch.bmm(_gather(x, columns, 1), weight)  # [G, T, V]
-            rows = _add_to_owners(products, owner, num_row_groups)  # [R, T, V]
-            y = rows.transpose(0, 1).reshape(len(x), -1)
-            return y[:, :out_features] if positions is None else y.index_select(1, positions)
-        gathered = _gather(x.t().contiguous(), columns, 0)  # [G, K, T]
-        products = torch.bmm(weight.transpose(1, 2), gathered)  # [G, V, T]
-        rows = _add_to_owners(products, owner, num_row_groups).view(num_row_groups * height, -1)
-        y = rows[:out_features] if positions is None else rows.index_select(0, positions)
-        return y.t().contiguous()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        index, out_features = TileIndex(*rest[:-1]), rest[-1]
+        ctx.save_for_backward(x, weight, *index)
+        return _product(x, weight, index, out_features)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight, columns, owner, positions = ctx.saved_tensors
-        num_tiles, width, height = weight.shape
-        num_rows = ctx.num_row_groups * height
-
-        dy_rows = dy.t().contiguous()  # [O, T]
-        if positions is not None or len(dy_rows) < num_rows:
-            padded = dy_rows.new_zeros(num_rows, dy_rows.shape[1])
-            if positions is None:
-                padded[: len(dy_rows)] = dy_rows
-            else:
-                padded.index_copy_(0, positions, dy_rows)
-            dy_rows = padded
-        dy_tiles = dy_rows.view(ctx.num_row_groups, height, -1)
-        if owner is not None:
-            dy_tiles = dy_tiles.index_select(0, owner)  # [G, V, T]
-
-        dx = dweight = None
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *rest = ctx.saved_tensors
+        index = TileIndex(*rest)
+        dx = _input_gradient(dy, weight, index) if ctx.needs_input_grad[0] else None
+        dweight = None
         if ctx.needs_input_grad[1]:
-            gathered = _gather(x.t().contiguous(), columns, 0)
-            dweight = torch.bmm(gathered, dy_tiles.transpose(1, 2))
-        if ctx.needs_input_grad[0]:
-            dx_tiles = torch.bmm(weight, dy_tiles).view(num_tiles * width, -1)
-            dx_rows = dx_tiles.new_zeros(x.shape[1], len(x))
-            dx = dx_rows.index_add_(0, columns.flatten(), dx_tiles).t().contiguous()
-        return dx, dweight, None, None, None, None, None
+            dweight = _weight_gradient(x, dy, index, weight.shape[2])
+        return dx, dweight, *(None for _ in index), None
 
 
-def _gather(x: Tensor, columns: Tensor, feature_dim: int) -> Tensor:
-    """`[G, K, T]` from feature-major x (feature_dim 0), `[G, T, K]` from token-major x (1)."""
-    num_tiles, width = columns.shape
-    gathered = x.index_select(feature_dim, columns.flatten())
-    if feature_dim == 0:
-        return gathered.view(num_tiles, width, -1)
-    return gathered.view(-1, num_tiles, width).transpose(0, 1)
+# The same three passes as operators that torch.compile takes as they are.
 
 
-def _add_to_owners(products: Tensor, owner: Tensor | None, num_row_groups: int) -> Tensor:
-    if owner is None:
-        return products
-    rows = products.new_zeros(num_row_groups, *products.shape[1:])
-    return rows.index_add_(0, owner, products)
+@torch.library.custom_op("padst::gather_gemm", mutates_args=())
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    rows: Tensor | None,
+    row_pointer: Tensor | None,
+    order: Tensor | None,
+    column_pointer: Tensor,
+    slots: Tensor,
+    tile_rows: Tensor,
+    out_features: int,
+) -> Tensor:
+    index = TileIndex(columns, rows, row_pointer, order, column_pointer, slots, tile_rows)
+    return _product(x, weight, index, out_features)
+
+
+@_operator.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(len(x), rest[-1])
+
+
+@torch.library.custom_op("padst::gather_gemm_input_gradient", mutates_args=())
+def _input_gradient_operator(
+    dy: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    rows: Tensor | None,
+    row_pointer: Tensor | None,
+    order: Tensor | None,
+    column_pointer: Tensor,
+    slots: Tensor,
+    tile_rows: Tensor,
+) -> Tensor:
+    index = TileIndex(columns, rows, row_pointer, order, column_pointer, slots, tile_rows)
+    return _input_gradient(dy, weight, index)
+
+
+@_input_gradient_operator.register_fake
+def _(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    index = TileIndex(*rest)
+    return dy.new_empty(len(dy), len(index.column_pointer) - 1)
+
+
+@torch.library.custom_op("padst::gather_gemm_weight_gradient", mutates_args=())
+def _weight_gradient_operator(
+    x: Tensor,
+    dy: Tensor,
+    columns: Tensor,
+    rows: Tensor | None,
+    row_pointer: Tensor | None,
+    order: Tensor | None,
+    column_pointer: Tensor,
+    slots: Tensor,
+    tile_rows: Tensor,
+    height: int,
+) -> Tensor:
+    index = TileIndex(columns, rows, row_pointer, order, column_pointer, slots, tile_rows)
+    return _weight_gradient(x, dy, index, height)
+
+
+@_weight_gradient_operator.register_fake
+def _(x: Tensor, dy: Tensor, columns: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*columns.shape, rest[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *index = ctx.saved_tensors
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        dx = _input_gradient_operator(dy, weight, *index)
+    if ctx.needs_input_grad[1]:
+        dweight = _weight_gradient_operator(x, dy, *index, weight.shape[2])
+    return dx, dweight, *(None for _ in index), None
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -8,22 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.structures.layout import Layout, scatter_entries
-from padst_kernels.gather_gemm import gather_gemm
+from padst_kernels.gather_gemm import TileIndex, gather_gemm, tile_index
 from padst_kernels.scatter_linear import scatter_linear
 
 Storage = Literal["packed", "masked"]
 
 # What `fold` derives from a topology; rebuilt after every change, so never saved.
-_DERIVED = (
-    "input_index",
-    "output_index",
-    "mask",
-    "entries",
-    "columns",
-    "owner",
-    "positions",
-    "inside",
-)
+_DERIVED = ("input_index", "output_index", "mask", "entries", *TileIndex._fields)
 
 
 class Product(nn.Module):
@@ -39,10 +30,6 @@ class Product(nn.Module):
     output_index: Tensor | None
     mask: Tensor | None
     entries: Tensor | None
-    columns: Tensor | None
-    owner: Tensor | None
-    positions: Tensor | None
-    inside: Tensor | None
 
     def __init__(self, layout: Layout, storage: Storage) -> None:
         super().__init__()
@@ -52,15 +39,16 @@ class Product(nn.Module):
             self.register_buffer(name, None, persistent=False)
 
     def fold(self, units: Tensor, input_index: Tensor | None, output_index: Tensor | None) -> None:
-        """Derive the indices for active `units` `[N]` and hard permutations `[I]` and `[O]`."""
-        for name in _DERIVED:
-            setattr(self, name, None)
+        """Derive the indices for active `units` `[N]` and hard permutations `[I]` and `[O]`.
+
+        A new topology changes the tensors in place: compiled code and CUDA graphs stay valid.
+        """
         self.input_index, self.output_index = input_index, output_index
         tiles = self.layout.tiles(units)
         if self.storage == "masked":
             entries = self.layout.entries(units)
             kept = torch.ones_like(entries, dtype=torch.bool)
-            self.mask = scatter_entries(kept, entries, self.layout.shape)
+            self._set("mask", scatter_entries(kept, entries, self.layout.shape))
         elif tiles is None:
             self._fold_entries(units)
         else:
@@ -76,24 +64,41 @@ class Product(nn.Module):
         if self.output_index is not None:
             rows = self.output_index.argsort()[rows.clamp(max=num_rows - 1)]
         outside = entries == num_rows * num_columns
-        self.entries = torch.where(outside, entries, rows * num_columns + columns)
+        self._set("entries", torch.where(outside, entries, rows * num_columns + columns))
 
     def _fold_tiles(self, units: Tensor, columns: Tensor, owner: Tensor) -> None:
         layout, merged = self.layout, self.layout.merged_tiles
-        # A tile that reaches over the edge reads the last column there; its weights are zero.
-        columns = columns.clamp(max=layout.shape[1] - 1).reshape(len(columns) // merged, -1)
-        self.columns = columns if self.input_index is None else self.input_index[columns]
-        owner = owner[::merged]
-        natural = torch.arange(layout.num_row_groups, device=owner.device)
-        self.owner = None if torch.equal(owner, natural) else owner
+        num_rows, num_columns = layout.shape
+        # A tile that reaches over the edge reads zeros there.
+        columns = columns.clamp(max=num_columns).reshape(len(columns) // merged, -1)
+        if self.input_index is not None:
+            beyond = self.input_index.new_tensor([num_columns])
+            columns = torch.cat([self.input_index, beyond])[columns]
         positions = layout.row_positions()
         if positions is not None:
             positions = positions.to(owner.device)
         if self.output_index is not None:
             positions = self.output_index if positions is None else positions[self.output_index]
-        self.positions = positions
-        if not layout.exact_frames:
-            self.inside = layout.entries(units) < layout.shape[0] * layout.shape[1]
+        # Tiles merge where each row group has one; then they stand in the order of the groups.
+        one_per_group = len(columns) == layout.num_row_groups and (merged > 1 or len(units) == 1)
+        index = tile_index(
+            columns,
+            None if one_per_group else owner[::merged],
+            positions,
+            height=layout.frame[2],
+            num_row_groups=layout.num_row_groups,
+            in_features=num_columns,
+            out_features=num_rows,
+        )
+        for name, tensor in index._asdict().items():
+            self._set(name, tensor)
+
+    def _set(self, name: str, new: Tensor | None) -> None:
+        old = getattr(self, name)
+        if old is None or new is None or (old.shape, old.device) != (new.shape, new.device):
+            setattr(self, name, new)
+        else:
+            old.copy_(new)
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         """`[..., I]` and the values of S, `[N, E]` packed or `[O, I]` masked, to `[..., O]`."""
@@ -104,15 +109,7 @@ class Product(nn.Module):
             return y if self.output_index is None else y[..., self.output_index]
         if self.entries is not None:
             return scatter_linear(x, values, self.entries, out_features)
-        assert self.columns is not None, "fold was never called"
-        if self.inside is not None:
-            values = values * self.inside
-        return gather_gemm(
-            x,
-            values.reshape(*self.columns.shape, self.layout.frame[2]),
-            self.columns,
-            self.owner,
-            self.positions,
-            self.layout.num_row_groups,
-            out_features,
-        )
+        index = TileIndex(*(getattr(self, name) for name in TileIndex._fields))
+        assert index.columns is not None, "fold was never called"
+        tiles = values.reshape(*index.columns.shape, self.layout.frame[2])
+        return gather_gemm(x, tiles, index, out_features)

@@ -1,0 +1,57 @@
+"""C++ kernels, compiled for this very CPU at first use and kept in a cache directory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+# Not linked against an OpenMP of its own: it finds the one torch has loaded, and so obeys
+# `torch.set_num_threads`.
+COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-c"]
+
+
+@functools.cache
+def compiled(source: Path) -> ctypes.CDLL | None:
+    """The shared library of one C++ `source` file, or None where it cannot be had.
+
+    Needs GCC (`CXX`, by default g++) at the first use on a machine: about two seconds. Libraries
+    stay in `PADST_CACHE` (by default `~/.cache/padst`), by the hash of source, compiler and CPU.
+    """
+    try:
+        return ctypes.CDLL(str(_build(source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logging.getLogger(__name__).warning(
+            "no compiled CPU kernels, plain PyTorch instead: %s", reason.strip().splitlines()[0]
+        )
+        return None
+
+
+def _build(source: Path) -> Path:
+    compiler = os.environ.get("CXX", "g++")
+    # Every option that -march=native stands for on this CPU.
+    target = _run([compiler, "-march=native", "-Q", "--help=target"])
+    version = _run([compiler, "--version"])
+    key = hashlib.sha256(source.read_bytes() + f"{COMPILE}{target}{version}".encode()).hexdigest()
+    cache = Path(os.environ.get("PADST_CACHE", Path.home() / ".cache" / "padst"))
+    library = cache / f"{source.stem}-{key[:16]}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            objects, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
+            _run([compiler, *COMPILE, str(source), "-o", str(objects)])
+            _run([compiler, "-shared", str(objects), "-o", str(linked)])
+            # Several processes may build at once; each puts a whole file in place.
+            linked.replace(library)
+    return library
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    return done.stdout
