@@ -59,7 +59,7 @@ def test_a_run_learns_and_leaves_its_files(straight: tuple[dict[str, Any], Path]
         "train": STEPS / 3,
         "eval": 3,
         "rewire": 4,
-        "permutation": 3,
+        "permutation": 4,  # beside every row of training until they harden at step 15
         "harden": 2,
     }
     for name in ("summary.json", "curves.png", "topology.png"):

@@ -207,6 +207,8 @@ class _Training:
             timing["tokens_per_second"] = speed * self.task.items_per_sample
             shown = f"{timing['tokens_per_second']:,.0f} tokens/s"
         self.record("train", values | timing)
+        if soft := self.stepper.permutation_metrics():
+            self.record("permutation", soft)
         metric = "" if self.watched is None else f"{self.task.monitor[0]} {self.watched:.4g}, "
         self.progress.show(f"loss {values['loss']:.4f}, {metric}{shown}")
         state.losses, state.norms = [], []

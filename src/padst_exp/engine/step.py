@@ -128,6 +128,16 @@ class Stepper:
             self.state.norms.extend(torch.stack(norms).tolist())
         self._pending = []
 
+    @torch.no_grad()
+    def permutation_metrics(self) -> dict[str, dict[str, float]]:
+        """Return penalty and gain of each permutation that still is soft, by name."""
+        if not self.soft:
+            return {}
+        return {
+            "penalty": {name: float(p.penalty()) for name, p in self.soft.items()},
+            "gain": {name: p.gain() for name, p in self.soft.items()},
+        }
+
     def _accumulate(self, batches: Iterator[Batch], collect: bool) -> tuple[Tensor, list[Batch]]:
         """Forward and backward of all micro-batches; return the mean loss and the batches."""
         trainer, world = self.trainer, self.world
@@ -181,16 +191,8 @@ class Stepper:
         self.record("rewire", {"replaced": replaced, "churn": replaced / active})
 
     def _harden(self, seen: list[Batch], progress: float) -> None:
-        """Record the soft permutations and harden those that are ready."""
+        """Harden the soft permutations that are ready."""
         state = self.state
-        with torch.no_grad():
-            self.record(
-                "permutation",
-                {
-                    "penalty": {name: float(p.penalty()) for name, p in self.soft.items()},
-                    "gain": {name: p.gain() for name, p in self.soft.items()},
-                },
-            )
         hardened = topology.harden(
             self.model,
             self.learner,
