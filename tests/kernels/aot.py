@@ -150,6 +150,8 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"forward nm{height} fm fm epilogue",
             product(x=x, **nm, rows=rows, bias=bias, gelu=True, residual=dy),
         )
+        in_l1 = gather.Tile(tokens=64, columns=64, warps=4, stages=5, row_blocks=groups)
+        yield f"forward nm{height} fm fm in L1", product(x=x, **nm, rows=rows, tile=in_l1)
         yield f"forward nm{height} fm fm ragged", product(x=features(768, 197), **nm, rows=rows)
         yield f"forward nm{height} fm fm few", product(x=features(768, 5), **nm, rows=rows)
         yield (

@@ -210,6 +210,26 @@ def test_input_gradient_by_slots(name: str, num_tokens: int, layouts: tuple[bool
     assert_close(dx, case.dense.T @ dy.double().cpu())
 
 
+@pytest.mark.parametrize("feature_major", [True, False])
+def test_input_gradient_reads_natural_rows_in_runs(feature_major: bool) -> None:
+    case = make_case(*CASES["nm16"], permuted=False)
+    case.weight.nan_to_num_(nan=7.0)
+    flat = case.columns.flatten().cpu()
+    counts = torch.bincount(flat, minlength=60).cumsum(0)
+    dy = activation(41, 33, feature_major)
+    dx = kernels.launch_input_gradient(
+        dy,
+        case.weight,
+        torch.arange(48, device=DEVICE, dtype=torch.int32).clamp(max=41).view(3, 16),
+        int32(torch.cat([torch.zeros(1), counts])),
+        int32(flat.argsort(stable=True)),
+        60,
+        run=16,
+        feature_major=feature_major,
+    )
+    assert_close(dx, case.dense.T @ dy.double().cpu())
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("num_tokens", [1, 33, 197])
 @pytest.mark.parametrize("layouts", [(True, True), (False, False), (True, False)], ids=str)
@@ -249,6 +269,16 @@ def test_runs_of_columns_equal_columns(feature_major: bool) -> None:
     assert torch.equal(one, many)
 
 
+@pytest.mark.parametrize("row_blocks", [3, 4])
+def test_several_row_blocks_in_a_program(row_blocks: int) -> None:
+    case = make_case(16, 7, [2, 0, 3, 1, 1, 1], 40, 90)
+    x = activation(40, 33)
+    arguments = case.weight, case.columns, case.row_pointer, case.out_features
+    tile = kernels.Tile(tokens=16, columns=16, warps=4, stages=2, row_blocks=row_blocks)
+    y = kernels.launch_product(x, *arguments, rows=case.rows, tile=tile)
+    assert_close(y, case.dense @ x.double().cpu())
+
+
 def test_columns_out_of_range_read_zero() -> None:
     case = make_case(16, 8, [1, 1], 20, 32)
     case.columns[:, 5] = 20
@@ -270,17 +300,33 @@ def test_columns_out_of_range_read_zero() -> None:
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 def test_low_precision_is_as_good_as_that_of_torch(dtype: torch.dtype) -> None:
-    case = make_case(16, 40, [1, 1, 1], 60, 41, permuted=False)
-    weight = case.weight.nan_to_num(nan=0.0).to(dtype)
+    case = make_case(16, 40, [1, 1, 1], 60, 48, permuted=False)
+    weight = case.weight.to(dtype)
+    dense = case.dense.to(DEVICE, dtype)
     x = kernels.empty_features(60, 33, weight).copy_(torch.randn(60, 33))
-    y = kernels.launch_product(x, weight, case.columns, None, 41)
-    dense = torch.zeros(48, 60, dtype=dtype, device=DEVICE)
-    for group in range(3):
-        dense[group * 16 : group * 16 + 16, case.columns[group].long()] = weight[group].T
-    truth = dense[:41].double() @ x.double()
-    error = (y.double() - truth).norm()
-    error_of_torch = ((dense[:41] @ x).double() - truth).norm()
-    assert error <= 2 * error_of_torch
+    dy = kernels.empty_features(48, 33, weight).copy_(torch.randn(48, 33))
+    flat = case.columns.flatten().cpu()
+    counts = torch.bincount(flat, minlength=60).cumsum(0)
+    dx = kernels.launch_input_gradient(
+        dy,
+        weight,
+        torch.arange(48, device=DEVICE, dtype=torch.int32).view(3, 16),
+        int32(torch.cat([torch.zeros(1), counts])),
+        int32(flat.argsort(stable=True)),
+        60,
+    )
+    dweight = kernels.launch_weight_gradient(x, dy, case.columns, None, None, 16, splits=2)
+    groups, columns = torch.arange(48).view(3, 1, 16), case.columns.long().cpu()[:, :, None]
+    pairs = [
+        (kernels.launch_product(x, weight, case.columns, None, 48), dense, x),
+        (dx, dense.T, dy),
+        (dweight, dy, x.T),
+    ]
+    for value, left, right in pairs:
+        truth, of_torch = left.double() @ right.double(), (left @ right).double()
+        if value is dweight:
+            truth, of_torch = truth[groups, columns], of_torch[groups, columns]
+        assert (value.double() - truth).norm() <= 2 * (of_torch - truth).norm()
 
 
 def test_unaligned_feature_major_is_refused() -> None:

@@ -25,6 +25,7 @@ README.md has the maths and what the compiled code must look like.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +39,17 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: `tokens` x `columns` per step, by `warps`, `stages` deep."""
+    """What one program computes: `tokens` x `columns` per step, by `warps`, `stages` deep.
+
+    With `row_blocks` above 1 a program computes that many neighbouring blocks of rows one after the
+    other (the largest common divisor with how many there are), and reads x through the L1 cache.
+    """
 
     tokens: int
     columns: int
     warps: int
     stages: int
+    row_blocks: int = 1
 
 
 @triton.jit
@@ -77,72 +83,77 @@ def _product_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
 ):
     # Row groups are the fastest axis, so that all of them meet a token tile while it is in L2.
     parts: tl.constexpr = (HEIGHT + BLOCK_V - 1) // BLOCK_V
-    group = tl.program_id(0) // parts
-    v = tl.program_id(0) % parts * BLOCK_V + tl.arange(0, BLOCK_V)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-
-    if row_pointer is None:
-        first = group
-        num_columns = WIDTH
-    else:
-        first = tl.load(row_pointer + group)
-        num_columns = (tl.load(row_pointer + group + 1) - first) * WIDTH
-    columns += first.to(tl.int64) * WIDTH
     x += t.to(tl.int64)[:, None] * x_token_stride
-
-    # Tokens on M: with V on N, wgmma serves every V from 8.
-    acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    for start in range(0, num_columns, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = k < num_columns
-        if RUN == 1:
-            column = tl.load(columns + k, mask=inside, other=in_features)
-        else:
-            run = tl.load(columns + k // RUN * RUN, mask=inside, other=in_features)
-            column = run // RUN * RUN + k % RUN
-        known = inside & (column < in_features)
-        x_tile = tl.load(
-            x + column.to(tl.int64)[None, :] * x_feature_stride,
-            mask=known[None, :] & (t < x_tokens)[:, None],
-            other=0.0,
-        )
-        if row_pointer is None:
-            tile = first
-            inner = k
-        else:
-            tile = first + k // WIDTH
-            inner = k % WIDTH
-            if order is not None:
-                tile = tl.load(order + tile, mask=inside, other=0)
-        offset = tile.to(tl.int64) * (WIDTH * HEIGHT) + inner * WIDTH_STRIDE
-        weight_mask = inside[:, None]
-        if HEIGHT % BLOCK_V != 0:
-            weight_mask = weight_mask & (v < HEIGHT)[None, :]
-        weight_tile = tl.load(
-            weight + offset[:, None] + (v * HEIGHT_STRIDE)[None, :], mask=weight_mask, other=0.0
-        )
-        acc = tl.dot(x_tile, weight_tile, acc, input_precision=PRECISION)
-
-    row = group * HEIGHT + v
-    if rows is not None:
-        row = tl.load(rows + row, mask=v < HEIGHT, other=out_features)
-    stored = row < out_features
-    if HEIGHT % BLOCK_V != 0:
-        stored = stored & (v < HEIGHT)
-    if bias is not None:
-        acc += tl.load(bias + row, mask=stored, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        acc = 0.5 * acc * (1.0 + tl.math.erf(acc * 0.7071067811865476))
-    mask = stored[None, :] & (t < y_tokens)[:, None]
     if residual is not None:
         residual += t.to(tl.int64)[:, None] * residual_token_stride
-        residual += row.to(tl.int64)[None, :] * residual_feature_stride
-        acc += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    y += t.to(tl.int64)[:, None] * y_token_stride + row.to(tl.int64)[None, :] * y_feature_stride
-    tl.store(y, acc.to(y.dtype.element_ty), mask=mask)
+    y += t.to(tl.int64)[:, None] * y_token_stride
+    for step in range(ROW_BLOCKS):
+        block = tl.program_id(0) * ROW_BLOCKS + step
+        group = block // parts
+        v = block % parts * BLOCK_V + tl.arange(0, BLOCK_V)
+        if row_pointer is None:
+            first = group
+            num_columns = WIDTH
+        else:
+            first = tl.load(row_pointer + group)
+            num_columns = (tl.load(row_pointer + group + 1) - first) * WIDTH
+        group_columns = columns + first.to(tl.int64) * WIDTH
+
+        # Tokens on M: with V on N, wgmma serves every V from 8.
+        acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+        for start in range(0, num_columns, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = k < num_columns
+            if RUN == 1:
+                column = tl.load(group_columns + k, mask=inside, other=in_features)
+            else:
+                run = tl.load(group_columns + k // RUN * RUN, mask=inside, other=in_features)
+                column = run // RUN * RUN + k % RUN
+            known = inside & (column < in_features)
+            x_tile = tl.load(
+                x + column.to(tl.int64)[None, :] * x_feature_stride,
+                mask=known[None, :] & (t < x_tokens)[:, None],
+                other=0.0,
+                cache_modifier=".ca" if ROW_BLOCKS > 1 else "",
+            )
+            if row_pointer is None:
+                tile = first
+                inner = k
+            else:
+                tile = first + k // WIDTH
+                inner = k % WIDTH
+                if order is not None:
+                    tile = tl.load(order + tile, mask=inside, other=0)
+            offset = tile.to(tl.int64) * (WIDTH * HEIGHT) + inner * WIDTH_STRIDE
+            weight_mask = inside[:, None]
+            if HEIGHT % BLOCK_V != 0:
+                weight_mask = weight_mask & (v < HEIGHT)[None, :]
+            weight_tile = tl.load(
+                weight + offset[:, None] + (v * HEIGHT_STRIDE)[None, :], mask=weight_mask, other=0.0
+            )
+            acc = tl.dot(x_tile, weight_tile, acc, input_precision=PRECISION)
+
+        row = group * HEIGHT + v
+        if rows is not None:
+            row = tl.load(rows + row, mask=v < HEIGHT, other=out_features)
+        stored = row < out_features
+        if HEIGHT % BLOCK_V != 0:
+            stored = stored & (v < HEIGHT)
+        if bias is not None:
+            acc += tl.load(bias + row, mask=stored, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            acc = 0.5 * acc * (1.0 + tl.math.erf(acc * 0.7071067811865476))
+        mask = stored[None, :] & (t < y_tokens)[:, None]
+        if residual is not None:
+            at = residual + row.to(tl.int64)[None, :] * residual_feature_stride
+            acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        at = y + row.to(tl.int64)[None, :] * y_feature_stride
+        tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -232,7 +243,11 @@ def _weight_gradient_kernel(
         if RUN == 1:
             column = tl.load(columns + entry, mask=inside, other=in_features)
         else:
-            run = tl.load(columns + first.to(tl.int64) * WIDTH + k // RUN * RUN, mask=inside)
+            run = tl.load(
+                columns + first.to(tl.int64) * WIDTH + k // RUN * RUN,
+                mask=inside,
+                other=in_features,
+            )
             column = run // RUN * RUN + k % RUN
         known = inside & (column < in_features)
         x_rows = x + column.to(tl.int64)[:, None] * x_feature_stride
@@ -326,17 +341,18 @@ def launch_product(
         width, height = height, width
         strides = (1, width)
     num_groups = len(columns) if row_pointer is None else len(row_pointer) - 1
-    assert columns.shape == (len(weight), width) and weight.is_contiguous() and width % run == 0
+    assert columns.shape == (len(weight), width) and columns.is_contiguous() and width % run == 0
+    assert weight.is_contiguous() and weight.dtype == x.dtype
     assert order is None or row_pointer is not None
     in_features, num_tokens = x.shape
     y = empty_features(out_features, num_tokens, x, feature_major)
     block_v = _block_height(height)
+    num_blocks = num_groups * triton.cdiv(height, block_v)
     if tile is None:
         extent = width * triton.cdiv(len(columns), num_groups)
         tile = _product_tile(x, extent, block_v, run)
-    _product_kernel[
-        num_groups * triton.cdiv(height, block_v), triton.cdiv(num_tokens, tile.tokens)
-    ](
+    row_blocks = math.gcd(tile.row_blocks, num_blocks)
+    _product_kernel[num_blocks // row_blocks, triton.cdiv(num_tokens, tile.tokens)](
         x,
         weight,
         columns,
@@ -365,6 +381,7 @@ def launch_product(
         BLOCK_T=tile.tokens,
         BLOCK_K=tile.columns,
         BLOCK_V=block_v,
+        ROW_BLOCKS=row_blocks,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -483,6 +500,7 @@ def launch_weight_gradient(
         ValueError: a feature-major activation is not aligned.
     """
     num_tiles, width = columns.shape
+    assert columns.is_contiguous() and width % run == 0 and dy.dtype == x.dtype
     num_groups = num_tiles if row_pointer is None else len(row_pointer) - 1
     num_tokens = x.shape[1]
     block_v = _block_height(height)
