@@ -1,7 +1,7 @@
 """Triton kernels of the grouped gather GEMM, and their launchers: tensors in, tensors out.
 
     launch_product(x, weight, columns, row_pointer, out_features, *, rows, order, transposed, run,
-                   bias, gelu, residual, feature_major, precision, tile) -> y [O, T]
+                   bias, gelu, residual, feature_major, out, precision, tile) -> y [O, T]
     launch_input_gradient(dy, weight, rows, column_pointer, slots, in_features, *, run,
                           feature_major, precision, workspace, tile) -> dx [I, T]
     launch_weight_gradient(x, dy, columns, row_pointer, rows, height, *, run, precision, dtype,
@@ -301,6 +301,7 @@ def launch_product(
     gelu: bool = False,
     residual: Tensor | None = None,
     feature_major: bool = True,
+    out: Tensor | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Tensor:
@@ -324,13 +325,15 @@ def launch_product(
             K. Fewer index loads, and 16-byte ones of a token-major x.
         bias: `[O]`, any floating point.
         gelu: apply the exact (erf) GELU.
-        residual: `[O, T]` view.
+        residual: `[O, T]` view; may be `out`, to add to it.
         feature_major: layout of y.
+        out: `[O, T]` view to write to instead, any floating point; part of a larger y, say. Where
+            feature-major, it is written up to the next multiple of 16 tokens.
         precision: of float32 products: "ieee" or "tf32".
         tile: sizes to use instead of the default for this shape.
 
     Returns:
-        `[O, T]` view, dtype of x.
+        `[O, T]` view, dtype of x; or `out`.
 
     Raises:
         ValueError: a feature-major activation is not aligned.
@@ -345,12 +348,15 @@ def launch_product(
     assert weight.is_contiguous() and weight.dtype == x.dtype
     assert order is None or row_pointer is not None
     in_features, num_tokens = x.shape
-    y = empty_features(out_features, num_tokens, x, feature_major)
+    y = empty_features(out_features, num_tokens, x, feature_major) if out is None else out
     block_v = _block_height(height)
     num_blocks = num_groups * triton.cdiv(height, block_v)
     if tile is None:
         extent = width * triton.cdiv(len(columns), num_groups)
         tile = _product_tile(x, extent, block_v, run)
+    y_tokens = readable_tokens("y", y)
+    if residual is not None:
+        y_tokens = min(y_tokens, readable_tokens("residual", residual))
     row_blocks = math.gcd(tile.row_blocks, num_blocks)
     _product_kernel[num_blocks // row_blocks, triton.cdiv(num_tokens, tile.tokens)](
         x,
@@ -365,9 +371,7 @@ def launch_product(
         in_features,
         out_features,
         readable_tokens("x", x),
-        readable_tokens("y", y)
-        if residual is None
-        else min(readable_tokens("y", y), readable_tokens("residual", residual)),
+        y_tokens,
         *x.stride(),
         *y.stride(),
         *((0, 0) if residual is None else residual.stride()),
