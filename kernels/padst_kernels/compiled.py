@@ -11,9 +11,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+HEADERS = Path(__file__).parent
+
 # Not linked against an OpenMP of its own: it finds the one torch has loaded, and so obeys
 # `torch.set_num_threads`.
-COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-c"]
+COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", f"-I{HEADERS}", "-c"]
 
 
 @functools.cache
@@ -38,9 +40,10 @@ def _build(source: Path) -> Path:
     # Every option that -march=native stands for on this CPU.
     target = _run([compiler, "-march=native", "-Q", "--help=target"])
     version = _run([compiler, "--version"])
-    key = hashlib.sha256(source.read_bytes() + f"{COMPILE}{target}{version}".encode()).hexdigest()
+    code = source.read_bytes() + (HEADERS / "simd.h").read_bytes()
+    key = hashlib.sha256(code + f"{COMPILE}{target}{version}".encode()).hexdigest()
     cache = Path(os.environ.get("PADST_CACHE", Path.home() / ".cache" / "padst"))
-    library = cache / f"{source.stem}-{key[:16]}.so"
+    library = cache / f"{source.parent.name}-{key[:16]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
