@@ -15,7 +15,9 @@ SHAPES = [(40, 24), (24, 40), (33, 33)]  # outputs, inputs
 
 @pytest.fixture(autouse=True)
 def poisoned_empty() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
+    """Tensors made by `empty` hold NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
