@@ -109,7 +109,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("num_tokens", [1, 5, 33, 197])
+@pytest.mark.parametrize("num_tokens", [1, 197])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_product_of_any_shape(name: str, num_tokens: int, permuted: bool) -> None:
     case = make_case(*CASES[name], permuted=permuted)
@@ -188,7 +188,7 @@ def test_transposed_product_is_the_input_gradient_of_blocks(size: int, feature_m
 
 
 @pytest.mark.parametrize("name", ["nm16", "nm64", "nm8_wide", "tall"])
-@pytest.mark.parametrize("num_tokens", [1, 33, 197])
+@pytest.mark.parametrize("num_tokens", [1, 197])
 @pytest.mark.parametrize("layouts", [(True, True), (False, False)], ids=str)
 def test_input_gradient_by_slots(name: str, num_tokens: int, layouts: tuple[bool, bool]) -> None:
     case = make_case(*CASES[name])
@@ -232,7 +232,7 @@ def test_input_gradient_reads_natural_rows_in_runs(feature_major: bool) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("num_tokens", [1, 33, 197])
+@pytest.mark.parametrize("num_tokens", [5, 197])
 @pytest.mark.parametrize("layouts", [(True, True), (False, False), (True, False)], ids=str)
 def test_weight_gradient(name: str, num_tokens: int, layouts: tuple[bool, bool]) -> None:
     case = make_case(*CASES[name])
