@@ -207,6 +207,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
                 pointer,
                 rows,
                 height,
+                order=index(num_tiles),
                 run=height,
                 precision=precision,
             ),

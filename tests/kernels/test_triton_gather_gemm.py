@@ -270,6 +270,25 @@ def test_runs_of_columns_equal_columns(feature_major: bool) -> None:
     assert torch.equal(one, many)
 
 
+def test_weight_gradient_of_tiles_in_another_order() -> None:
+    case = make_case(16, 7, [2, 0, 3], 40, 48)
+    x, dy = activation(40, 33), activation(48, 33)
+    order = torch.randperm(5)
+    arguments = x, dy, case.columns, case.row_pointer, case.rows, 16
+    plain = kernels.launch_weight_gradient(*arguments)
+    ordered = kernels.launch_weight_gradient(*arguments, order=int32(order))
+    assert torch.equal(ordered[order], plain)
+
+
+def test_no_tokens() -> None:
+    case = make_case(*CASES["nm16"])
+    x, dy = activation(60, 0), activation(41, 0)
+    y = kernels.launch_product(x, case.weight, case.columns, None, 41, rows=case.rows)
+    assert y.shape == (41, 0)
+    dweight = kernels.launch_weight_gradient(x, dy, case.columns, None, case.rows, 16)
+    assert (dweight == 0).all()
+
+
 @pytest.mark.parametrize("row_blocks", [3, 4])
 def test_several_row_blocks_in_a_program(row_blocks: int) -> None:
     case = make_case(16, 7, [2, 0, 3, 1, 1, 1], 40, 90)

@@ -4,8 +4,8 @@
                    bias, gelu, residual, feature_major, out, precision, tile) -> y [O, T]
     launch_input_gradient(dy, weight, rows, column_pointer, slots, in_features, *, run,
                           feature_major, precision, workspace, tile) -> dx [I, T]
-    launch_weight_gradient(x, dy, columns, row_pointer, rows, height, *, run, precision, dtype,
-                           splits, tile) -> dweight [G, K, V]
+    launch_weight_gradient(x, dy, columns, row_pointer, rows, height, *, order, run, precision,
+                           dtype, splits, tile) -> dweight [G, K, V]
 
 Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile,
 R row groups. Activations are `[features, T]` views, and their strides say how they lie in memory:
@@ -195,6 +195,7 @@ def _weight_gradient_kernel(
     dy,
     columns,
     row_pointer,
+    order,
     rows,
     partial,
     in_features,
@@ -239,9 +240,9 @@ def _weight_gradient_kernel(
     for start in range(tl.program_id(1) * BLOCK_K, num_columns, tl.num_programs(1) * BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = k < num_columns
-        entry = first.to(tl.int64) * WIDTH + k
+        place = first.to(tl.int64) * WIDTH + k
         if RUN == 1:
-            column = tl.load(columns + entry, mask=inside, other=in_features)
+            column = tl.load(columns + place, mask=inside, other=in_features)
         else:
             run = tl.load(
                 columns + first.to(tl.int64) * WIDTH + k // RUN * RUN,
@@ -268,7 +269,10 @@ def _weight_gradient_kernel(
             dy_tile = tl.load(dy + t[:, None] * dy_token_stride, mask=dy_mask, other=0.0)
             dy_tile = tl.where((t < num_tokens)[:, None], dy_tile, 0.0)
             acc = tl.dot(x_tile, dy_tile, acc, input_precision=PRECISION)
-        out = partial + split.to(tl.int64) * split_stride + entry[:, None] * HEIGHT + v[None, :]
+        if order is not None:
+            tile = tl.load(order + first + k // WIDTH, mask=inside, other=0)
+            place = tile.to(tl.int64) * WIDTH + k % WIDTH
+        out = partial + split.to(tl.int64) * split_stride + place[:, None] * HEIGHT + v[None, :]
         out_mask = inside[:, None]
         if HEIGHT % BLOCK_V != 0:
             out_mask = out_mask & (v < HEIGHT)[None, :]
@@ -474,6 +478,7 @@ def launch_weight_gradient(
     rows: Tensor | None,
     height: int,
     *,
+    order: Tensor | None = None,
     run: int = 1,
     precision: str = "ieee",
     dtype: torch.dtype | None = None,
@@ -491,6 +496,8 @@ def launch_weight_gradient(
         row_pointer: int32 `[R + 1]`, or None when tile r is row group r.
         rows: int32 `[R * V]`, or None when y lies in natural order.
         height: V.
+        order: int32 `[G]`, which tile of the result stands at each place of `columns`; needs
+            `row_pointer`.
         run: columns come in aligned runs, see `launch_product`.
         precision: of float32 products.
         dtype: of the result; that of x by default.
@@ -505,6 +512,7 @@ def launch_weight_gradient(
     """
     num_tiles, width = columns.shape
     assert columns.is_contiguous() and width % run == 0 and dy.dtype == x.dtype
+    assert order is None or row_pointer is not None
     num_groups = num_tiles if row_pointer is None else len(row_pointer) - 1
     num_tokens = x.shape[1]
     block_v = _block_height(height)
@@ -514,8 +522,8 @@ def launch_weight_gradient(
     programs = num_groups * triton.cdiv(height, block_v), triton.cdiv(extent, tile.columns)
     if splits is None:
         splits = max(1, min(1024 // (programs[0] * programs[1]), num_tokens // 512))
-    split_tokens = triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens) * tile.tokens
-    splits = triton.cdiv(num_tokens, split_tokens)
+    split_tokens = max(1, triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens)) * tile.tokens
+    splits = max(1, triton.cdiv(num_tokens, split_tokens))
     out = x.new_empty(num_tiles, width, height, dtype=dtype or x.dtype)
     partial = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
     _weight_gradient_kernel[(*programs, splits)](
@@ -523,6 +531,7 @@ def launch_weight_gradient(
         dy,
         columns,
         row_pointer,
+        order,
         rows,
         partial,
         x.shape[0],
