@@ -107,6 +107,13 @@ def test_auto_permutes_the_shorter_side() -> None:
     assert sides["fc1.weights.0"] == "in" and sides["fc2.weights.0"] == "out"
 
 
+def test_auto_permutes_the_rows_of_a_square_weight_whose_rows_share_inputs() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    report = sparsify(model, [Rule("0")], structure=NM(n=1, m=None, group=8), density=0.25,
+                      learner=RandomPermutation(side="auto"))  # fmt: skip
+    assert report.layers[0].side == "out"
+
+
 def test_dense_structure_leaves_the_model_alone() -> None:
     model = toy()
     report = sparsify(model, RULES, structure=Dense(), density=0.1)

@@ -47,18 +47,20 @@ def evaluate(settings: EvaluateSchema, world: World) -> tuple[Path, dict[str, fl
     """
     from padst_exp.data.sampler import validation_loader
     from padst_exp.engine import checkpoint, evaluation
-    from padst_exp.train import sparse_model
+    from padst_exp.train import build_task, sparse_model
 
     run = Path(settings.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"run: {run} is no run directory, it has no config.yaml")
     cfg = OmegaConf.load(run / "config.yaml")
     assert isinstance(cfg, DictConfig)
+    # All weights come from the run's own checkpoint, wherever they started.
+    cfg.model.pretrained, cfg.model.checkpoint = False, None
     best, last = run / "checkpoints" / "best.pt", run / "checkpoints" / "last.pt"
     path = best if best.exists() else last
     saved = checkpoint.read(path)
 
-    task = build(cfg.dataset, "dataset")
+    task = build_task(cfg, world)
     trainer = build(cfg.trainer, "trainer")
     model, _ = sparse_model(cfg, task, build(cfg.permutation, "permutation"))
     model.to(world.device, trainer.dtype)

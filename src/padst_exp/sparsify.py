@@ -265,6 +265,10 @@ def _with_permutations(
     outputs: list[Permutation | None] = [
         learner.create(rows, generator) if side in ("out", "both") else None for _ in weights
     ]
+    device = weights[0].values.device
+    for permutation in (inputs, *outputs):
+        if permutation is not None:
+            permutation.to(device)
     has_any = inputs is not None or any(output is not None for output in outputs)
     return SparseLinear(weights, bias, inputs, outputs), side if has_any else "none"
 

@@ -49,7 +49,7 @@ def train(cfg: DictConfig, world: World) -> tuple[Path, dict[str, Any]]:
     from padst_exp.engine.progress import say
 
     settings = run_settings(cfg)
-    task = build(cfg.dataset, "dataset")
+    task = build_task(cfg, world)
     algorithm = build(cfg.dst, "dst")
     learner = build(cfg.permutation, "permutation")
     optimizer = build(cfg.optimizer, "optimizer")
@@ -81,6 +81,13 @@ def train(cfg: DictConfig, world: World) -> tuple[Path, dict[str, Any]]:
         seed=settings.seed,
     )
     return directory.path, summary
+
+
+def build_task(cfg: DictConfig, world: World) -> Task:
+    """The data set of `cfg`. Rank 0 prepares what is cached on disk, the others then find it."""
+    task = build(cfg.dataset, "dataset") if world.main else None
+    world.from_main(None)
+    return build(cfg.dataset, "dataset") if task is None else task
 
 
 def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Module, Report]:

@@ -50,6 +50,13 @@ def test_auto_continues_the_folder_of_its_name(tmp_path: Path) -> None:
     assert again.finished and again.summary() == {"x": 1}
 
 
+def test_auto_continues_the_newest_of_several(tmp_path: Path) -> None:
+    create(tmp_path).finish({"x": 1})
+    second = create(tmp_path)
+    assert second.path.name == "run-2"
+    assert create(tmp_path, "auto").path == second.path
+
+
 def test_auto_leaves_a_foreign_folder_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")

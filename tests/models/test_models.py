@@ -131,3 +131,16 @@ def test_wrong_weights_are_one_line(tmp_path: Path) -> None:
     node = small("vit", dim=32, checkpoint=str(tmp_path / "weights.pth"))
     with pytest.raises(UserError, match=r"^model\.checkpoint: .*cannot be loaded \([^\n]+\)$"):
         build(node, "model", SMALL_IMAGES)
+
+
+def test_gpt2_weights_load_in_float32_and_must_be_complete(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes)).bfloat16().save_pretrained(tmp_path)
+    same = small("gpt2", depth=1, checkpoint=str(tmp_path))
+    loaded = build(same, "model", SMALL_TEXT)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    deeper = small("gpt2", depth=2, checkpoint=str(tmp_path))
+    with pytest.raises(UserError, match=r"^model\.checkpoint: \S+ has no \S+, expected weights"):
+        build(deeper, "model", SMALL_TEXT)

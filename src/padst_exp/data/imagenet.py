@@ -121,7 +121,7 @@ class TrainImages(Dataset[Batch]):
     def __getitem__(self, address: Address) -> Batch:
         epoch, index = address
         image, label = self.source.read(index)
-        with preserved_rng(seed_of(self.seed, epoch, index)):
+        with preserved_rng(seed_of("image", self.seed, epoch, index)):
             return self.transform(image), torch.tensor(label)
 
 

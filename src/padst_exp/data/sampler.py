@@ -75,7 +75,7 @@ class StepSampler(Sampler[list[Address]]):
                 yield self._addresses(permutation, epoch, start, start + micro)
 
     def _permutation(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
         return torch.randperm(self.length, generator=generator)
 
     def _addresses(self, permutation: Tensor, epoch: int, start: int, stop: int) -> list[Address]:

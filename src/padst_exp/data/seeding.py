@@ -1,6 +1,7 @@
 """Randomness as a function of where a sample stands, never of who draws it."""
 
 import random
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,9 +26,14 @@ def mixed(*parts: int | NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state
 
 
-def seed_of(*parts: int) -> int:
-    """A seed below 2**32, which numpy's global generator accepts, from integers."""
-    return int(mixed(*parts)[0] >> np.uint64(32))
+def seed_of(purpose: str, *parts: int) -> int:
+    """A seed below 2**32, which numpy's global generator accepts.
+
+    Args:
+        purpose: keeps the streams of one run apart, e.g. "dropout".
+        parts: integers, the run's seed first.
+    """
+    return int(mixed(zlib.crc32(purpose.encode()), *parts)[0] >> np.uint64(32))
 
 
 @contextmanager

@@ -75,7 +75,9 @@ class TrainBlocks(Dataset[Batch]):
         return tokens[:, :-1], tokens[:, 1:]
 
     def _offset(self, epoch: int) -> int:
-        return seed_of(self.seed, epoch) % self.context_length if self.moving else 0
+        if not self.moving:
+            return 0
+        return seed_of("offset", self.seed, epoch) % self.context_length
 
 
 class ValidationBlocks(Dataset[Batch]):

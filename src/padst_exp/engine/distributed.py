@@ -138,7 +138,7 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(chosen)
     if size > 1:
         distributed.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
+            "nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=1)
         )
     return World(rank=rank, size=size, device=chosen)
 

@@ -76,7 +76,7 @@ class Wandb(NoLogger):
 
     def finish(self, summary: Mapping[str, object], exit_code: int = 0) -> None:
         if self._run is not None:
-            self._guarded(lambda: self._run.summary.update(_flat(summary)))
+            self._guarded(lambda: self._run.summary.update(flat_values(summary)))
         if self._run is not None:
             self._guarded(lambda: self._run.finish(exit_code=exit_code))
         self._run = None
@@ -95,11 +95,12 @@ class Wandb(NoLogger):
             return None
 
 
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def flat_values(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested mappings as one, its keys joined by slashes."""
     flat: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}/")
+            flat |= flat_values(value, f"{prefix}{key}/")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

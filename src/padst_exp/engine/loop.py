@@ -1,7 +1,7 @@
 """The training loop: steps, and what is seen and kept of them."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,13 +9,13 @@ from torch import nn
 
 from padst_exp.data.sampler import train_loader, validation_loader
 from padst_exp.data.seeding import seed_of
-from padst_exp.data.task import Task
+from padst_exp.data.task import Batch, Task
 from padst_exp.dst import Algorithm
 from padst_exp.engine.checkpoint import require_same_config
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import evaluate
 from padst_exp.engine.interruption import Interrupted, Interruption
-from padst_exp.engine.loggers import NoLogger
+from padst_exp.engine.loggers import NoLogger, flat_values
 from padst_exp.engine.optimizers import OptimizerBuilder
 from padst_exp.engine.plots import plot_curves, plot_topologies
 from padst_exp.engine.progress import Progress
@@ -158,13 +158,13 @@ class _Training:
         )
         if self.saved is None:
             # Dropout differs between ranks, and owes nothing to how the model was initialised.
-            torch.manual_seed(seed_of(self.seed, self.world.rank))
+            torch.manual_seed(seed_of("dropout", self.seed, self.world.rank))
         else:
             state.restore_random_state(self.saved, self.directory.checkpoints.last)
             self.saved = None
         self.mark = time.perf_counter()
         while state.step < self.total:
-            self.stepper.step(batches)
+            self.step(batches)
             self.progress.advance()
             at_end = state.step == self.total
             logging = at_end or _due(state.step, trainer.log_interval)
@@ -268,6 +268,13 @@ class _Training:
             self.directory.checkpoints.save(payload, is_best=is_best)
         self.mark += time.perf_counter() - began
 
+    def step(self, batches: Iterator[Batch]) -> None:
+        """Take one optimizer step."""
+        try:
+            self.stepper.step(batches)
+        except DivergedError as error:
+            self.diverge(error)
+
     def settle(self) -> None:
         """Fetch the losses that are still on the device."""
         try:
@@ -333,7 +340,10 @@ class _Training:
         if not self.world.main:
             return
         self.directory.append({"kind": kind, "step": self.state.step, **values})
-        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        # What happens to several permutations in one step must not overwrite each other.
+        prefix = f"{kind}/{values['permutation']}/" if "permutation" in values else f"{kind}/"
+        flat = flat_values(values, prefix)
+        numbers = {key: value for key, value in flat.items() if isinstance(value, int | float)}
         self.logger.log(self.state.step, numbers)
 
 

@@ -1,5 +1,6 @@
 """The folder of one run: what was asked, where it ran, what was measured, what came out."""
 
+import glob
 import json
 import os
 import platform
@@ -64,7 +65,7 @@ class RunDirectory:
         Args:
             root: folder of all runs.
             name: of this run; with `resume="never"` one that exists gets a suffix -2, -3, ...
-            resume: "auto" continues the folder of this name if there is one.
+            resume: "auto" continues the newest folder of this name if there is one.
             config: nested plain containers, the part that determines results.
             config_text: the whole configuration as YAML, interpolations resolved.
             overrides: of the command line.
@@ -74,14 +75,15 @@ class RunDirectory:
         Raises:
             UserError: when the folder to continue was made with another configuration.
         """
+        newest = _newest(root, name) if resume == "auto" else None
+        if newest is not None:
+            return cls._reopen(newest, config, config_text, device, keep_last)
         path, number = root / name, 1
         while True:
             try:
                 path.mkdir(parents=True)
                 break
             except FileExistsError:
-                if resume == "auto" and (path / "config.yaml").exists():
-                    return cls._reopen(path, config, config_text, device, keep_last)
                 number += 1
                 path = root / f"{name}-{number}"
         directory = cls(path, config=config, config_text=config_text, keep_last=keep_last)
@@ -151,6 +153,17 @@ class RunDirectory:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+
+def _newest(root: Path, name: str) -> Path | None:
+    """Return the folder called `name`, or `name` with the highest suffix, that is complete."""
+    found = {1: root / name}
+    for path in root.glob(f"{glob.escape(name)}-*"):
+        suffix = path.name.removeprefix(f"{name}-")
+        if suffix.isdigit():
+            found[int(suffix)] = path
+    complete = [number for number in sorted(found) if (found[number] / "config.yaml").exists()]
+    return found[complete[-1]] if complete else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

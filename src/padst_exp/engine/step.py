@@ -102,10 +102,13 @@ class Stepper:
             state.average.update(step)
         state.step = step
         self._pending.append((loss, norm))
+        # Together with rewiring, so that compiled code and its inputs change rarely.
+        hardening = bool(soft) and (step % self.algorithm.interval == 0 or step == self.total)
+        if rewiring or hardening:
+            self.settle()  # no topology or permutation is chosen by a gradient that is not finite
         if rewiring:
             self._rewire()
-        # Together with rewiring, so that compiled code and its inputs change rarely.
-        if soft and (step % self.algorithm.interval == 0 or step == self.total):
+        if hardening:
             self._harden(seen, progress)
 
     def settle(self) -> None:
@@ -133,9 +136,11 @@ class Stepper:
         """Return penalty and gain of each permutation that still is soft, by name."""
         if not self.soft:
             return {}
+        both = torch.stack([p.penalty_and_gain() for p in self.soft.values()]).tolist()
+        rows = dict(zip(self.soft, both, strict=True))
         return {
-            "penalty": {name: float(p.penalty()) for name, p in self.soft.items()},
-            "gain": {name: p.gain() for name, p in self.soft.items()},
+            "penalty": {name: penalty for name, (penalty, _) in rows.items()},
+            "gain": {name: gain for name, (_, gain) in rows.items()},
         }
 
     def _accumulate(self, batches: Iterator[Batch], collect: bool) -> tuple[Tensor, list[Batch]]:
@@ -147,10 +152,10 @@ class Stepper:
         losses, seen = [], []
         with eagerly(trainer.compile and (collect or self._half_hard())):
             for micro in range(trainer.micro_batches):
-                part = micro * world.size + world.rank
+                part = world.rank * trainer.micro_batches + micro
                 inputs, targets = to_device(next(batches), world.device, trainer.precision)
                 inputs, targets = self.task.augment(
-                    inputs, targets, seed_of(self.seed, self.state.step, part)
+                    inputs, targets, seed_of("mix", self.seed, self.state.step, part)
                 )
                 with self._unsynchronised(micro + 1 < trainer.micro_batches):
                     with forward_context(trainer.precision, world.device):
@@ -248,6 +253,9 @@ def compile_blocks(model: nn.Module) -> None:
         elements = list(child.children())
         alike = len(elements) > 1 and len({type(element) for element in elements}) == 1
         if isinstance(child, nn.ModuleList | nn.Sequential) and alike:
+            # The elements share their code, and each drop rate or soft permutation is a variant.
+            limit = max(torch._dynamo.config.recompile_limit, 4 * len(elements))
+            torch._dynamo.config.recompile_limit = limit
             for element in elements:
                 element.compile()
         else:

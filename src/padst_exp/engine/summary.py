@@ -88,8 +88,23 @@ def _permutations(rows: Sequence[Row], model: nn.Module) -> dict[str, object]:
         "largest_loss_jump": max(jumps) if jumps else None,
         # Modulo what the structure cannot tell apart; 0 is the identity.
         "distance_to_identity": distances(model),
+        "penalty_curve": _penalty_curve(rows),
         "events": hardened,
     }
+
+
+def _penalty_curve(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """Least, mean and largest penalty of the soft permutations, at no more than 100 steps."""
+    logged = list(_of(rows, "permutation"))
+    return [
+        {
+            "step": row["step"],
+            "least": min(row["penalty"].values()),
+            "mean": statistics.fmean(row["penalty"].values()),
+            "largest": max(row["penalty"].values()),
+        }
+        for row in logged[:: max(1, -(-len(logged) // 100))]
+    ]
 
 
 def distances(model: nn.Module) -> dict[str, float]:

@@ -33,7 +33,7 @@ class TopologyTracker:
 
     def record(self, name: str, relayout: Relayout) -> int:
         """Count one update of one weight; return how many units were replaced."""
-        self.seen[name][relayout.active.long()] = True
+        self.seen[name][relayout.active.long().cpu()] = True
         grown = relayout.num_grown
         self.replaced[name] += grown
         return grown
@@ -56,8 +56,9 @@ class TopologyTracker:
 
 def _first_seen(weight: SparseWeight) -> Tensor:
     size = weight.layout.num_pools * weight.layout.pool_size
-    seen = torch.zeros(size, dtype=torch.bool, device=weight.active.device)
-    seen[weight.active.long()] = True
+    # On the host: one bool for every candidate is as much as the values of a 90% sparse weight.
+    seen = torch.zeros(size, dtype=torch.bool)
+    seen[weight.active.long().cpu()] = True
     return seen
 
 
@@ -173,7 +174,7 @@ def harden(
             "gain": permutation.gain(),
         }
         logits = permutation.logits
-        permutation.harden(world.from_main(permutation.nearest()))
+        permutation.harden(world.from_main(permutation.nearest().cpu()))
         fold(model)
         forget(optimizer, logits)
         after = loss()
@@ -197,7 +198,7 @@ def harden(
 def fold(model: nn.Module) -> None:
     """Fold what has hardened now, not in a forward pass, which may be a compiled one."""
     for layer in model.modules():
-        if isinstance(layer, SparseLinear):
+        if isinstance(layer, SparseLinear) and layer.stale:
             layer.fold()
 
 

@@ -52,12 +52,17 @@ class SparseLinear(nn.Module):
             weight.fold(input_index, _hard_index(permutation))
         self._folded = self._soft()
 
+    @property
+    def stale(self) -> bool:
+        """Whether a permutation hardened since the last `fold`; forward then folds by itself."""
+        return self._folded != self._soft()
+
     def _soft(self) -> list[bool]:
         return [_is_soft(self.input_permutation), *map(_is_soft, self.output_permutations)]
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        if self._folded != self._soft():
+        if self.stale:
             self.fold()
         if self.input_permutation is not None:
             x = self.input_permutation(x)  # the identity once hard

@@ -1,8 +1,9 @@
 """Language models over transformers: targets of conf/model/gpt2*.yaml."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -79,10 +80,17 @@ def gpt2(
     config._attn_implementation = "sdpa"
     if not pretrained and checkpoint is None:
         return GPT2(GPT2LMHeadModel(config))
+    source = f"checkpoint: {checkpoint}" if checkpoint else f"pretrained: {name}"
     try:
-        lm = GPT2LMHeadModel.from_pretrained(checkpoint or name, config=config)
+        # By default the weights would keep the precision of the file, and so would training.
+        loading: Any = GPT2LMHeadModel.from_pretrained(
+            checkpoint or name, config=config, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, RuntimeError, ValueError) as error:
-        source = f"checkpoint: {checkpoint}" if checkpoint else f"pretrained: {name}"
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.{source} cannot be loaded ({reason})") from error
+    lm, loaded = loading
+    missing = sorted(set(loaded["missing_keys"]) - {"lm_head.weight"})  # tied to the embedding
+    if missing:
+        raise UserError(f"model.{source} has no {missing[0]}, expected weights of these sizes")
     return GPT2(lm)

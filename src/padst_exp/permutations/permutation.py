@@ -135,7 +135,13 @@ class Permutation(nn.Module):
 
         A near-uniform matrix nearly annihilates the output of a LayerNorm.
         """
-        return float((self.matrix() - 1 / self.size).norm()) / math.sqrt(self.size)
+        return float(self.penalty_and_gain()[1])
+
+    def penalty_and_gain(self) -> Tensor:
+        """Return `penalty` and `gain` as `[2]`, from one computation of M."""
+        matrix = self.matrix()
+        gain = (matrix - 1 / self.size).norm() / math.sqrt(self.size)
+        return torch.stack([sharpness_penalty(matrix), gain])
 
     def agreement(self) -> float:
         """Return the share of rows on which the nearest permutation is the initial one."""
