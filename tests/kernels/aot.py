@@ -140,6 +140,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     empty = torch.empty(0, dtype=dtype)
     x, dy, bias, rows = features(768), features(3072), torch.zeros(3072), index(3072)
+    x_tm, dy_tm = features(768, 6304, "tm"), features(3072, 6304, "tm")
     for height in (16, 32, 64, 128):
         groups = 3072 // height
         weight, columns = torch.empty(groups, 77, height, dtype=dtype), index(groups, 77)
@@ -156,7 +157,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"forward nm{height} fm fm few", product(x=features(768, 5), **nm, rows=rows)
         yield (
             f"forward nm{height} tm tm",
-            product(x=features(768, 6304, "tm"), **nm, feature_major=False),
+            product(x=x_tm, **nm, feature_major=False),
         )
         yield (
             f"dx nm{height} fm fm",
@@ -185,6 +186,34 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
                 precision=precision,
             ),
         )
+        yield (
+            f"dx nm{height} tm tm runs",
+            partial(
+                gather.launch_input_gradient,
+                dy_tm,
+                weight,
+                index(groups, height),
+                index(769),
+                index(groups * 77),
+                768,
+                run=height,
+                feature_major=False,
+                precision=precision,
+            ),
+        )
+        yield (
+            f"dw nm{height} tm tm",
+            partial(
+                gather.launch_weight_gradient,
+                x_tm,
+                dy_tm,
+                columns,
+                None,
+                None,
+                height,
+                precision=precision,
+            ),
+        )
         num_tiles = 3072 * 768 // (10 * height * height)
         tiles, pointer = index(num_tiles, height), index(groups + 1)
         weight = torch.empty(num_tiles, height, height, dtype=dtype)
@@ -192,7 +221,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"forward block{height} fm fm", product(x=x, **block, rows=rows)
         yield (
             f"forward block{height} tm tm runs",
-            product(x=features(768, 6304, "tm"), **block, run=height, feature_major=False),
+            product(x=x_tm, **block, run=height, feature_major=False),
         )
         block |= {"row_pointer": index(768 // height + 1), "out_features": 768}
         block |= {"order": index(num_tiles), "transposed": True}

@@ -518,7 +518,7 @@ def launch_weight_gradient(
     block_v = _block_height(height)
     # An average row group; one with more tiles loops.
     extent = width * triton.cdiv(num_tiles, num_groups)
-    tile = tile or _weight_gradient_tile(x, extent, block_v)
+    tile = tile or _weight_gradient_tile(x, extent, block_v, run)
     programs = num_groups * triton.cdiv(height, block_v), triton.cdiv(extent, tile.columns)
     if splits is None:
         splits = max(1, min(1024 // (programs[0] * programs[1]), num_tokens // 512))
@@ -604,7 +604,10 @@ def _product_tile(x: Tensor, width: int, block_v: int, run: int) -> Tile:
     return Tile(tokens, columns, warps=8 if tokens * block_v >= 128 * 128 else 4, stages=5)
 
 
-def _weight_gradient_tile(x: Tensor, extent: int, block_v: int) -> Tile:
+def _weight_gradient_tile(x: Tensor, extent: int, block_v: int, run: int) -> Tile:
     tokens = min(128 // x.element_size(), max(16, triton.next_power_of_2(x.shape[1])))
     columns = min(128, max(16, triton.next_power_of_2(extent)))
-    return Tile(tokens, columns, warps=8 if columns * block_v >= 128 * 64 else 4, stages=4)
+    many = columns * block_v >= 128 * 64
+    if x.stride(0) == 1 and run < 8:
+        tokens, many = min(tokens, 32), columns >= 64
+    return Tile(tokens, columns, warps=8 if many else 4, stages=4)
