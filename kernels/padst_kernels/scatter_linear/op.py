@@ -18,7 +18,8 @@ def scatter_linear(x: Tensor, values: Tensor, entries: Tensor, out_features: int
     Args:
         x: floating point `[..., I]`.
         values: any shape, dtype of x.
-        entries: int64, shape of `values`; row * I + column, distinct, or O * I for padding.
+        entries: int32 or int64, shape of `values`; row * I + column, distinct, or O * I for
+            padding. Half the memory in int32; a pass widens it for as long as it needs it.
         out_features: O.
 
     Returns:
@@ -46,12 +47,12 @@ class _ScatterLinear(torch.autograd.Function):
             size = ctx.out_features * x.shape[1]
             dense = dy.new_zeros(size + 1)
             torch.mm(dy.t(), x, out=dense[:size].view(ctx.out_features, -1))
-            dvalues = dense[entries]
+            dvalues = dense[entries.long()]
         return dx, dvalues, None, None
 
 
 def _dense(values: Tensor, entries: Tensor, out_features: int, in_features: int) -> Tensor:
     size = out_features * in_features
     flat = values.new_zeros(size + 1)
-    flat.scatter_(0, entries.flatten(), values.flatten())
+    flat.scatter_(0, entries.flatten().long(), values.flatten())
     return flat[:size].view(out_features, in_features)

@@ -64,7 +64,10 @@ class Product(nn.Module):
         if self.output_index is not None:
             rows = self.output_index.argsort()[rows.clamp(max=num_rows - 1)]
         outside = entries == num_rows * num_columns
-        self._set("entries", torch.where(outside, entries, rows * num_columns + columns))
+        entries = torch.where(outside, entries, rows * num_columns + columns)
+        # For single entries the index weighs as much as the values do.
+        narrow = num_rows * num_columns < 2**31
+        self._set("entries", entries.to(torch.int32) if narrow else entries)
 
     def _fold_tiles(self, units: Tensor, columns: Tensor, owner: Tensor) -> None:
         layout, merged = self.layout, self.layout.merged_tiles
