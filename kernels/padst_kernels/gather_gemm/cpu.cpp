@@ -256,7 +256,8 @@ bool padst_gather_gemm(const float* x, const float* weight, const int32_t* colum
   const Index index(columns, rows, row_pointer, order, sizes);
   if (!index.legal()) return false;
   const int64_t num_tokens = sizes[0], in_features = sizes[1], out_features = sizes[2];
-  if (num_tokens <= FEW) {
+  // Rows that fill no lanes go one by one there.
+  if (num_tokens == 1 || (num_tokens <= FEW && index.height % LANES == 0)) {
     forward_few(index, x, weight, y, num_tokens);
     return true;
   }

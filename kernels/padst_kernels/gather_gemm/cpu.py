@@ -1,8 +1,9 @@
 """The three passes of the grouped gather GEMM on a CPU.
 
-Float32 goes to a C++ kernel that reads rows of x by index, without a gathered copy (cpu.cpp).
-Other dtypes, and machines without a compiler, gather in plain PyTorch, feature-major, and batch
-the products. Shape letters as in op.py; x `[T, I]`, dy `[T, O]`, weight `[G, K, V]`.
+Float32 goes to a C++ kernel that reads rows of x by index, without a gathered copy (cpu.cpp);
+half precision too, converted on the way in and out. Float64, and machines without a compiler,
+gather in plain PyTorch, feature-major, and batch the products. Shape letters as in op.py; x
+`[T, I]`, dy `[T, O]`, weight `[G, K, V]`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ TOKENS, TOKENS_HALF = 256, 1024
 
 def product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
     """`[T, O]`, contiguous."""
+    if _widens(x):
+        return product(x.float(), weight.float(), index, out_features).to(x.dtype)
     y = x.new_empty(len(x), out_features)
     if not _run_compiled("padst_gather_gemm", x, weight, index, x, y, weight, y):
         tiles = weight if index.order is None else weight.index_select(0, index.order)
@@ -37,6 +40,8 @@ def product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> T
 
 def input_gradient(dy: Tensor, weight: Tensor, index: TileIndex, in_features: int) -> Tensor:
     """`[T, I]`, contiguous."""
+    if _widens(dy):
+        return input_gradient(dy.float(), weight.float(), index, in_features).to(dy.dtype)
     dx = dy.new_empty(len(dy), in_features)
     if not _run_compiled("padst_gather_gemm_dx", dy, weight, index, dx, dy, weight, dx):
         num_rows, height = _num_rows(weight.shape, index), weight.shape[2]
@@ -50,6 +55,8 @@ def input_gradient(dy: Tensor, weight: Tensor, index: TileIndex, in_features: in
 
 def weight_gradient(x: Tensor, dy: Tensor, index: TileIndex, height: int) -> Tensor:
     """`[G, K, V]`, contiguous."""
+    if _widens(x):
+        return weight_gradient(x.float(), dy.float(), index, height).to(x.dtype)
     dweight = x.new_zeros(*index.columns.shape, height)
     if _run_compiled("padst_gather_gemm_dw", x, dy, index, x, dy, dweight, dweight):
         return dweight
@@ -63,6 +70,10 @@ def weight_gradient(x: Tensor, dy: Tensor, index: TileIndex, height: int) -> Ten
     if index.order is None:
         return in_order
     return torch.empty_like(in_order).index_copy_(0, index.order.long(), in_order)
+
+
+def _widens(x: Tensor) -> bool:
+    return x.element_size() == 2 and _library() is not None
 
 
 def _run_compiled(
