@@ -23,10 +23,13 @@ from torch import nn
 
 from padst_exp.config import build, config_dir, register_schemas, results_config
 from padst_exp.data.sampler import train_loader
+from padst_exp.dst import DropGrow, Magnitude, Uniform
 from padst_exp.engine import loop
 from padst_exp.engine.distributed import World
+from padst_exp.engine.optimizers import AdamW
 from padst_exp.engine.run_directory import RunDirectory, environment, read_metrics
-from padst_exp.layers import permutations
+from padst_exp.engine.topology import move_state
+from padst_exp.layers import permutations, sparse_weights
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import NM, Block, Diagonal, Structure, Unstructured
@@ -34,6 +37,9 @@ from padst_exp.train import sparse_model
 
 STEP_LIMIT, REWIRE_LIMIT, MEMORY_LIMIT = 1.05, 0.02, 0.2
 
+SET = DropGrow(
+    drop=Magnitude(), grow=Uniform(), fraction=0.3, interval=10, stop=0.75, moments="age"
+)
 STRUCTURES: dict[str, Structure] = {
     "unstructured": Unstructured(),
     "block size=16": Block(size=16, balanced=False),
@@ -156,14 +162,14 @@ def memory_rows() -> list[dict[str, str]]:
         sparsify(layer, [Rule("0")], structure=structure, density=0.1,
                  learner=DoublyStochastic(side="auto"))  # fmt: skip
         dense = 4 * 4 * 768 * 3072
-        soft = training_bytes(layer) / dense
+        optimizer, _ = AdamW(lr=0.001).create(layer, total_steps=100)
+        soft = trained_bytes(layer, optimizer) / dense
         for permutation in permutations(layer).values():
             permutation.harden()
-        layer(torch.zeros(1, 768))  # folds
         rows.append(
             row(
                 f"memory of a 768->3072 layer at 90%, {name} / dense",
-                training_bytes(layer) / dense,
+                trained_bytes(layer, optimizer) / dense,
                 MEMORY_LIMIT,
                 f"soft phase {soft:.3f}",
             )
@@ -171,13 +177,25 @@ def memory_rows() -> list[dict[str, str]]:
     return rows
 
 
-def training_bytes(module: nn.Module) -> int:
-    """Parameters with gradient and two moments each, and every buffer once."""
-    parameters = sum(4 * p.numel() * p.element_size() for p in module.parameters())
-    storages = {
-        b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in module.buffers()
-    }
-    return parameters + sum(storages.values())
+def trained_bytes(layer: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """What one layer holds after a step and a rewiring: all parameters, gradients, state, indices.
+
+    Soft matrices have an optimizer of their own, Adam too: twice their size in moments.
+    """
+    layer(torch.zeros(1, 768)).sum().backward()
+    optimizer.step()
+    for weight in sparse_weights(layer).values():
+        relayout = weight.rewire(SET, step=10, total=100, generator=torch.Generator())
+        move_state(weight, relayout, optimizer, SET.moments, 10)
+        weight.relayout_(relayout)
+    states = [t for state in optimizer.state.values() for t in state.values() if t.ndim > 0]
+    soft = [p.logits for p in permutations(layer).values() if p.logits is not None]
+    tensors = [
+        *layer.parameters(), *(p.grad for p in layer.parameters() if p.grad is not None),
+        *states, *layer.buffers(),
+    ]  # fmt: skip
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values()) + 2 * sum(t.untyped_storage().nbytes() for t in soft)
 
 
 def row(what: str, ratio: float, limit: float, detail: str) -> dict[str, str]:
