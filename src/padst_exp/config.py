@@ -23,16 +23,18 @@ from padst_exp.errors import UserError
 
 if TYPE_CHECKING:
     Storage = Literal["packed", "masked"]
+    Backend = Literal["auto", "torch", "triton"]
 else:
-    Storage = str  # OmegaConf knows no Literal; `validate` checks
+    Storage = Backend = str  # OmegaConf knows no Literal; `validate` checks
 
 DISTRIBUTIONS = ("uniform", "erk")
 STORAGES = ("packed", "masked")
 RESUMES = ("never", "auto")
 DEVICES = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "torch", "triton")
 
 # Keys that say where and how a run is watched, not what it computes.
-NOT_RESULTS = ("logger", "runs", "resume", "name", "device")
+NOT_RESULTS = ("logger", "runs", "resume", "name", "device", "backend")
 
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
@@ -67,6 +69,7 @@ class Run:
         runs: folder that holds the run directories.
         name: of the run directory; null derives it from the config.
         device: "auto" takes the GPU where there is one.
+        backend: of sparse products on a GPU: "torch", "triton", or "auto".
     """
 
     sparse: list[SparseRule] = MISSING
@@ -78,6 +81,7 @@ class Run:
     runs: str = MISSING
     name: str | None = None
     device: str = MISSING
+    backend: Backend = MISSING
 
     def validate(self) -> None:
         """Check values (the types were checked on composition); `UserError` names the key."""
@@ -93,6 +97,7 @@ class Run:
         _require_choice("storage", self.storage, STORAGES)
         _require_choice("resume", self.resume, RESUMES)
         _require_choice("device", self.device, DEVICES)
+        _require_choice("backend", self.backend, BACKENDS)
         for index, rule in enumerate(self.sparse):
             if rule.split < 1:
                 raise UserError(f"sparse[{index}].split: expected at least 1, got {rule.split}")

@@ -16,7 +16,6 @@ instructions: the products run on CUDA cores, and every x is read D times, throu
 """
 
 # Arguments of Triton kernels have no Python types.
-# ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
 

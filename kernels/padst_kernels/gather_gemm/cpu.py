@@ -1,9 +1,9 @@
-"""The three passes of the grouped gather GEMM on a CPU.
+"""The three passes of the grouped gather GEMM on a CPU, and in plain PyTorch on any device.
 
-Float32 goes to a C++ kernel that reads rows of x by index, without a gathered copy (cpu.cpp);
-half precision too, converted on the way in and out. Float64, and machines without a compiler,
-gather in plain PyTorch, feature-major, and batch the products. Shape letters as in op.py; x
-`[T, I]`, dy `[T, O]`, weight `[G, K, V]`.
+On a CPU float32 goes to a C++ kernel that reads rows of x by index, without a gathered copy
+(cpu.cpp); half precision too, converted on the way in and out. Float64, machines without a
+compiler and GPUs without the Triton kernels gather in plain PyTorch, feature-major, and batch the
+products. Shape letters as in op.py; x `[T, I]`, dy `[T, O]`, weight `[G, K, V]`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from padst_kernels.gather_gemm.index import TileIndex
 MIN_FEATURE_MAJOR_TOKENS = 32
 
 # Tokens gathered at a time: what fits in a cache. Half precision has fast products of wide
-# matrices only.
-TOKENS, TOKENS_HALF = 256, 1024
+# matrices only; a GPU has no use for small ones, just a memory to spare.
+TOKENS, TOKENS_HALF, TOKENS_GPU = 256, 1024, 8192
 
 
 def product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
@@ -73,7 +73,7 @@ def weight_gradient(x: Tensor, dy: Tensor, index: TileIndex, height: int) -> Ten
 
 
 def _widens(x: Tensor) -> bool:
-    return x.element_size() == 2 and _library() is not None
+    return x.is_cpu and x.element_size() == 2 and _library() is not None
 
 
 def _run_compiled(
@@ -87,7 +87,7 @@ def _run_compiled(
     out: Tensor,
 ) -> bool:
     """Run one pass of cpu.cpp into `out`; False where there is none for these tensors."""
-    library = _library() if out.dtype == torch.float32 else None
+    library = _library() if out.is_cpu and out.dtype == torch.float32 else None
     if library is None:
         return False
     first, second = first.contiguous(), second.contiguous()
@@ -123,6 +123,8 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _split(x: Tensor) -> tuple[Tensor, ...]:
+    if not x.is_cpu:
+        return x.split(TOKENS_GPU)
     return x.split(TOKENS_HALF if x.element_size() == 2 else TOKENS)
 
 
@@ -183,7 +185,8 @@ def _owner(index: TileIndex) -> Tensor | None:
     """Row group of each place in the index."""
     if index.row_pointer is None:
         return None
-    return torch.repeat_interleave(index.row_pointer.diff())
+    # Without its size the host would wait for the device.
+    return torch.repeat_interleave(index.row_pointer.diff(), output_size=len(index.columns))
 
 
 def _num_rows(weight_shape: torch.Size, index: TileIndex) -> int:

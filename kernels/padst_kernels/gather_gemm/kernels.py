@@ -21,7 +21,6 @@ README.md has the maths and what the compiled code must look like.
 """
 
 # Arguments of Triton kernels have no Python types.
-# ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
 

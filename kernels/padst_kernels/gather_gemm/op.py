@@ -6,7 +6,7 @@ R row groups.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,22 +100,38 @@ def _weight_gradient(x: Tensor, dy: Tensor, index: TileIndex, height: int) -> Te
         return cpu.weight_gradient(x, dy, index, height)
     from padst_kernels.gather_gemm import kernels
 
-    dweight = kernels.launch_weight_gradient(
+    return kernels.launch_weight_gradient(
         x.contiguous().t(),
         dy.contiguous().t(),
         index.columns,
         index.row_pointer,
         index.rows,
         height,
+        order=index.order,
         precision=_precision(),
     )
-    if index.order is None:
-        return dweight
-    return torch.empty_like(dweight).index_copy_(0, index.order.long(), dweight)
+
+
+Backend = Literal["auto", "torch", "triton"]
+
+_backend: Backend = "auto"
+
+
+def use_backend(backend: Backend) -> None:
+    """Choose what computes on a GPU, for the whole process.
+
+    Args:
+        backend: `"torch"`: gathers and batched products of PyTorch; `"triton"`: the kernels of
+            kernels.py; `"auto"`: PyTorch, as long as the kernels were checked in Triton's
+            interpreter and by compilation only, not on a device.
+    """
+    global _backend
+    _backend = backend
 
 
 def _on_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    half_or_float = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return _backend == "triton" and x.is_cuda and half_or_float
 
 
 def _precision() -> str:

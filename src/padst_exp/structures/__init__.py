@@ -4,7 +4,7 @@ from padst_exp.structures.block import Block
 from padst_exp.structures.diagonal import Diagonal
 from padst_exp.structures.layout import Layout, gather_entries, scatter_entries
 from padst_exp.structures.nm import NM
-from padst_exp.structures.product import Product, Storage
+from padst_exp.structures.product import Product, Storage, use_backend
 from padst_exp.structures.structure import Structure
 from padst_exp.structures.unstructured import Dense, Unstructured
 
@@ -20,4 +20,5 @@ __all__ = [
     "Unstructured",
     "gather_entries",
     "scatter_entries",
+    "use_backend",
 ]

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.structures.layout import Layout, scatter_entries
-from padst_kernels.gather_gemm import TileIndex, gather_gemm, tile_index
+from padst_kernels.gather_gemm import TileIndex, gather_gemm, tile_index, use_backend
 from padst_kernels.scatter_linear import scatter_linear
 
 Storage = Literal["packed", "masked"]
+
+__all__ = ["Product", "Storage", "use_backend"]
 
 # What `fold` derives from a topology; rebuilt after every change, so never saved.
 _DERIVED = ("input_index", "output_index", "mask", "entries", *TileIndex._fields)
