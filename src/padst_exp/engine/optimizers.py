@@ -1,6 +1,6 @@
 """Optimizers, their schedules and the roles of parameters: targets of conf/optimizer/*.yaml."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, cast, overload
 
 import torch
@@ -110,24 +110,32 @@ def _correct_bias(
     sqrt(c_2)), root being that of the second moment.
     """
     beta1, beta2 = group["betas"]
-    births = tuple(state["birth"] for state in states)
+    births = [state["birth"] for state in states]
     roots = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
 
-    def unbiased(beta: float, ages: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch._foreach_add(torch._foreach_neg(torch._foreach_pow(beta, ages)), 1)
+    def factors(ages: Tensor) -> tuple[Tensor, ...]:
+        # All weights at once: one number for each birth is little work, but many calls.
+        correction = (1 - beta2**ages).sqrt()
+        scale = correction / (1 - beta1**ages)
+        denominators = torch._foreach_add(roots, _in_shape(correction * group["eps"], births))
+        return torch._foreach_div(_in_shape(scale, births), denominators)
 
-    def factors(ages: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        correction = torch._foreach_sqrt(unbiased(beta2, ages))
-        scale = torch._foreach_div(correction, unbiased(beta1, ages))
-        eps = torch._foreach_mul(correction, group["eps"])
-        return torch._foreach_div(scale, torch._foreach_add(roots, eps))
-
-    # In the shape of the births, so that original entries cancel to exactly zero.
-    steps = torch._foreach_mul(births, 0)
-    torch._foreach_add_(steps, [state["step"].to(state["birth"]) for state in states])
-    difference = torch._foreach_sub(factors(steps), factors(torch._foreach_sub(steps, births)))
+    # As long as the births, so that original entries cancel to exactly zero.
+    born = torch.cat([birth.flatten() for birth in births])
+    counts = [
+        state["step"].to(birth).expand(birth.numel())
+        for state, birth in zip(states, births, strict=True)
+    ]
+    steps = torch.cat(counts)
+    difference = torch._foreach_sub(factors(steps), factors(steps - born))
     means = [state["exp_avg"] for state in states]
     torch._foreach_addcmul_(parameters, means, difference, value=float(group["lr"]))
+
+
+def _in_shape(flat: Tensor, births: list[Tensor]) -> list[Tensor]:
+    """Cut `flat` into tensors with the shapes of `births`."""
+    parts = flat.split([birth.numel() for birth in births])
+    return [part.view_as(birth) for part, birth in zip(parts, births, strict=True)]
 
 
 class OptimizerBuilder:
@@ -265,10 +273,8 @@ class AdamW(OptimizerBuilder):
         self.eps = eps
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        cuda = all(parameter.is_cuda for parameter in _parameters(groups))
-        return AgeAwareAdamW(
-            groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True if cuda else None
-        )
+        # One kernel for each parameter, on a CPU as on a GPU.
+        return AgeAwareAdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
 class SGD(OptimizerBuilder):
@@ -306,8 +312,3 @@ class SGD(OptimizerBuilder):
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
-
-
-def _parameters(groups: list[dict[str, Any]]) -> Iterator[nn.Parameter]:
-    for group in groups:
-        yield from group["params"]
