@@ -1,5 +1,6 @@
 """Optimizers, their schedules and the roles of parameters: targets of conf/optimizer/*.yaml."""
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, cast, overload
 
@@ -138,7 +139,7 @@ def _in_shape(flat: Tensor, births: list[Tensor]) -> list[Tensor]:
     return [part.view_as(birth) for part, birth in zip(parts, births, strict=True)]
 
 
-class OptimizerBuilder:
+class OptimizerBuilder(abc.ABC):
     """What the builders below share: the schedule and the checks.
 
     Args:
@@ -182,8 +183,9 @@ class OptimizerBuilder:
         optimizer = self._optimizer(_parameter_groups(model, self.weight_decay))
         return optimizer, self._schedule(optimizer, total_steps)
 
+    @abc.abstractmethod
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        raise NotImplementedError
+        """Return the optimizer of these parameter groups."""
 
     def _schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Schedule:
         from timm.scheduler.cosine_lr import CosineLRScheduler

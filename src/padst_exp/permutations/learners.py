@@ -4,6 +4,7 @@ The engine drives the soft phase: after backward `regularize`, after the optimiz
 now and then `ready`, and the permutations that are ready harden.
 """
 
+import abc
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -22,7 +23,7 @@ def _require(valid: bool, key: str, value: object, wanted: str) -> None:
         raise UserError(f"permutation.{key}: expected {wanted}, got {value}")
 
 
-class Learner:
+class Learner(abc.ABC):
     """What all learners share. By itself it has no soft phase.
 
     Attributes:
@@ -34,9 +35,9 @@ class Learner:
         _require(side in ("in", "out", "both", "auto"), "side", side, "in, out, both or auto")
         self.side = side
 
+    @abc.abstractmethod
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         """Return a fresh permutation of `size` features drawn from `generator`, or None."""
-        raise NotImplementedError
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimizer of the soft matrices."""
