@@ -23,7 +23,7 @@ def compiled(source: Path) -> ctypes.CDLL | None:
     """The shared library of one C++ `source` file, or None where it cannot be had.
 
     Needs GCC (`CXX`, by default g++) at the first use on a machine: about two seconds. Libraries
-    stay in `PADST_CACHE` (by default `~/.cache/padst`), by the hash of source, compiler and CPU.
+    stay in `PADST_CACHE` (else `~/.cache/padst_exp`), by the hash of source, compiler and CPU.
     """
     try:
         return ctypes.CDLL(str(_build(source)))
@@ -42,7 +42,7 @@ def _build(source: Path) -> Path:
     version = _run([compiler, "--version"])
     code = source.read_bytes() + (HEADERS / "simd.h").read_bytes()
     key = hashlib.sha256(code + f"{COMPILE}{target}{version}".encode()).hexdigest()
-    cache = Path(os.environ.get("PADST_CACHE", Path.home() / ".cache" / "padst"))
+    cache = Path(os.environ.get("PADST_CACHE") or Path.home() / ".cache" / "padst_exp")
     library = cache / f"{source.parent.name}-{key[:16]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
