@@ -31,6 +31,8 @@ from triton.runtime.jit import JITFunction
 
 from padst_kernels.diagonals import kernels as diagonals
 from padst_kernels.gather_gemm import kernels as gather
+from padst_kernels.gather_gemm.kernels import input_gradient, product, weight_gradient
+from padst_kernels.gather_gemm.layout import empty_features
 
 _TOOLS = Path(os.path.dirname(triton.backends.nvidia.__file__)) / "bin"
 _TYPES = {
@@ -133,9 +135,9 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         return torch.zeros(shape, dtype=torch.int32)
 
     def features(num_features: int, num_tokens: int = 6304, major: str = "fm") -> torch.Tensor:
-        return gather.empty_features(num_features, num_tokens, empty, major == "fm")
+        return empty_features(num_features, num_tokens, empty, major == "fm")
 
-    def product(**options: Any) -> Callable[[], Any]:
+    def forward(**options: Any) -> Callable[[], Any]:
         return partial(gather.launch_product, **options, precision=precision)
 
     empty = torch.empty(0, dtype=dtype)
@@ -145,19 +147,19 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         groups = 3072 // height
         weight, columns = torch.empty(groups, 77, height, dtype=dtype), index(groups, 77)
         nm = {"weight": weight, "columns": columns, "row_pointer": None, "out_features": 3072}
-        yield f"forward nm{height} fm fm", product(x=x, **nm, rows=rows)
-        yield f"forward nm{height} fm tm", product(x=x, **nm, bias=bias, feature_major=False)
+        yield f"forward nm{height} fm fm", forward(x=x, **nm, rows=rows)
+        yield f"forward nm{height} fm tm", forward(x=x, **nm, bias=bias, feature_major=False)
         yield (
             f"forward nm{height} fm fm epilogue",
-            product(x=x, **nm, rows=rows, bias=bias, gelu=True, residual=dy),
+            forward(x=x, **nm, rows=rows, bias=bias, gelu=True, residual=dy),
         )
         in_l1 = gather.Tile(tokens=64, columns=64, warps=4, stages=5, row_blocks=groups)
-        yield f"forward nm{height} fm fm in L1", product(x=x, **nm, rows=rows, tile=in_l1)
-        yield f"forward nm{height} fm fm ragged", product(x=features(768, 197), **nm, rows=rows)
-        yield f"forward nm{height} fm fm few", product(x=features(768, 5), **nm, rows=rows)
+        yield f"forward nm{height} fm fm in L1", forward(x=x, **nm, rows=rows, tile=in_l1)
+        yield f"forward nm{height} fm fm ragged", forward(x=features(768, 197), **nm, rows=rows)
+        yield f"forward nm{height} fm fm few", forward(x=features(768, 5), **nm, rows=rows)
         yield (
             f"forward nm{height} tm tm",
-            product(x=x_tm, **nm, feature_major=False),
+            forward(x=x_tm, **nm, feature_major=False),
         )
         yield (
             f"dx nm{height} fm fm",
@@ -218,14 +220,14 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         tiles, pointer = index(num_tiles, height), index(groups + 1)
         weight = torch.empty(num_tiles, height, height, dtype=dtype)
         block = {"weight": weight, "columns": tiles, "row_pointer": pointer, "out_features": 3072}
-        yield f"forward block{height} fm fm", product(x=x, **block, rows=rows)
+        yield f"forward block{height} fm fm", forward(x=x, **block, rows=rows)
         yield (
             f"forward block{height} tm tm runs",
-            product(x=x_tm, **block, run=height, feature_major=False),
+            forward(x=x_tm, **block, run=height, feature_major=False),
         )
         block |= {"row_pointer": index(768 // height + 1), "out_features": 768}
         block |= {"order": index(num_tiles), "transposed": True}
-        yield f"dx block{height} fm fm", product(x=dy, **block, rows=index(768))
+        yield f"dx block{height} fm fm", forward(x=dy, **block, rows=index(768))
         yield (
             f"dw block{height} fm fm",
             partial(
@@ -257,7 +259,7 @@ def main(arch: int, dtype: torch.dtype, names: list[str]) -> None:
     for launch_name, launch in launches(dtype):
         if names and launch_name not in names:
             continue
-        with recorded(gather, diagonals) as recordings:
+        with recorded(product, input_gradient, weight_gradient, diagonals) as recordings:
             launch()
         for kernel, args, kwargs in recordings:
             counts = compile_launch(kernel, args, kwargs, arch)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from padst_kernels.diagonals.kernels import launch_diagonals, launch_diagonals_gradient
-from padst_kernels.gather_gemm.kernels import empty_features
+from padst_kernels.gather_gemm.layout import empty_features
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(40, 24), (24, 40), (33, 33)]  # outputs, inputs

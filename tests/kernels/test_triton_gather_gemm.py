@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from padst_kernels.gather_gemm import kernels
+from padst_kernels.gather_gemm.layout import empty_features
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -89,7 +90,7 @@ def make_case(
 def activation(num_features: int, num_tokens: int, feature_major: bool = True) -> Tensor:
     """Standard normal, with NaN in the padding."""
     like = torch.empty(0, device=DEVICE)
-    x = kernels.empty_features(num_features, num_tokens, like, feature_major)
+    x = empty_features(num_features, num_tokens, like, feature_major)
     return x.copy_(torch.randn(num_features, num_tokens))
 
 
@@ -341,8 +342,8 @@ def test_low_precision_is_as_good_as_that_of_torch(dtype: torch.dtype) -> None:
     case = make_case(16, 40, [1, 1, 1], 60, 48, permuted=False)
     weight = case.weight.to(dtype)
     dense = case.dense.to(DEVICE, dtype)
-    x = kernels.empty_features(60, 33, weight).copy_(torch.randn(60, 33))
-    dy = kernels.empty_features(48, 33, weight).copy_(torch.randn(48, 33))
+    x = empty_features(60, 33, weight).copy_(torch.randn(60, 33))
+    dy = empty_features(48, 33, weight).copy_(torch.randn(48, 33))
     flat = case.columns.flatten().cpu()
     counts = torch.bincount(flat, minlength=60).cumsum(0)
     dx = kernels.launch_input_gradient(
