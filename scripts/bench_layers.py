@@ -126,15 +126,15 @@ def _copies(size: int) -> int:
 
 
 def _packed(layout: Layout, dtype: torch.dtype) -> Side:
-    topologies = [Product(layout, "packed") for _ in range(TOPOLOGIES)]
+    topologies = [Product([layout], "packed") for _ in range(TOPOLOGIES)]
     for product in topologies:
-        product.fold(layout.random_units(torch.default_generator), None, None)
+        product.fold([layout.random_units(torch.default_generator)], None, [None])
     shape = (layout.num_active, layout.unit_size)
     values = [
         torch.randn(shape, dtype=dtype) for _ in range(_copies(layout.num_entries * dtype.itemsize))
     ]
     products = {id(v): topologies[i % TOPOLOGIES] for i, v in enumerate(values)}
-    return lambda x, v: products[id(v)](x, v), values
+    return lambda x, v: products[id(v)](x, [v]), values
 
 
 def _condensed(layout: Layout, dtype: torch.dtype) -> Side:

@@ -10,7 +10,7 @@ from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear, permutations, sparse_weights
 from padst_exp.permutations import DoublyStochastic, RandomPermutation
 from padst_exp.sparsify import Rule, sparsify
-from padst_exp.structures import Storage, gather_entries
+from padst_exp.structures import Backend, Storage, gather_entries
 from structure_cases import CASE_IDS, CASES, STRUCTURES
 
 Life = Literal["none", "random", "soft", "hardened"]
@@ -20,7 +20,12 @@ RIGL = DropGrow(
 
 
 def layer(
-    name: str, shape: tuple[int, int], storage: Storage, life: Life, dtype: torch.dtype
+    name: str,
+    shape: tuple[int, int],
+    storage: Storage,
+    life: Life,
+    dtype: torch.dtype,
+    split: int = 1,
 ) -> SparseLinear:
     """The same layer for the same arguments, whatever the storage."""
     torch.manual_seed(0)
@@ -34,7 +39,7 @@ def layer(
     }[life]
     sparsify(
         model,
-        [Rule("0")],
+        [Rule("0", split)],
         structure=STRUCTURES[name],
         density=0.25,
         learner=learner,
@@ -111,6 +116,53 @@ def test_packed_equals_masked_and_the_explicit_product(
         dense = sparse_weights(packed)["weights.0"].dense()
         expected = explicit_product(packed, x, dense).detach()
         torch.testing.assert_close(ours["y"], expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+@pytest.mark.parametrize("life", ["none", "random", "soft", "hardened"])
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=CASE_IDS)
+def test_fused_projections_equal_masked_ones_before_and_after_a_rewiring(
+    name: str, shape: tuple[int, int], life: Life, backend: Backend
+) -> None:
+    """Q, K and V as one product, in whatever way it is computed."""
+    rows, columns = shape
+    layers = [
+        layer(name, (3 * rows, columns), storage, life, torch.float64, split=3)
+        for storage in ("packed", "masked")
+    ]
+    cpu = torch.device("cpu")
+    if backend not in (backends := layers[0].products[0].backends(cpu)):  # type: ignore[operator]
+        backend = backends[0]
+    layers[0].use_backend(backend)
+    assert len(layers[0].products) == 1
+    x, dy = torch.randn(5, columns).double(), torch.randn(5, 3 * rows).double()
+    for _ in range(2):
+        results = []
+        for sparse in layers:
+            for weight in sparse_weights(sparse).values():
+                weight.collect_dense_gradient = True
+            inputs = x.clone().requires_grad_()
+            y = sparse(inputs)
+            y.backward(dy)
+            weights = list(sparse_weights(sparse).values())
+            gradients = [weight.dense_gradient for weight in weights]
+            assert inputs.grad is not None and all(g is not None for g in gradients)
+            results.append([y.detach(), inputs.grad, *(g for g in gradients if g is not None)])
+            for weight, gradient in zip(weights, gradients, strict=True):
+                assert weight.values.grad is not None and gradient is not None
+                entries = weight.layout.entries(weight.active.long())
+                ours = weight.values.grad
+                if weight.storage == "masked":
+                    ours = gather_entries(ours, entries)
+                torch.testing.assert_close(ours, gather_entries(gradient, entries))
+                relayout = weight.rewire(
+                    RIGL, step=1, total=10, generator=torch.Generator().manual_seed(1)
+                )
+                weight.relayout_(relayout)
+                weight.dense_gradient = None
+            sparse.zero_grad()
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("storage", ["packed", "masked"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from padst_exp.layers.dense_gradient import collect_dense_gradient
 from padst_exp.layers.sparse_weight import SparseWeight
 from padst_exp.permutations import Permutation
+from padst_exp.structures import Backend, Product, alike
 
 
 class SparseLinear(nn.Module):
@@ -38,19 +41,37 @@ class SparseLinear(nn.Module):
             nn.Identity() if permutation is None else permutation
             for permutation in output_permutations
         )
-        self.in_features = weights[0].layout.shape[1]
-        self.out_features = sum(weight.layout.shape[0] for weight in weights)
+        layouts = [weight.layout for weight in weights]
+        self.in_features = layouts[0].shape[1]
+        self.out_features = sum(layout.shape[0] for layout in layouts)
+        storage = weights[0].storage
+        # Projections run as one product where they can: x is read once.
+        groups = [layouts] if alike(layouts, storage) else [[layout] for layout in layouts]
+        self.products = nn.ModuleList(Product(group, storage) for group in groups)
         self._folded: list[bool] = []
         self.fold()
+        for weight in weights:
+            weight.on_change = self.fold
         self.register_load_state_dict_post_hook(_fold)
 
     def fold(self) -> None:
-        """Fold every hard permutation into the indices of the weights; then it costs nothing."""
+        """Fold topologies and hard permutations into the indices of the products."""
         input_index = _hard_index(self.input_permutation)
-        for weight, permutation in zip(self.weights, self.output_permutations, strict=True):
-            assert isinstance(weight, SparseWeight)
-            weight.fold(input_index, _hard_index(permutation))
+        for product, weights, permutations in self._groups():
+            product.fold(
+                [weight.active.long() for weight in weights],
+                input_index,
+                [_hard_index(permutation) for permutation in permutations],
+            )
         self._folded = self._soft()
+
+    def use_backend(self, backend: Backend) -> None:
+        """Compute with `backend`, one of the products' `backends` on the layer's device."""
+        for product, _, _ in self._groups():
+            if product.backend != backend:
+                product.forget()
+                product.backend = backend
+        self.fold()
 
     @property
     def stale(self) -> bool:
@@ -60,18 +81,51 @@ class SparseLinear(nn.Module):
     def _soft(self) -> list[bool]:
         return [_is_soft(self.input_permutation), *map(_is_soft, self.output_permutations)]
 
+    def _groups(self) -> Iterator[tuple[Product, list[SparseWeight], list[nn.Module]]]:
+        """Each product with its weights and their output permutations."""
+        weights, permutations = iter(self.weights), iter(self.output_permutations)
+        for product in self.products:
+            assert isinstance(product, Product)
+            count = len(product.layouts)
+            own = [weight for weight in islice(weights, count) if isinstance(weight, SparseWeight)]
+            yield product, own, list(islice(permutations, count))
+
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
+        """`[..., in_features]` to `[..., out_features]`, in the dtype of x or of autocast."""
         if self.stale:
             self.fold()
         if self.input_permutation is not None:
             x = self.input_permutation(x)  # the identity once hard
-        outputs = []
-        for weight, permutation in zip(self.weights, self.output_permutations, strict=True):
-            y = weight(x)
-            outputs.append(permutation(y))
+        cast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if cast else None
+        x = x.to(dtype)
+        outputs: list[Tensor] = []
+        for product, weights, permutations in self._groups():
+            y = product(x, [weight.values.to(dtype) for weight in weights])
+            if self._needs_parts(weights, permutations):
+                sizes = [weight.layout.shape[0] for weight in weights]
+                outputs += [
+                    self._finish(part, x, weight, permutation)
+                    for part, weight, permutation in zip(
+                        y.split(sizes, dim=-1), weights, permutations, strict=True
+                    )
+                ]
+            else:
+                outputs.append(y)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _needs_parts(self, weights: list[SparseWeight], permutations: list[nn.Module]) -> bool:
+        collecting = weights[0].collect_dense_gradient and torch.is_grad_enabled()
+        return collecting or any(map(_is_soft, permutations))
+
+    def _finish(self, y: Tensor, x: Tensor, weight: SparseWeight, permutation: nn.Module) -> Tensor:
+        """What is done to the output of one weight alone."""
+        if weight.collect_dense_gradient and torch.is_grad_enabled():
+            indices = _hard_index(self.input_permutation), _hard_index(permutation)
+            y = collect_dense_gradient(y, x, weight, *indices)
+        finished: Tensor = permutation(y)
+        return finished
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

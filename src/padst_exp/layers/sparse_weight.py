@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from padst_exp.dst import Algorithm, Relayout, Signals, Topology
 from padst_exp.errors import UserError
-from padst_exp.structures import Layout, Product, Storage, gather_entries, scatter_entries
+from padst_exp.structures import Layout, Storage, gather_entries, scatter_entries
 
 # With fewer active units a share of them is not a meaningful choice; such layers stay as drawn.
 MIN_DYNAMIC_UNITS = 8
 
 
 class SparseWeight(nn.Module):
-    """A sparse `[O, I]` weight: y = P_out S P_in x, where the permutations are hard or absent.
+    """What a sparse `[O, I]` weight keeps; `SparseLinear` multiplies with it.
 
     Shape letters as in `structures.layout`: N active units, E entries in the frame of a unit.
 
@@ -54,29 +54,14 @@ class SparseWeight(nn.Module):
         self.values = nn.Parameter(values)
         self.register_buffer("active", active.to(torch.int32))
         self.register_buffer("carry", torch.zeros((), dtype=torch.float64, device=dense.device))
-        self.product = Product(layout, storage)
-        self.fold(None, None)
+        # The layer this weight belongs to derives its indices from `active`.
+        self.on_change: Callable[[], None] | None = None
         self.register_load_state_dict_post_hook(_check_and_fold)
 
     def topology(self) -> Topology:
         """The active units as tables, for a DST algorithm."""
         candidates = self.layout.candidates.to(self.active.device)
         return Topology(self.active.long(), candidates, self.layout.pool_size)
-
-    def fold(self, input_index: Tensor | None, output_index: Tensor | None) -> None:
-        """Fold hard permutations, int64 `[I]` and `[O]`, into the indices of the product."""
-        self.product.fold(self.active.long(), input_index, output_index)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., I]` to `[..., O]`, in the dtype of x or of autocast."""
-        values: Tensor = self.values
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, values = x.to(dtype), values.to(dtype)
-        y: Tensor = self.product(x, values)
-        if self.collect_dense_gradient and torch.is_grad_enabled():
-            y = _TapDenseGradient.apply(y, x, self)
-        return y
 
     def packed(self) -> Tensor:
         """Values of the active units, `[N, E]`, whatever the storage. Detached."""
@@ -142,41 +127,15 @@ class SparseWeight(nn.Module):
         """Adopt a new topology in place: values move, grown entries start at zero."""
         self.values.copy_(self.move(self.values, relayout))
         self.active.copy_(relayout.active)
-        self.fold(self.product.input_index, self.product.output_index)
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def extra_repr(self) -> str:
         rows, columns = self.layout.shape
         return f"{rows}x{columns}, density={self.layout.density:.4f}, storage={self.storage}"
-
-
-class _TapDenseGradient(torch.autograd.Function):
-    """Identity whose backward also sums dy^T x, the gradient of every entry, active or not."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: SparseWeight) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight = weight
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (dy,) = grads
-        (x,) = ctx.saved_tensors
-        weight: SparseWeight = ctx.weight
-        # Seen from S itself: its rows stand before P_out, its inputs behind P_in.
-        rows, inputs = dy.flatten(0, -2), x.flatten(0, -2)
-        product = weight.product
-        if product.output_index is not None:
-            rows = torch.zeros_like(rows).index_copy_(1, product.output_index, rows)
-        if product.input_index is not None:
-            inputs = inputs[:, product.input_index]
-        dtype = torch.promote_types(weight.values.dtype, torch.float32)
-        gradient = rows.to(dtype).t() @ inputs.to(dtype)
-        if weight.dense_gradient is None:
-            weight.dense_gradient = gradient
-        else:
-            weight.dense_gradient += gradient
-        return dy, None, None
 
 
 def _check_and_fold(weight: nn.Module, _: object) -> None:
@@ -197,4 +156,4 @@ def _check_and_fold(weight: nn.Module, _: object) -> None:
             "checkpoint: its active units do not fit this structure and sparsity; "
             "use the configuration the checkpoint was made with"
         )
-    weight.fold(weight.product.input_index, weight.product.output_index)
+    weight._changed()

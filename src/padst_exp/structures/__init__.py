@@ -4,12 +4,13 @@ from padst_exp.structures.block import Block
 from padst_exp.structures.diagonal import Diagonal
 from padst_exp.structures.layout import Layout, gather_entries, scatter_entries
 from padst_exp.structures.nm import NM
-from padst_exp.structures.product import Product, Storage, use_backend
+from padst_exp.structures.product import Backend, Product, Storage, alike, use_backend
 from padst_exp.structures.structure import Structure
 from padst_exp.structures.unstructured import Dense, Unstructured
 
 __all__ = [
     "NM",
+    "Backend",
     "Block",
     "Dense",
     "Diagonal",
@@ -18,6 +19,7 @@ __all__ = [
     "Storage",
     "Structure",
     "Unstructured",
+    "alike",
     "gather_entries",
     "scatter_entries",
     "use_backend",

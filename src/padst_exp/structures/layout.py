@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,6 +71,12 @@ class Layout(abc.ABC):
 
     # How many consecutive tiles always share one row group; they multiply as one wider tile.
     merged_tiles: int = 1
+
+    @cached_property
+    def tile_shape(self) -> tuple[int, int] | None:
+        """Columns and rows `(K, V)` of the tiles that multiply; None where `tiles` is."""
+        first = self.tiles(torch.zeros(1, dtype=torch.int64))
+        return None if first is None else (first[0].shape[1] * self.merged_tiles, self.frame[2])
 
     @property
     def num_row_groups(self) -> int:
