@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from padst_exp.data.cache import cache_folder
+from padst_exp.cache import cache_folder
 from padst_exp.errors import UserError
 
 if TYPE_CHECKING:

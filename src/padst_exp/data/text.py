@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from padst_exp.cache import cache_folder, write_atomically
 from padst_exp.data.bigram import Bigram
-from padst_exp.data.cache import cache_folder, write_atomically
 from padst_exp.data.sources import existing
 from padst_exp.data.task import LanguageModeling
 from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks

@@ -65,9 +65,13 @@ class SparseLinear(nn.Module):
             )
         self._folded = self._soft()
 
-    def use_backend(self, backend: Backend) -> None:
-        """Compute with `backend`, one of the products' `backends` on the layer's device."""
-        for product, _, _ in self._groups():
+    def parts(self) -> list[Product]:
+        """The products whose outputs are concatenated; one where all projections run as one."""
+        return [product for product in self.products if isinstance(product, Product)]
+
+    def use_backends(self, backends: Sequence[Backend]) -> None:
+        """Compute each of `parts` with its backend, one of those it has on its device."""
+        for product, backend in zip(self.parts(), backends, strict=True):
             if product.backend != backend:
                 product.forget()
                 product.backend = backend
@@ -84,8 +88,7 @@ class SparseLinear(nn.Module):
     def _groups(self) -> Iterator[tuple[Product, list[SparseWeight], list[nn.Module]]]:
         """Each product with its weights and their output permutations."""
         weights, permutations = iter(self.weights), iter(self.output_permutations)
-        for product in self.products:
-            assert isinstance(product, Product)
+        for product in self.parts():
             count = len(product.layouts)
             own = [weight for weight in islice(weights, count) if isinstance(weight, SparseWeight)]
             yield product, own, list(islice(permutations, count))

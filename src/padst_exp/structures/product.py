@@ -188,7 +188,7 @@ class Product(nn.Module):
             old.copy_(new)
 
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
-        """`[..., I]` and the values of each S, packed `[N, E]` or masked `[O, I]`, to `[..., O]`."""
+        """`[..., I]` and values of each S, packed `[N, E]` or masked `[O, I]`, to `[..., O]`."""
         if self.mask is not None:
             x = x if self.input_index is None else x[..., self.input_index]
             y = nn.functional.linear(x, _join(values) * self.mask)

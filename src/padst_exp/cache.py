@@ -1,4 +1,4 @@
-"""The folder where derived data is kept between runs."""
+"""The folder where prepared data and measured decisions are kept between runs."""
 
 import os
 import tempfile

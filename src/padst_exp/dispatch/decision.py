@@ -1,0 +1,140 @@
+"""The fastest of several ways to compute one thing, measured once and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import padst_kernels
+from padst_exp.cache import cache_folder, write_atomically
+
+# Rounds of one timing of every candidate, in turn; at least this long a timing, in seconds.
+ROUNDS = 5
+TIMING = 2e-3
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was measured.
+
+    Args:
+        choice: the fastest candidate.
+        seconds: median time of one call of each candidate, and of the reference.
+    """
+
+    choice: str
+    seconds: dict[str, float]
+
+
+def fastest(
+    what: Mapping[str, object],
+    calls: Callable[[], Mapping[str, Callable[[], object]]],
+    *,
+    device: torch.device,
+) -> Decision:
+    """The fastest way to compute `what` on this machine, from the cache or by measuring now.
+
+    Decisions are kept in `decisions.json` in the cache folder (`PADST_CACHE`, else
+    `~/.cache/padst_exp`) under `what` and everything else a timing depends on: device, threads,
+    instruction set, versions, and the source of the kernels.
+
+    Args:
+        what: plain values that say what is computed; token counts should be bucketed.
+        calls: makes the candidates by name, only if there is something to measure. One called
+            "reference" is timed with them but never chosen.
+        device: where they run; a GPU is waited for.
+    """
+    key = json.dumps({**what, **_machine(device)}, sort_keys=True)
+    path = cache_folder() / "decisions.json"
+    known = _read(path)
+    if key not in known:
+        seconds = measure(calls(), device)
+        choice = min((name for name in seconds if name != "reference"), key=seconds.__getitem__)
+        known[key] = Decision(choice, seconds)
+        _remember(path, key, known[key])
+    return known[key]
+
+
+def measure(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Median seconds of one call of each, interleaved, so that all meet the same disturbances."""
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        once = _time(call, 1, device)
+        repeats[name] = max(1, min(1000, round(TIMING / max(once, 1e-7))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            samples[name].append(_time(call, repeats[name], device) / repeats[name])
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _time(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU, or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _machine(device: torch.device) -> dict[str, object]:
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "instructions": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
+        "torch": torch.__version__,
+        "kernels": _kernels_digest(),
+    }
+
+
+@functools.cache
+def _kernels_digest() -> str:
+    """Changes with any source of the kernels, as their speed may."""
+    digest = hashlib.sha256()
+    for folder in padst_kernels.__path__:
+        for path in sorted(Path(folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".cu"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Decision]:
+    try:
+        return {key: Decision(**value) for key, value in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _remember(path: Path, key: str, decision: Decision) -> None:
+    """Keep a decision; where nothing can be written, the next run measures again."""
+    known = {name: asdict(value) for name, value in {**_read(path), key: decision}.items()}
+    with contextlib.suppress(OSError):
+        write_atomically(path, json.dumps(known, indent=0).encode())
