@@ -23,7 +23,8 @@ def compiled(source: Path) -> ctypes.CDLL | None:
     """The shared library of one C++ `source` file, or None where it cannot be had.
 
     Needs GCC (`CXX`, by default g++) at the first use on a machine: about two seconds. Libraries
-    stay in `PADST_CACHE` (else `~/.cache/padst_exp`), by the hash of source, compiler and CPU.
+    stay in `PADST_CACHE` (else `~/.cache/padst_exp`), by the hash of source, headers, compiler and
+    CPU.
     """
     try:
         return ctypes.CDLL(str(_build(source)))
@@ -40,7 +41,8 @@ def _build(source: Path) -> Path:
     # Every option that -march=native stands for on this CPU.
     target = _run([compiler, "-march=native", "-Q", "--help=target"])
     version = _run([compiler, "--version"])
-    code = source.read_bytes() + (HEADERS / "simd.h").read_bytes()
+    headers = sorted([*HEADERS.glob("*.h"), *source.parent.glob("*.h")])
+    code = b"".join(file.read_bytes() for file in [source, *headers])
     key = hashlib.sha256(code + f"{COMPILE}{target}{version}".encode()).hexdigest()
     cache = Path(os.environ.get("PADST_CACHE") or Path.home() / ".cache" / "padst_exp")
     library = cache / f"{source.parent.name}-{key[:16]}.so"

@@ -1,15 +1,16 @@
 """The three passes of the grouped gather GEMM on a CPU, and in plain PyTorch on any device.
 
-On a CPU float32 goes to a C++ kernel that reads rows of x by index, without a gathered copy
-(cpu.cpp); half precision too, converted on the way in and out. Float64, machines without a
-compiler and GPUs without the Triton kernels gather in plain PyTorch, feature-major, and batch the
-products. Shape letters as in op.py; x `[T, I]`, dy `[T, O]`, weight `[G, K, V]`.
+On a CPU float32, bfloat16 and float16 go to C++ kernels that read rows of x by index, without a
+gathered copy (cpu.cpp). Float64, machines without a compiler and GPUs without the Triton kernels
+gather in plain PyTorch, feature-major, and batch the products. Shape letters as in op.py;
+x `[T, I]`, dy `[T, O]`, weight `[G, K, V]`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,12 +27,15 @@ MIN_FEATURE_MAJOR_TOKENS = 32
 TOKENS, TOKENS_HALF, TOKENS_GPU = 256, 1024, 8192
 
 
+# Passes and element types, as cpu.cpp numbers them.
+_PRODUCT, _INPUT_GRADIENT, _WEIGHT_GRADIENT = range(3)
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
 def product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
     """`[T, O]`, contiguous."""
-    if _widens(x):
-        return product(x.float(), weight.float(), index, out_features).to(x.dtype)
     y = x.new_empty(len(x), out_features)
-    if not _run_compiled("padst_gather_gemm", x, weight, index, x, y, weight, y):
+    if not _run_compiled(_PRODUCT, x, weight, y, index, x, y, weight):
         tiles = weight if index.order is None else weight.index_select(0, index.order)
         for part, out in zip(_split(x), _split(y), strict=True):
             out.copy_(_product(part, tiles, index, out_features))
@@ -40,10 +44,8 @@ def product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> T
 
 def input_gradient(dy: Tensor, weight: Tensor, index: TileIndex, in_features: int) -> Tensor:
     """`[T, I]`, contiguous."""
-    if _widens(dy):
-        return input_gradient(dy.float(), weight.float(), index, in_features).to(dy.dtype)
     dx = dy.new_empty(len(dy), in_features)
-    if not _run_compiled("padst_gather_gemm_dx", dy, weight, index, dx, dy, weight, dx):
+    if not _run_compiled(_INPUT_GRADIENT, dy, weight, dx, index, dx, dy, weight):
         num_rows, height = _num_rows(weight.shape, index), weight.shape[2]
         tiles = weight if index.order is None else weight.index_select(0, index.order)
         for part, out in zip(_split(dy), _split(dx), strict=True):
@@ -55,71 +57,76 @@ def input_gradient(dy: Tensor, weight: Tensor, index: TileIndex, in_features: in
 
 def weight_gradient(x: Tensor, dy: Tensor, index: TileIndex, height: int) -> Tensor:
     """`[G, K, V]`, contiguous."""
-    if _widens(x):
-        return weight_gradient(x.float(), dy.float(), index, height).to(x.dtype)
-    dweight = x.new_zeros(*index.columns.shape, height)
-    if _run_compiled("padst_gather_gemm_dw", x, dy, index, x, dy, dweight, dweight):
+    dweight = x.new_empty(*index.columns.shape, height)
+    if _run_compiled(_WEIGHT_GRADIENT, x, dy, dweight, index, x, dy, dweight):
         return dweight
     num_rows = _num_rows(dweight.shape, index)
     # Sums over tokens stay wide.
-    total = dweight.to(torch.promote_types(x.dtype, torch.float32))
+    total = dweight.new_zeros(dweight.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     for x_part, dy_part in zip(_split(x), _split(dy), strict=True):
         dy_tiles = _dy_tiles(dy_part, index, num_rows, height)
         total += torch.bmm(_gather(x_part, index.columns, 0), dy_tiles.transpose(1, 2))
     in_order = total.to(x.dtype)
     if index.order is None:
         return in_order
-    return torch.empty_like(in_order).index_copy_(0, index.order.long(), in_order)
-
-
-def _widens(x: Tensor) -> bool:
-    return x.is_cpu and x.element_size() == 2 and _library() is not None
+    return dweight.index_copy_(0, index.order.long(), in_order)
 
 
 def _run_compiled(
-    name: str,
+    which: int,
     first: Tensor,
     second: Tensor,
+    out: Tensor,
     index: TileIndex,
     x_like: Tensor,
     y_like: Tensor,
     weight_like: Tensor,
-    out: Tensor,
 ) -> bool:
     """Run one pass of cpu.cpp into `out`; False where there is none for these tensors."""
-    library = _library() if out.is_cpu and out.dtype == torch.float32 else None
-    if library is None:
+    element = _TYPES.get(out.dtype) if out.is_cpu else None
+    function = None if element is None else _library()
+    if function is None:
         return False
+    # Named as long as their memory is in use.
     first, second = first.contiguous(), second.contiguous()
     columns, rows, row_pointer, order = index[:4]
     num_tiles, width, height = weight_like.shape
-    num_groups = num_tiles if row_pointer is None else len(row_pointer) - 1
-    sizes = (
-        *(len(x_like), x_like.shape[1], y_like.shape[1]),
-        *(num_tiles, width, height, num_groups),
-    )
-    legal = getattr(library, name)(
+    legal = function(
+        which,
+        element,
         first.data_ptr(),
         second.data_ptr(),
-        columns.data_ptr(),
-        *(None if t is None else t.data_ptr() for t in (rows, row_pointer, order)),
-        (ctypes.c_int64 * 7)(*sizes),
         out.data_ptr(),
+        columns.data_ptr(),
+        None if rows is None else rows.data_ptr(),
+        None if row_pointer is None else row_pointer.data_ptr(),
+        None if order is None else order.data_ptr(),
+        *x_like.shape,
+        y_like.shape[1],
+        num_tiles,
+        width,
+        height,
+        num_tiles if row_pointer is None else len(row_pointer) - 1,
     )
     if not legal:
-        raise IndexError(f"gather_gemm: an index is out of range for x {tuple(x_like.shape)}")
+        raise IndexError(
+            f"gather_gemm: an index is out of range for x {tuple(x_like.shape)}, "
+            f"weight {tuple(weight_like.shape)} and {y_like.shape[1]} features out"
+        )
     return True
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Callable[..., bool] | None:
+    """`padst_gather_gemm` of cpu.cpp."""
     library = compiled(Path(__file__).with_name("cpu.cpp"))
-    if library is not None:
-        for name in ("padst_gather_gemm", "padst_gather_gemm_dx", "padst_gather_gemm_dw"):
-            function = getattr(library, name)
-            function.argtypes = [ctypes.c_void_p] * 8
-            function.restype = ctypes.c_bool
-    return library
+    if library is None:
+        return None
+    function = library.padst_gather_gemm
+    numbers, pointers = [ctypes.c_int64], [ctypes.c_void_p]
+    function.argtypes = numbers * 2 + pointers * 7 + numbers * 7
+    function.restype = ctypes.c_bool
+    return function
 
 
 def _split(x: Tensor) -> tuple[Tensor, ...]:

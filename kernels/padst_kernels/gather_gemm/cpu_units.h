@@ -1,0 +1,133 @@
+// What one lane multiplies: a number of float32 (Single), or a pair of bfloat16 numbers where the
+// CPU has products of pairs (Pair, cpu_pairs.h). The passes are written for either. Slabs of tokens
+// hold words: PER numbers that a sum takes in one step, from neighbouring columns in the forward
+// pass, neighbouring rows in dx, neighbouring tokens in dw.
+
+#pragma once
+
+#include <omp.h>
+
+#include <type_traits>
+
+#include "cpu_index.h"
+
+namespace {
+
+constexpr int ROWS = LANES == 8 ? 4 : 8;  // rows of a register tile
+constexpr int64_t VECTORS = 3;            // vectors of tokens in a slab, and in a register tile
+
+enum Scratch { INPUT, OUTPUT, EXTRA, WEIGHT };
+
+template <class Unit>
+typename Unit::word* buffer(Scratch which, int64_t size) {
+  return reinterpret_cast<typename Unit::word*>(scratch(which, size));
+}
+
+// A weight in float32.
+inline const float* widened(const float* weight, int64_t) { return weight; }
+template <typename T>
+const float* widened(const T* weight, int64_t size) {
+  float* wide = scratch(WEIGHT, size);
+  convert(weight, wide, size);
+  return wide;
+}
+
+struct Single {
+  typedef float word;
+  static constexpr int PER = 1;
+  static vec broadcast(word w) { return splat(w); }
+  static vec multiply_add(vec a, vec b, vec sum) { return sum + a * b; }
+
+  // Weight in words of columns, [G, ceil(K / PER), V], and in words of rows, [G, K, ceil(V / PER)].
+  template <typename T>
+  static const word* column_words(const Index& index, const T* weight) {
+    return widened(weight, index.num_tiles * index.width * index.height);
+  }
+  template <typename T>
+  static const word* row_words(const Index& index, const T* weight) {
+    return column_words(index, weight);
+  }
+
+  // x of `count` tokens as a slab whose rows are `stride` long, and what it shows a row group.
+  static int64_t x_words(const Index& index) { return index.in_features + 1; }
+  template <typename T>
+  static void read_x(const Index& index, const T* x, int64_t count, int64_t stride, word* slab) {
+    const int64_t size = index.in_features;
+    to_features(x, size, count, size, stride, nullptr, slab, stride);
+    std::memset(slab + size * stride, 0, stride * sizeof(word));
+  }
+  static const word* x_of_group(const Index&, int64_t, int64_t, const word* slab) { return slab; }
+
+  // The same for dy.
+  static int64_t dy_words(const Index& index) { return index.num_rows(); }
+  template <typename T>
+  static void read_dy(const Index& index, const T* dy, int64_t count, int64_t stride, word* slab) {
+    const int64_t size = index.out_features;
+    if (size < index.num_rows())
+      std::memset(slab, 0, index.num_rows() * stride * sizeof(word));
+    to_features(dy, size, count, size, stride, index.positions(), slab, stride);
+  }
+  static const word* dy_of_group(const Index& index, int64_t group, int64_t stride,
+                                 const word* slab) {
+    return slab + group * index.height * stride;
+  }
+
+  // Finished rows of y go to a slab, and from there to y.
+  template <int NROWS, int NV>
+  static void put(const vec (&sum)[NROWS][NV], word* out) {
+    for (int i = 0; i < NROWS; ++i)
+      for (int v = 0; v < NV; ++v) store(out + (i * NV + v) * LANES, sum[i][v]);
+  }
+  template <typename T>
+  static void write_y(const Index& index, const word* slab, int64_t stride, int64_t count, T* y) {
+    to_tokens(slab, stride, count, index.out_features, index.positions(), y, index.out_features);
+  }
+
+  // Word `i` of tokens, of n features from `x` on; tokens from `num_tokens` on are zero.
+  template <typename T>
+  static vec load_tokens(const T* x, int64_t stride, int64_t i, int64_t num_tokens, int64_t n) {
+    return i < num_tokens ? load(x + i * stride, n) : vec{};
+  }
+};
+
+// sum[i] += weight[i * stride] * in, for the rows of a register tile.
+template <class Unit, int NROWS, int NV>
+[[gnu::always_inline]] inline void accumulate(vec (&sum)[NROWS][NV], const vec (&in)[NV],
+                                              const typename Unit::word* weight, int64_t stride) {
+#pragma GCC unroll 8
+  for (int i = 0; i < NROWS; ++i) {
+    const vec coefficient = Unit::broadcast(weight[i * stride]);
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) sum[i][v] = Unit::multiply_add(coefficient, in[v], sum[i][v]);
+  }
+}
+
+// Calls run(first, rows) for register tiles of `num_rows` rows. The last one may reach PER - 1 rows
+// too far.
+template <int PER, typename Run>
+[[gnu::always_inline]] inline void in_register_tiles(int64_t num_rows, Run run) {
+  int64_t i = 0;
+  for (; i + ROWS <= num_rows; i += ROWS) run(i, std::integral_constant<int, ROWS>());
+  for (; i + 4 <= num_rows; i += 4) run(i, std::integral_constant<int, 4>());
+  for (; i < num_rows; i += PER) run(i, std::integral_constant<int, PER>());
+}
+
+// Calls run(start, count, vectors) for slabs of tokens, on several threads.
+template <typename Run>
+void in_slabs(const Index& index, int64_t num_tokens, Run run) {
+  const int64_t vectors = (num_tokens + LANES - 1) / LANES;
+  const bool parallel = index.threads_pay(num_tokens);
+  const int64_t threads = parallel ? omp_get_max_threads() : 1;
+  const int64_t length = LANES * std::clamp<int64_t>(vectors / threads, 1, VECTORS);
+#pragma omp parallel for schedule(dynamic) if (parallel)
+  for (int64_t start = 0; start < num_tokens; start += length) {
+    const int64_t count = std::min(length, num_tokens - start);
+    switch ((count + LANES - 1) / LANES) {
+      case 1: run(start, count, std::integral_constant<int, 1>()); break;
+      case 2: run(start, count, std::integral_constant<int, 2>()); break;
+      default: run(start, count, std::integral_constant<int, VECTORS>());
+    }
+  }
+}
+
+}  // namespace
