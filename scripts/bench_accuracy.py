@@ -142,7 +142,7 @@ def train(cfg: DictConfig, *, zeroed: bool = False) -> dict[str, Any]:
             model=model, task=task, algorithm=build(cfg.dst, "dst"), learner=learner,
             optimizer=build(cfg.optimizer, "optimizer"), trainer=build(cfg.trainer, "trainer"),
             report=report, directory=directory, logger=build(cfg.logger, "logger"),
-            world=World(), seed=cfg.seed,
+            world=World(), seed=cfg.seed, backend=cfg.backend,
         )  # fmt: skip
 
 

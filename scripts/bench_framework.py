@@ -91,7 +91,7 @@ def framework_step_seconds(cfg: DictConfig) -> float:
             model=model, task=task, algorithm=build(cfg.dst, "dst"), learner=learner,
             optimizer=build(cfg.optimizer, "optimizer"), trainer=build(cfg.trainer, "trainer"),
             report=report, directory=directory, logger=build(cfg.logger, "logger"),
-            world=World(), seed=cfg.seed,
+            world=World(), seed=cfg.seed, backend=cfg.backend,
         )  # fmt: skip
         rows = [r for r in read_metrics(directory.path / "metrics.jsonl") if r["kind"] == "train"]
     # The first row pays for first allocations, on either side.

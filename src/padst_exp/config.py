@@ -23,7 +23,7 @@ from padst_exp.errors import UserError
 
 if TYPE_CHECKING:
     Storage = Literal["packed", "masked"]
-    Backend = Literal["auto", "torch", "triton"]
+    Backend = Literal["auto", "torch", "triton", "dense"]
 else:
     Storage = Backend = str  # OmegaConf knows no Literal; `validate` checks
 
@@ -31,7 +31,7 @@ DISTRIBUTIONS = ("uniform", "erk")
 STORAGES = ("packed", "masked")
 RESUMES = ("never", "auto")
 DEVICES = ("auto", "cpu", "cuda")
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "dense")
 
 # Keys that say where and how a run is watched, not what it computes.
 NOT_RESULTS = ("logger", "runs", "resume", "name", "device", "backend")
@@ -69,7 +69,7 @@ class Run:
         runs: folder that holds the run directories.
         name: of the run directory; null derives it from the config.
         device: "auto" takes the GPU where there is one.
-        backend: of sparse products on a GPU: "torch", "triton", or "auto".
+        backend: of sparse products: "torch", "triton", "dense", or "auto", which measures.
     """
 
     sparse: list[SparseRule] = MISSING

@@ -45,6 +45,7 @@ def evaluate(settings: EvaluateSchema, world: World) -> tuple[Path, dict[str, fl
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
     """
+    from padst_exp import dispatch
     from padst_exp.data.sampler import validation_loader
     from padst_exp.engine import checkpoint, evaluation
     from padst_exp.train import build_task, sparse_model
@@ -64,6 +65,9 @@ def evaluate(settings: EvaluateSchema, world: World) -> tuple[Path, dict[str, fl
     trainer = build(cfg.trainer, "trainer")
     model, _ = sparse_model(cfg, task, build(cfg.permutation, "permutation"))
     model.to(world.device, trainer.dtype)
+    # As in training, whose device may have been another.
+    choices = dispatch.restore(saved["backends"], world.device)
+    dispatch.reuse(model, choices or dispatch.forced(model, "torch", world.device))
     checkpoint.load_weights(model, saved["average"] or saved["model"], path)
     batches = validation_loader(
         task,

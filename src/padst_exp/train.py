@@ -79,6 +79,7 @@ def train(cfg: DictConfig, world: World) -> tuple[Path, dict[str, Any]]:
         logger=logger,
         world=world,
         seed=settings.seed,
+        backend=settings.backend,
     )
     return directory.path, summary
 
@@ -99,10 +100,8 @@ def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Modu
     import torch
 
     from padst_exp.sparsify import Rule, sparsify
-    from padst_exp.structures import use_backend
 
     settings = run_settings(cfg)
-    use_backend(settings.backend)
     torch.manual_seed(settings.seed)
     model = build(cfg.model, "model", task.model_shape)
     pretrained = bool(cfg.model.get("pretrained")) or cfg.model.get("checkpoint") is not None

@@ -14,7 +14,7 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.interruption import Interrupted
 from padst_exp.engine.run_directory import RunDirectory, read_metrics
 from padst_exp.errors import UserError
-from padst_exp.layers import permutations
+from padst_exp.layers import SparseLinear, permutations
 
 MICRO_BATCHES = 2
 
@@ -81,6 +81,21 @@ def test_a_resumed_run_equals_a_straight_one(
     torch.manual_seed(12345)
     _, directory, _ = toy_run(tmp_path)
     assert_same_run(straight[1], directory.path)
+
+
+def test_a_resumed_run_computes_with_the_backends_it_began_with(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError):
+        toy_run(tmp_path, task=ToyTask(fail_at=MICRO_BATCHES * 7))
+    last = tmp_path / "toy" / "checkpoints" / "last.pt"
+    payload = checkpoint.read(last)
+    assert payload["backends"]["choices"]
+    for choice in payload["backends"]["choices"].values():
+        choice["backend"] = "dense"
+    checkpoint.write(payload, last)
+    summary, _, model = toy_run(tmp_path)
+    assert {row["backend"] for row in summary["backends"].values()} == {"dense"}
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert {product.backend for layer in layers for product in layer.parts()} == {"dense"}
 
 
 def test_a_kill_before_the_summary(

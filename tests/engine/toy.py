@@ -174,6 +174,7 @@ def toy_run(
         logger=NoLogger(),
         world=world,
         seed=0,
+        backend="auto",
     )
     return summary, directory, model
 

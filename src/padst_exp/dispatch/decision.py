@@ -9,11 +9,12 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 import padst_kernels
 from padst_exp.cache import cache_folder, write_atomically
@@ -56,12 +57,18 @@ def fastest(
     """
     key = json.dumps({**what, **_machine(device)}, sort_keys=True)
     path = cache_folder() / "decisions.json"
-    known = _read(path)
-    if key not in known:
-        seconds = measure(calls(), device)
-        choice = min((name for name in seconds if name != "reference"), key=seconds.__getitem__)
-        known[key] = Decision(choice, seconds)
-        _remember(path, key, known[key])
+    if key in (known := _read(path)):
+        return known[key]
+    # Processes that start together measure one after the other, undisturbed, and agree.
+    with _locked(path):
+        if key not in (known := _read(path)):
+            seconds = measure(calls(), device)
+            choice = min((name for name in seconds if name != "reference"), key=seconds.__getitem__)
+            known[key] = Decision(choice, seconds)
+            text = json.dumps({name: asdict(value) for name, value in known.items()}, indent=0)
+            # Where nothing can be written, the next run measures again.
+            with contextlib.suppress(OSError):
+                write_atomically(path, text.encode())
     return known[key]
 
 
@@ -133,8 +140,12 @@ def _read(path: Path) -> dict[str, Decision]:
         return {}
 
 
-def _remember(path: Path, key: str, decision: Decision) -> None:
-    """Keep a decision; where nothing can be written, the next run measures again."""
-    known = {name: asdict(value) for name, value in {**_read(path), key: decision}.items()}
-    with contextlib.suppress(OSError):
-        write_atomically(path, json.dumps(known, indent=0).encode())
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, unless its folder cannot be written."""
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock)
+        yield

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from padst_exp.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def random_state() -> dict[str, Any]:

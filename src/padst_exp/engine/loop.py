@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from padst_exp import dispatch
 from padst_exp.data.sampler import train_loader, validation_loader
 from padst_exp.data.seeding import seed_of
 from padst_exp.data.task import Batch, Task
 from padst_exp.dst import Algorithm
+from padst_exp.engine.backends import (
+    Backend,
+    choose_backends,
+    describe,
+    summarize_backends,
+)
 from padst_exp.engine.checkpoint import require_same_config
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import evaluate
@@ -42,6 +49,7 @@ def run(
     logger: NoLogger,
     world: World,
     seed: int,
+    backend: Backend,
 ) -> dict[str, Any]:
     """Train `model` to the end, from the last checkpoint in `directory` if there is one.
 
@@ -57,6 +65,7 @@ def run(
         logger: gets the metrics too.
         world: from `distributed.start`.
         seed: of batches, augmentation, dropout and growth.
+        backend: of the sparse products; "auto" measures.
 
     Returns:
         The summary, as in `summary.json`.
@@ -77,6 +86,7 @@ def run(
         logger=logger,
         world=world,
         seed=seed,
+        backend=backend,
     )
     try:
         with Interruption() as interruption:
@@ -101,6 +111,7 @@ class _Training:
         logger: NoLogger,
         world: World,
         seed: int,
+        backend: Backend,
     ) -> None:
         self.task, self.trainer, self.directory = task, trainer, directory
         self.logger, self.world, self.seed = logger, world, seed
@@ -111,6 +122,14 @@ class _Training:
         model.to(world.device)
         if trainer.precision == "float64":
             model.double()
+        self.choices = choose_backends(
+            model,
+            backend=backend,
+            task=task,
+            trainer=trainer,
+            world=world,
+            saved=None if self.saved is None else self.saved["backends"],
+        )
         self.state = TrainingState(
             model=model.train(),
             optimizer=optimizer,
@@ -188,6 +207,8 @@ class _Training:
         self.logger.start(self.directory.path, self.directory.config)
         if self.state.step:
             self.say(f"resumed at step {self.state.step} from {self.directory.checkpoints.last}")
+        if self.choices:
+            self.say(describe(self.choices))
         for name, value in self.baselines.items():
             self.say(f"baseline {name} {value:.4g}")
 
@@ -263,6 +284,7 @@ class _Training:
         if self.world.main:
             # First the metrics, so that no checkpoint is ever ahead of them.
             self.directory.sync_metrics()
+            payload["backends"] = dispatch.save(self.choices, self.world.device)
             payload["config"] = self.directory.config
             payload["config_text"] = self.directory.config_text
             self.directory.checkpoints.save(payload, is_best=is_best)
@@ -316,6 +338,7 @@ class _Training:
                 world=self.world,
                 seconds=time.perf_counter() - self.started,
             )
+            summary["backends"] = summarize_backends(self.choices)
             plot_curves(rows, self.task.monitor[0], self.baselines, path / "curves.png")
             plot_topologies(state.model, state.tracker.initial, path / "topology.png")
             self.directory.finish(summary)

@@ -1,0 +1,95 @@
+"""Which backend computes each sparse product of a training, and how to say so."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from padst_exp import dispatch
+from padst_exp.data.sampler import validation_loader
+from padst_exp.data.task import Task
+from padst_exp.dispatch import Choice
+from padst_exp.engine.distributed import World
+from padst_exp.engine.evaluation import forward_context, to_device
+from padst_exp.engine.settings import Trainer
+
+Backend = Literal["auto", "torch", "triton", "dense"]
+
+
+def choose_backends(
+    model: nn.Module,
+    *,
+    backend: Backend,
+    task: Task,
+    trainer: Trainer,
+    world: World,
+    saved: Mapping[str, Any] | None,
+) -> dict[str, Choice]:
+    """Decide for every product of `model`, the same on every rank, before anything is compiled.
+
+    Args:
+        model: on its device and in its dtype; only its backends change.
+        backend: "auto" measures on rank 0; the others are forced.
+        task: gives one sample, to see how many tokens each layer gets.
+        trainer: gives batch size, precision and whether blocks are compiled.
+        world: of this process.
+        saved: what the checkpoint holds of the run that is continued; taken over on a device of
+            the same model, so that a resumed run computes what it would have computed.
+    """
+    choices = None if saved is None else dispatch.restore(saved, world.device)
+    if choices is not None:
+        dispatch.reuse(model, choices)
+        return choices
+    if backend != "auto":
+        return dispatch.forced(model, backend, world.device)
+
+    @torch.no_grad()
+    def one_sample() -> None:
+        batches = validation_loader(task, batch_size=1, rank=0, world_size=1, workers=0)
+        inputs, _ = to_device(next(iter(batches)), world.device, trainer.precision)
+        model.eval()
+        with forward_context(trainer.precision, world.device):
+            model(inputs)
+        model.train()
+
+    if world.main:
+        choices = dispatch.choose(
+            model,
+            one_sample,
+            samples=trainer.micro_batch_size(world.size),
+            device=world.device,
+            compiled=trainer.compile,
+        )
+    choices = world.from_main(choices)
+    assert choices is not None
+    dispatch.reuse(model, choices)
+    return choices
+
+
+def describe(choices: Mapping[str, Choice]) -> str:
+    """One line: how many products each backend computes, and how fast beside dense ones."""
+    groups: dict[str, list[Choice]] = defaultdict(list)
+    for choice in choices.values():
+        groups[choice.backend].append(choice)
+    parts = []
+    for backend, group in groups.items():
+        speedups = [choice.speedup for choice in group if choice.speedup is not None]
+        measured = f" ({statistics.median(speedups):.2f}x dense)" if speedups else ""
+        parts.append(f"{len(group)} by {backend}{measured}")
+    return "sparse products, forward and backward: " + ", ".join(parts)
+
+
+def summarize_backends(choices: Mapping[str, Choice]) -> dict[str, object]:
+    """Plain data for `summary.json`: what computed which product, and how fast beside dense."""
+    return {
+        name: {
+            "backend": choice.backend,
+            "tokens": choice.tokens,
+            "dtype": choice.dtype,
+            "speedup_over_dense": choice.speedup,
+        }
+        for name, choice in choices.items()
+    }
