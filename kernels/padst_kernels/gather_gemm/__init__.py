@@ -1,7 +1,8 @@
 """Grouped gather GEMM: every structure whose rows share their inputs in groups."""
 
 from padst_kernels.gather_gemm.index import TileIndex, tile_index
-from padst_kernels.gather_gemm.op import Backend, gather_gemm, use_backend
+from padst_kernels.gather_gemm.op import gather_gemm, use_backend
+from padst_kernels.gather_gemm.passes import Backend
 from padst_kernels.gather_gemm.reference import gather_gemm_reference
 
 __all__ = [

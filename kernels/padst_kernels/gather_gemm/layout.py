@@ -8,6 +8,7 @@ padding is never read into a result, and may be anything. Token-major (features 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # Rows of a feature-major tensor start on multiples of this many elements.
@@ -20,20 +21,48 @@ def empty_features(
     """An uninitialised `[num_features, num_tokens]` view, aligned, dtype and device of `like`."""
     if not feature_major:
         return like.new_empty(num_tokens, num_features).t()
-    padded = -(-num_tokens // ALIGNMENT) * ALIGNMENT
-    return like.new_empty(num_features, padded)[:, :num_tokens]
+    return like.new_empty(num_features, _padded(num_tokens))[:, :num_tokens]
+
+
+def aligned_features(x: Tensor) -> Tensor:
+    """Copy token-major activations into aligned feature-major ones.
+
+    Args:
+        x: `[T, I]`.
+
+    Returns:
+        `[I, T]` view of `[I, LD]`, LD the next multiple of 16. Differentiable.
+    """
+    padding = _padded(len(x)) - len(x)
+    if padding == 0:
+        return x.t().clone(memory_format=torch.contiguous_format)
+    return torch.nn.functional.pad(x.t(), (0, padding))[:, : len(x)]
+
+
+def has_aligned_rows(x: Tensor) -> bool:
+    """Whether `x` is feature-major and all rows start on multiples of 16 elements of its memory."""
+    starts = x.stride(0) % ALIGNMENT, x.storage_offset() % ALIGNMENT
+    return bool(x.stride(1) == 1 and starts == (0, 0))
 
 
 def readable_tokens(name: str, x: Tensor) -> int:
-    """How many tokens may be touched: the padding of feature-major rows keeps accesses wide."""
+    """How many tokens may be touched: the padding of feature-major rows keeps accesses wide.
+
+    Raises:
+        ValueError: `x` is neither token-major nor aligned.
+    """
     num_tokens = x.shape[1]
     if x.stride(0) == 1:
         return num_tokens
     start = x.data_ptr() // x.element_size()
-    if x.stride(1) != 1 or x.stride(0) % ALIGNMENT or start % ALIGNMENT:
+    if not has_aligned_rows(x) or start % ALIGNMENT:
         raise ValueError(
             f"{name}: feature-major rows must start on multiples of {ALIGNMENT} elements, got "
             f"strides {x.stride()} at element {start % ALIGNMENT}; use empty_features, or give a "
             "token-major tensor"
         )
+    return _padded(num_tokens)
+
+
+def _padded(num_tokens: int) -> int:
     return -(-num_tokens // ALIGNMENT) * ALIGNMENT

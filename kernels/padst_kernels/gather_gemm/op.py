@@ -1,4 +1,4 @@
-"""Grouped gather GEMM, differentiable: one implementation for each device, one operator.
+"""Grouped gather GEMM of token-major activations, differentiable.
 
 Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile,
 R row groups.
@@ -6,17 +6,26 @@ R row groups.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from padst_kernels.gather_gemm import cpu
+from padst_kernels.gather_gemm import passes
 from padst_kernels.gather_gemm.index import TileIndex
+from padst_kernels.gather_gemm.layout import empty_features
+from padst_kernels.gather_gemm.passes import Backend
 
 
-def gather_gemm(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
+def gather_gemm(
+    x: Tensor,
+    weight: Tensor,
+    index: TileIndex,
+    out_features: int,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
     """y[..., o] = sum over tiles g of o's row group of weight[g, :, v] . x[..., columns[g]].
 
     Permutations fold into `index`, on the input and on the output side, at no cost.
@@ -26,218 +35,145 @@ def gather_gemm(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) 
         weight: `[G, K, V]`, dtype of x.
         index: int32, made by `tile_index`.
         out_features: O.
+        backend: `"torch"`: the compiled kernel on a CPU, plain PyTorch elsewhere. `"triton"`: the
+            Triton kernels, for tensors on a GPU; float64 goes to `"torch"` all the same. None:
+            what `use_backend` says.
 
     Returns:
         `[..., O]`, dtype of x. Differentiable in `x` and `weight`.
 
     Raises:
-        ValueError: shapes or dtypes disagree.
+        ValueError: shapes or dtypes disagree, or there is no such backend for `x`.
     """
-    if weight.shape[:2] != index.columns.shape:
-        raise ValueError(
-            f"gather_gemm: columns is {tuple(index.columns.shape)}, expected the first two sizes "
-            f"of weight {tuple(weight.shape)}"
-        )
-    if x.shape[-1] != len(index.column_pointer) - 1:
-        raise ValueError(
-            f"gather_gemm: x is {tuple(x.shape)}, expected {len(index.column_pointer) - 1} features"
-        )
-    if x.dtype != weight.dtype:
-        raise ValueError(
-            f"gather_gemm: x is {x.dtype}, expected the dtype of weight {weight.dtype}"
-        )
+    if backend is None:
+        backend = "triton" if _default == "triton" and x.is_cuda else "torch"
+    check("gather_gemm", x, x.shape[-1], weight, index, backend)
     flat = x.reshape(-1, x.shape[-1])
     # In eager mode a custom operator costs 20 us more a call than an autograd function.
     if torch.compiler.is_compiling():
-        y = _operator(flat, weight, *index, out_features)
+        y = _operator(flat, weight, *index, out_features, backend=backend)
     elif torch.is_grad_enabled():
-        y = _GatherGemm.apply(flat, weight, *index, out_features)
+        y = _GatherGemm.apply(flat, weight, *index, out_features, backend)
     else:
-        y = _product(flat, weight, index, out_features)
+        y = passes.product(flat, weight, index, out_features, backend)
     return y.view(*x.shape[:-1], out_features)
 
 
-def _product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
-    if not _on_triton(x):
-        return cpu.product(x, weight, index, out_features)
-    from padst_kernels.gather_gemm import kernels
-
-    y = kernels.launch_product(
-        x.contiguous().t(),
-        weight.contiguous(),
-        index.columns,
-        index.row_pointer,
-        out_features,
-        rows=index.rows,
-        order=index.order,
-        feature_major=False,
-        precision=_precision(),
-    )
-    return y.t()
+_default: Literal["auto", "torch", "triton"] = "auto"
 
 
-def _input_gradient(dy: Tensor, weight: Tensor, index: TileIndex) -> Tensor:
-    in_features = len(index.column_pointer) - 1
-    if not _on_triton(dy):
-        return cpu.input_gradient(dy, weight, index, in_features)
-    from padst_kernels.gather_gemm import kernels
-
-    dx = kernels.launch_input_gradient(
-        dy.contiguous().t(),
-        weight.contiguous(),
-        index.tile_rows,
-        index.column_pointer,
-        index.slots,
-        in_features,
-        feature_major=False,
-        precision=_precision(),
-    )
-    return dx.t()
+def use_backend(backend: Literal["auto", "torch", "triton"]) -> None:
+    """Choose the default backend on GPUs, for the whole process; `"auto"` is `"torch"`."""
+    global _default
+    _default = backend
 
 
-def _weight_gradient(x: Tensor, dy: Tensor, index: TileIndex, height: int) -> Tensor:
-    if not _on_triton(x):
-        return cpu.weight_gradient(x, dy, index, height)
-    from padst_kernels.gather_gemm import kernels
-
-    return kernels.launch_weight_gradient(
-        x.contiguous().t(),
-        dy.contiguous().t(),
-        index.columns,
-        index.row_pointer,
-        index.rows,
-        height,
-        order=index.order,
-        precision=_precision(),
-    )
-
-
-Backend = Literal["auto", "torch", "triton"]
-
-_backend: Backend = "auto"
-
-
-def use_backend(backend: Backend) -> None:
-    """Choose what computes on a GPU, for the whole process.
-
-    Args:
-        backend: `"torch"`: gathers and batched products of PyTorch; `"triton"`: the kernels of
-            kernels.py; `"auto"`: PyTorch, as long as the kernels were checked in Triton's
-            interpreter and by compilation only, not on a device.
-    """
-    global _backend
-    _backend = backend
-
-
-def _on_triton(x: Tensor) -> bool:
-    half_or_float = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return _backend == "triton" and x.is_cuda and half_or_float
-
-
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def check(
+    name: str, x: Tensor, num_features: int, weight: Tensor, index: TileIndex, backend: str
+) -> None:
+    """Raise a ValueError where the arguments of an operation `name` disagree."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"{name}: backend is {backend!r}, expected one of {get_args(Backend)}")
+    if weight.shape[:2] != index.columns.shape:
+        raise ValueError(
+            f"{name}: columns is {tuple(index.columns.shape)}, expected the first two sizes of "
+            f"weight {tuple(weight.shape)}"
+        )
+    if num_features != index.in_features:
+        raise ValueError(f"{name}: x is {tuple(x.shape)}, expected {index.in_features} features")
+    if x.dtype != weight.dtype:
+        raise ValueError(f"{name}: x is {x.dtype}, expected the dtype of weight {weight.dtype}")
 
 
 class _GatherGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        index, out_features = TileIndex(*rest[:-1]), rest[-1]
-        ctx.save_for_backward(x, weight, *index)
-        return _product(x, weight, index, out_features)
+        *fields, out_features, ctx.backend = rest
+        ctx.save_for_backward(x, weight, *fields)
+        return passes.product(x, weight, TileIndex(*fields), out_features, ctx.backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *rest = ctx.saved_tensors
-        index = TileIndex(*rest)
-        dx = _input_gradient(dy, weight, index) if ctx.needs_input_grad[0] else None
-        dweight = None
+        x, weight, *fields = ctx.saved_tensors
+        index = TileIndex(*fields)
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = passes.input_gradient(dy, weight, index, ctx.backend)
         if ctx.needs_input_grad[1]:
-            dweight = _weight_gradient(x, dy, index, weight.shape[2])
-        return dx, dweight, *(None for _ in index), None
+            dweight = passes.weight_gradient(x, dy, index, weight.shape[2], ctx.backend)
+        return dx, dweight, *(None for _ in fields), None, None
 
 
 # The same three passes as operators that torch.compile takes as they are.
 
+INDEX_SCHEMA = ", ".join(f"Tensor? {name}" for name in TileIndex._fields)
 
-@torch.library.custom_op("padst::gather_gemm", mutates_args=())
-def _operator(
-    x: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    rows: Tensor | None,
-    row_pointer: Tensor | None,
-    order: Tensor | None,
-    column_pointer: Tensor,
-    slots: Tensor,
-    tile_rows: Tensor,
-    out_features: int,
-) -> Tensor:
-    index = TileIndex(columns, rows, row_pointer, order, column_pointer, slots, tile_rows)
-    return _product(x, weight, index, out_features)
+
+@torch.library.custom_op(
+    "padst::gather_gemm",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, {INDEX_SCHEMA}, SymInt out_features, *, "
+    "str backend='torch') -> Tensor",
+)
+def _operator(x: Tensor, weight: Tensor, *rest: Any, backend: Backend = "torch") -> Tensor:
+    return passes.product(x, weight, TileIndex(*rest[:-1]), rest[-1], backend)
 
 
 @_operator.register_fake
-def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _(x: Tensor, weight: Tensor, *rest: Any, backend: Backend = "torch") -> Tensor:
     return x.new_empty(len(x), rest[-1])
 
 
-@torch.library.custom_op("padst::gather_gemm_input_gradient", mutates_args=())
-def _input_gradient_operator(
-    dy: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    rows: Tensor | None,
-    row_pointer: Tensor | None,
-    order: Tensor | None,
-    column_pointer: Tensor,
-    slots: Tensor,
-    tile_rows: Tensor,
+@torch.library.custom_op(
+    "padst::gather_gemm_input_gradient",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor weight, {INDEX_SCHEMA}, *, bool feature_major, str backend) "
+    "-> Tensor",
+)
+def input_gradient_operator(
+    dy: Tensor, weight: Tensor, *fields: Any, feature_major: bool, backend: Backend
 ) -> Tensor:
-    index = TileIndex(columns, rows, row_pointer, order, column_pointer, slots, tile_rows)
-    return _input_gradient(dy, weight, index)
+    """`passes.input_gradient`."""
+    index = TileIndex(*fields)
+    return passes.input_gradient(dy, weight, index, backend, feature_major=feature_major)
 
 
-@_input_gradient_operator.register_fake
-def _(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    index = TileIndex(*rest)
-    return dy.new_empty(len(dy), len(index.column_pointer) - 1)
+@input_gradient_operator.register_fake
+def _(dy: Tensor, weight: Tensor, *fields: Any, feature_major: bool, backend: Backend) -> Tensor:
+    return empty_features(TileIndex(*fields).in_features, len(dy), dy, feature_major).t()
 
 
-@torch.library.custom_op("padst::gather_gemm_weight_gradient", mutates_args=())
-def _weight_gradient_operator(
-    x: Tensor,
-    dy: Tensor,
-    columns: Tensor,
-    rows: Tensor | None,
-    row_pointer: Tensor | None,
-    order: Tensor | None,
-    column_pointer: Tensor,
-    slots: Tensor,
-    tile_rows: Tensor,
-    height: int,
-) -> Tensor:
-    index = TileIndex(columns, rows, row_pointer, order, column_pointer, slots, tile_rows)
-    return _weight_gradient(x, dy, index, height)
+@torch.library.custom_op(
+    "padst::gather_gemm_weight_gradient",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor dy, {INDEX_SCHEMA}, SymInt height, *, str backend) -> Tensor",
+)
+def weight_gradient_operator(x: Tensor, dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
+    """`passes.weight_gradient`."""
+    return passes.weight_gradient(x, dy, TileIndex(*rest[:-1]), rest[-1], backend)
 
 
-@_weight_gradient_operator.register_fake
-def _(x: Tensor, dy: Tensor, columns: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*columns.shape, rest[-1])
+@weight_gradient_operator.register_fake
+def _(x: Tensor, dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
+    return x.new_empty(*rest[0].shape, rest[-1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
     ctx.save_for_backward(*inputs[:-1])
+    ctx.backend = keyword_only_inputs["backend"]
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *index = ctx.saved_tensors
+    x, weight, *fields = ctx.saved_tensors
     dx = dweight = None
     if ctx.needs_input_grad[0]:
-        dx = _input_gradient_operator(dy, weight, *index)
+        dx = input_gradient_operator(dy, weight, *fields, feature_major=False, backend=ctx.backend)
     if ctx.needs_input_grad[1]:
-        dweight = _weight_gradient_operator(x, dy, *index, weight.shape[2])
-    return dx, dweight, *(None for _ in index), None
+        dweight = weight_gradient_operator(x, dy, *fields, weight.shape[2], backend=ctx.backend)
+    return dx, dweight, *(None for _ in fields), None
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

@@ -1,11 +1,14 @@
 """Triton kernels of the grouped gather GEMM, and their launchers: tensors in, tensors out.
 
     launch_product(x, weight, columns, row_pointer, out_features, *, rows, order, transposed, run,
-                   bias, gelu, residual, feature_major, out, precision, tile) -> y [O, T]
+                   bias, gelu, gelu_gradient, residual, norm, feature_major, out, precision, tile)
+        -> y [O, T]
     launch_input_gradient(dy, weight, rows, column_pointer, slots, in_features, *, run,
-                          feature_major, precision, workspace, tile) -> dx [I, T]
+                          feature_major, precision, workspace, tile)
+        -> dx [I, T]
     launch_weight_gradient(x, dy, columns, row_pointer, rows, height, *, order, run, precision,
-                           dtype, splits, tile) -> dweight [G, K, V]
+                           dtype, splits, tile)
+        -> dweight [G, K, V]
 
 Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile,
 R row groups. Activations are `[features, T]` views (layout.py), and their strides say how they lie
@@ -19,8 +22,17 @@ README.md has the maths and what the compiled code must look like.
 """
 
 from padst_kernels.gather_gemm.kernels.input_gradient import launch_input_gradient
-from padst_kernels.gather_gemm.kernels.product import launch_product
+from padst_kernels.gather_gemm.kernels.product import are_interpreted, launch_product
 from padst_kernels.gather_gemm.kernels.tiles import Tile
 from padst_kernels.gather_gemm.kernels.weight_gradient import launch_weight_gradient
+from padst_kernels.gather_gemm.layout import empty_features, readable_tokens
 
-__all__ = ["Tile", "launch_input_gradient", "launch_product", "launch_weight_gradient"]
+__all__ = [
+    "Tile",
+    "are_interpreted",
+    "empty_features",
+    "launch_input_gradient",
+    "launch_product",
+    "launch_weight_gradient",
+    "readable_tokens",
+]

@@ -20,25 +20,30 @@ def _product_kernel(
     row_pointer,
     order,
     rows,
+    mean,
+    rstd,
+    row_sums,
     bias,
-    residual,
+    other,
     y,
     in_features,
     out_features,
+    num_tokens,
     x_tokens,
     y_tokens,
     x_feature_stride,
     x_token_stride,
     y_feature_stride,
     y_token_stride,
-    residual_feature_stride,
-    residual_token_stride,
+    other_feature_stride,
+    other_token_stride,
     WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH_STRIDE: tl.constexpr,
     HEIGHT_STRIDE: tl.constexpr,
     RUN: tl.constexpr,
     GELU: tl.constexpr,
+    GELU_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,8 +54,8 @@ def _product_kernel(
     parts: tl.constexpr = (HEIGHT + BLOCK_V - 1) // BLOCK_V
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     x += t.to(tl.int64)[:, None] * x_token_stride
-    if residual is not None:
-        residual += t.to(tl.int64)[:, None] * residual_token_stride
+    if other is not None:
+        other += t.to(tl.int64)[:, None] * other_token_stride
     y += t.to(tl.int64)[:, None] * y_token_stride
     for step in range(ROW_BLOCKS):
         block = tl.program_id(0) * ROW_BLOCKS + step
@@ -71,10 +76,11 @@ def _product_kernel(
             inside = k < num_columns
             if RUN == 1:
                 column = tl.load(group_columns + k, mask=inside, other=in_features)
+                known = inside & (column < in_features)
             else:
                 run = tl.load(group_columns + k // RUN * RUN, mask=inside, other=in_features)
                 column = run // RUN * RUN + k % RUN
-            known = inside & (column < in_features)
+                known = inside & (run < in_features) & (column < in_features)
             x_tile = tl.load(
                 x + column.to(tl.int64)[None, :] * x_feature_stride,
                 mask=known[None, :] & (t < x_tokens)[:, None],
@@ -104,14 +110,24 @@ def _product_kernel(
         stored = row < out_features
         if HEIGHT % BLOCK_V != 0:
             stored = stored & (v < HEIGHT)
+        if mean is not None:
+            mean_t = tl.load(mean + t, mask=t < num_tokens, other=0.0)[:, None]
+            rstd_t = tl.load(rstd + t, mask=t < num_tokens, other=0.0)[:, None]
+            sums = tl.load(row_sums + row, mask=stored, other=0.0)[None, :]
+            acc = rstd_t * (acc - mean_t * sums)
         if bias is not None:
             acc += tl.load(bias + row, mask=stored, other=0.0).to(tl.float32)[None, :]
+        if GELU or GELU_GRADIENT:
+            cdf = 0.5 + 0.5 * tl.math.erf(acc * 0.7071067811865476)
         if GELU:
-            acc = 0.5 * acc * (1.0 + tl.math.erf(acc * 0.7071067811865476))
+            acc *= cdf
+        if GELU_GRADIENT:
+            acc = cdf + acc * 0.3989422804014327 * tl.exp(-0.5 * acc * acc)
         mask = stored[None, :] & (t < y_tokens)[:, None]
-        if residual is not None:
-            at = residual + row.to(tl.int64)[None, :] * residual_feature_stride
-            acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        if other is not None:
+            at = other + row.to(tl.int64)[None, :] * other_feature_stride
+            operand = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            acc = acc * operand if GELU_GRADIENT else acc + operand
         at = y + row.to(tl.int64)[None, :] * y_feature_stride
         tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
 
@@ -129,13 +145,15 @@ def launch_product(
     run: int = 1,
     bias: Tensor | None = None,
     gelu: bool = False,
+    gelu_gradient: Tensor | None = None,
     residual: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, Tensor] | None = None,
     feature_major: bool = True,
     out: Tensor | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Tensor:
-    """y[rows[r, v]] = residual + gelu(bias + sum weight[g, k, v] x[columns[g, k]] over g in r, k).
+    """y[rows[r, v]] = residual + gelu(bias + norm(sum weight[g, k, v] x[columns[g, k]])), g in r.
 
     The forward pass, and dX of a structure whose transpose is one of this family: there x is dY,
     row groups are groups of inputs, and `order` lists the tiles of the forward weight by them.
@@ -155,7 +173,11 @@ def launch_product(
             K. Fewer index loads, and 16-byte ones of a token-major x.
         bias: `[O]`, any floating point.
         gelu: apply the exact (erf) GELU.
+        gelu_gradient: `[O, T]` view that the derivative of GELU multiplies, instead: from a
+            gradient behind GELU to the one before it. Not with `gelu` or `residual`.
         residual: `[O, T]` view; may be `out`, to add to it.
+        norm: mean `[T]`, rstd `[T]` and row sums of the weight `[O]`, contiguous float32: LayerNorm
+            of x, as rstd * (sum - mean * row sum).
         feature_major: layout of y.
         out: `[O, T]` view to write to instead, any floating point; part of a larger y, say. Where
             feature-major, it is written up to the next multiple of 16 tokens.
@@ -177,6 +199,7 @@ def launch_product(
     assert columns.shape == (len(weight), width) and columns.is_contiguous() and width % run == 0
     assert weight.is_contiguous() and weight.dtype == x.dtype
     assert order is None or row_pointer is not None
+    assert gelu_gradient is None or (residual is None and not gelu)
     in_features, num_tokens = x.shape
     y = empty_features(out_features, num_tokens, x, feature_major) if out is None else out
     block_v = block_height(height)
@@ -185,8 +208,10 @@ def launch_product(
         extent = width * triton.cdiv(len(columns), num_groups)
         tile = _product_tile(x, extent, block_v, run)
     y_tokens = readable_tokens("y", y)
-    if residual is not None:
-        y_tokens = min(y_tokens, readable_tokens("residual", residual))
+    other = residual if gelu_gradient is None else gelu_gradient
+    if other is not None:
+        name = "residual" if gelu_gradient is None else "gelu_gradient"
+        y_tokens = min(y_tokens, readable_tokens(name, other))
     row_blocks = math.gcd(tile.row_blocks, num_blocks)
     _product_kernel[num_blocks // row_blocks, triton.cdiv(num_tokens, tile.tokens)](
         x,
@@ -195,22 +220,25 @@ def launch_product(
         row_pointer,
         order,
         rows,
+        *((None, None, None) if norm is None else norm),
         bias,
-        residual,
+        other,
         y,
         in_features,
         out_features,
+        num_tokens,
         readable_tokens("x", x),
         y_tokens,
         *x.stride(),
         *y.stride(),
-        *((0, 0) if residual is None else residual.stride()),
+        *((0, 0) if other is None else other.stride()),
         WIDTH=width,
         HEIGHT=height,
         WIDTH_STRIDE=strides[0],
         HEIGHT_STRIDE=strides[1],
         RUN=run,
         GELU=gelu,
+        GELU_GRADIENT=gelu_gradient is not None,
         PRECISION=precision,
         BLOCK_T=tile.tokens,
         BLOCK_K=tile.columns,
@@ -220,6 +248,11 @@ def launch_product(
         num_stages=tile.stages,
     )
     return y
+
+
+def are_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: on any device, slowly."""
+    return not isinstance(_product_kernel, triton.JITFunction)
 
 
 def _product_tile(x: Tensor, width: int, block_v: int, run: int) -> Tile:

@@ -65,6 +65,7 @@ def _weight_gradient_kernel(
         place = first.to(tl.int64) * WIDTH + k
         if RUN == 1:
             column = tl.load(columns + place, mask=inside, other=in_features)
+            known = inside & (column < in_features)
         else:
             run = tl.load(
                 columns + first.to(tl.int64) * WIDTH + k // RUN * RUN,
@@ -72,7 +73,7 @@ def _weight_gradient_kernel(
                 other=in_features,
             )
             column = run // RUN * RUN + k % RUN
-        known = inside & (column < in_features)
+            known = inside & (run < in_features) & (column < in_features)
         x_rows = x + column.to(tl.int64)[:, None] * x_feature_stride
         acc = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
         for at in range(begin, whole, BLOCK_T):

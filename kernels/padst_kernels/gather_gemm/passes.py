@@ -1,0 +1,194 @@
+"""The three passes of a grouped gather GEMM, by whichever backend is asked for.
+
+Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile. Here
+activations are `[T, features]` in either layout, see layout.py; `feature_major` asks for one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from padst_kernels.gather_gemm import cpu
+from padst_kernels.gather_gemm.index import TileIndex
+from padst_kernels.gather_gemm.layout import aligned_features, has_aligned_rows
+
+Backend = Literal["torch", "triton"]
+Norm = tuple[Tensor, Tensor, Tensor]
+
+# From here on a token-major activation whose features are read or written singly is transposed
+# first: one more pass over it, where a gather would move 2 bytes of each 32 it touches, again for
+# every row group. By arithmetic, not measured.
+MIN_TRANSPOSED_TOKENS = 64
+# Neighbouring features that make a token-major access 16 bytes wide.
+MIN_RUN = 8
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    index: TileIndex,
+    out_features: int,
+    backend: Backend,
+    *,
+    feature_major: bool = False,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    gelu_gradient: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """y `[T, O]` of x `[T, I]`; the epilogues are those of `launch_product`."""
+    if not _on_triton(x, backend):
+        y = cpu.product(x, weight, index, out_features)
+        y = _epilogue(y, bias, gelu, gelu_gradient, residual, norm)
+        return aligned_features(y).t() if feature_major else y
+    from padst_kernels.gather_gemm import kernels
+
+    run = index.column_run
+    transposes = _transposes(len(x), not feature_major and index.rows is not None)
+    y = kernels.launch_product(
+        _readable(x, run).t(),
+        weight.contiguous(),
+        index.columns,
+        index.row_pointer,
+        out_features,
+        rows=index.rows,
+        order=index.order,
+        run=run,
+        bias=bias,
+        gelu=gelu,
+        gelu_gradient=None if gelu_gradient is None else _readable(gelu_gradient, 1).t(),
+        residual=None if residual is None else _readable(residual, 1).t(),
+        norm=norm,
+        feature_major=feature_major or transposes,
+        precision=_precision(),
+    ).t()
+    return y.contiguous() if transposes else y
+
+
+def input_gradient(
+    dy: Tensor, weight: Tensor, index: TileIndex, backend: Backend, *, feature_major: bool = False
+) -> Tensor:
+    """dx `[T, I]` of dy `[T, O]`."""
+    if not _on_triton(dy, backend):
+        dx = cpu.input_gradient(dy, weight, index, index.in_features)
+        return aligned_features(dx).t() if feature_major else dx
+    # Rows in natural order are read in runs.
+    run = weight.shape[2] if index.rows is None else 1
+    dy, weight = _readable(dy, run), weight.contiguous()
+    if index.transposed_columns is None:
+        return _input_gradient_by_slots(dy, weight, index, run, feature_major)
+    from padst_kernels.gather_gemm import kernels
+
+    transposes = _transposes(len(dy), not feature_major and index.transposed_rows is not None)
+    dx = kernels.launch_product(
+        dy.t(),
+        weight,
+        index.transposed_columns,
+        index.transposed_pointer,
+        index.in_features,
+        rows=index.transposed_rows,
+        order=index.transposed_order,
+        transposed=True,
+        run=run,
+        feature_major=feature_major or transposes,
+        precision=_precision(),
+    ).t()
+    return dx.contiguous() if transposes else dx
+
+
+def _input_gradient_by_slots(
+    dy: Tensor, weight: Tensor, index: TileIndex, run: int, feature_major: bool
+) -> Tensor:
+    """`input_gradient` where tiles share columns in any way, as those of vector N:M do."""
+    from padst_kernels.gather_gemm import kernels
+
+    assert index.tile_rows is not None and index.slots is not None
+    return kernels.launch_input_gradient(
+        dy.t(),
+        weight,
+        index.tile_rows,
+        index.column_pointer,
+        index.slots,
+        index.in_features,
+        run=run,
+        feature_major=feature_major,
+        precision=_precision(),
+    ).t()
+
+
+def weight_gradient(
+    x: Tensor, dy: Tensor, index: TileIndex, height: int, backend: Backend
+) -> Tensor:
+    """dweight `[G, K, V]` of x `[T, I]` and dy `[T, O]`."""
+    if not _on_triton(x, backend):
+        return cpu.weight_gradient(x, dy, index, height)
+    from padst_kernels.gather_gemm import kernels
+
+    run = index.column_run
+    return kernels.launch_weight_gradient(
+        _readable(x, run).t(),
+        _readable(dy, height if index.rows is None else 1).t(),
+        index.columns,
+        index.row_pointer,
+        index.rows,
+        height,
+        order=index.order,
+        run=run,
+        precision=_precision(),
+    )
+
+
+def _on_triton(x: Tensor, backend: Backend) -> bool:
+    # Triton has no float64 matrix instructions.
+    if backend != "triton" or x.dtype == torch.float64:
+        return False
+    if not x.is_cuda:
+        from padst_kernels.gather_gemm import kernels
+
+        if not kernels.are_interpreted():
+            raise ValueError(
+                f"gather_gemm: backend 'triton' needs a GPU, got a tensor on {x.device}; "
+                "use 'torch' there"
+            )
+    return True
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _transposes(num_tokens: int, scattered: bool) -> bool:
+    return scattered and num_tokens >= MIN_TRANSPOSED_TOKENS
+
+
+def _readable(x: Tensor, run: int) -> Tensor:
+    """`x` in the layout in which features are best read in aligned runs of `run`."""
+    if has_aligned_rows(x.t()):
+        return x
+    if _transposes(len(x), run < MIN_RUN):
+        return aligned_features(x).t()
+    return x.contiguous()
+
+
+def _epilogue(
+    y: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    gelu_gradient: Tensor | None,
+    residual: Tensor | None,
+    norm: Norm | None,
+) -> Tensor:
+    if norm is not None:
+        mean, rstd, row_sums = norm
+        y = (rstd[:, None] * (y - mean[:, None] * row_sums)).to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    if gelu:
+        y = torch.nn.functional.gelu(y)
+    if gelu_gradient is not None:
+        y = torch.ops.aten.gelu_backward(gelu_gradient, y)
+    return y if residual is None else y + residual

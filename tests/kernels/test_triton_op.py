@@ -1,0 +1,287 @@
+"""`gather_gemm(backend="triton")` against dense float64; interpreted where there is no GPU."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from padst_kernels.gather_gemm import TileIndex, gather_gemm, kernels, passes, tile_index
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty() -> Iterator[None]:
+    """Tensors made by `empty` hold NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass
+class Case:
+    """A weight in tiles, and the same weight dense."""
+
+    weight: Tensor
+    index: TileIndex
+    shape: tuple[int, int]
+    rows: Tensor  # [G, V], O for padding
+    columns: Tensor  # [G, K], I for padding
+
+    def dense(self) -> Tensor:
+        """Float64 `[O, I]`; differentiable."""
+        out_features, in_features = self.shape
+        dense = torch.zeros(out_features + 1, in_features + 1, dtype=torch.float64)
+        at = self.rows[:, None, :], self.columns[:, :, None]
+        dense = dense.index_put(at, self.weight.cpu().double(), accumulate=True)
+        return dense[:out_features, :in_features]
+
+
+def make_case(
+    groups: Tensor,
+    owner: Tensor | None,
+    shape: tuple[int, int],
+    *,
+    height: int,
+    num_row_groups: int,
+    permuted: bool,
+    positions: Tensor | None = None,
+    num_column_groups: int | None = None,
+    column_positions: Tensor | None = None,
+) -> Case:
+    """`groups` holds the columns of each tile before any permutation; I is padding."""
+    out_features, in_features = shape
+    columns = groups
+    if permuted:
+        inputs = torch.randperm(in_features)
+        columns = torch.cat([inputs, torch.tensor([in_features])])[columns]
+        if num_column_groups is not None:
+            here = torch.arange(in_features) if column_positions is None else column_positions
+            column_positions = torch.empty_like(here)
+            column_positions[inputs] = here
+        outputs = torch.randperm(out_features)
+        positions = outputs if positions is None else positions[outputs]
+    index = tile_index(
+        columns,
+        owner,
+        positions,
+        height=height,
+        num_row_groups=num_row_groups,
+        in_features=in_features,
+        out_features=out_features,
+        num_column_groups=num_column_groups,
+        column_positions=column_positions,
+    )
+    places = torch.arange(out_features) if positions is None else positions
+    rows = torch.full((num_row_groups * height,), out_features)
+    rows[places] = torch.arange(out_features)
+    rows = rows.view(num_row_groups, height)
+    return Case(
+        weight=torch.randn(*columns.shape, height).to(DEVICE).requires_grad_(),
+        index=TileIndex._make(None if t is None else t.to(DEVICE) for t in index),
+        shape=shape,
+        rows=rows if owner is None else rows[owner],
+        columns=columns,
+    )
+
+
+def vector_nm(permuted: bool) -> Case:
+    columns = torch.stack([torch.randperm(45)[:13] for _ in range(3)])
+    columns[1, 4] = 45
+    return make_case(columns, None, (44, 45), height=16, num_row_groups=3, permuted=permuted)
+
+
+def tiles_of_any_columns(permuted: bool) -> Case:
+    columns = torch.stack([torch.randperm(33)[:5] for _ in range(6)])
+    owner = torch.tensor([2, 0, 2, 3, 3, 3])
+    return make_case(columns, owner, (29, 33), height=8, num_row_groups=4, permuted=permuted)
+
+
+def blocks(shape: tuple[int, int], size: int, permuted: bool) -> Case:
+    rows, columns = (-(-features // size) for features in shape)
+    active = torch.randperm(rows * columns)[: rows * columns // 2]
+    groups = (active % columns)[:, None] * size + torch.arange(size)
+    return make_case(
+        groups.clamp(max=shape[1]),
+        active // columns,
+        shape,
+        height=size,
+        num_row_groups=rows,
+        permuted=permuted,
+        num_column_groups=columns,
+    )
+
+
+def strides(shape: tuple[int, int], stride: int, classes: int, permuted: bool) -> Case:
+    height, width = shape[0] // stride, shape[1] // stride
+    rows = torch.arange(stride).repeat(classes)
+    shift = torch.randperm(stride)[:classes].repeat_interleave(stride)
+    groups = ((rows + shift) % stride)[:, None] + torch.arange(width) * stride
+
+    def positions(features: int) -> Tensor:
+        feature = torch.arange(features)
+        return feature % stride * (features // stride) + feature // stride
+
+    return make_case(
+        groups,
+        None if classes == 1 else rows,
+        shape,
+        height=height,
+        num_row_groups=stride,
+        permuted=permuted,
+        positions=positions(shape[0]),
+        num_column_groups=stride,
+        column_positions=positions(shape[1]),
+    )
+
+
+CASES: dict[str, Callable[[bool], Case]] = {
+    "nm": vector_nm,
+    "any": tiles_of_any_columns,
+    "blocks8": lambda permuted: blocks((40, 67), 8, permuted),
+    "blocks16": lambda permuted: blocks((75, 48), 16, permuted),
+    "stride wide": lambda permuted: strides((24, 39), 3, 2, permuted),
+    "stride tall": lambda permuted: strides((40, 20), 5, 1, permuted),
+}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = actual.detach().cpu().double() - expected.detach()
+    return float(difference.norm() / expected.detach().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 5, 67])
+def test_equals_the_dense_product(name: str, permuted: bool, num_tokens: int) -> None:
+    case = CASES[name](permuted)
+    out_features, in_features = case.shape
+    x = torch.randn(num_tokens, in_features, device=DEVICE, requires_grad=True)
+    dy = torch.randn(num_tokens, out_features, device=DEVICE)
+    y = gather_gemm(x, case.weight, case.index, out_features, backend="triton")
+    dx, dweight = torch.autograd.grad(y, (x, case.weight), dy)
+    exact_x = x.detach().cpu().double().requires_grad_()
+    exact = exact_x @ case.dense().T
+    expected = torch.autograd.grad(exact, (exact_x, case.weight), dy.cpu().double())
+    assert relative_error(y, exact) < 1e-5
+    assert relative_error(dx, expected[0]) < 1e-5
+    inside = (case.rows < out_features)[:, None, :] & (case.columns < in_features)[:, :, None]
+    assert relative_error(dweight.cpu() * inside, expected[1].cpu().double()) < 1e-5
+    assert (dweight.cpu()[~inside] == 0).all()
+
+
+def test_transposable_structures_need_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "launch_input_gradient", None)
+    for permuted in (False, True):
+        case = blocks((40, 67), 8, permuted)
+        assert case.index.slots is None and case.index.tile_rows is None
+        assert case.index.column_run == (1 if permuted else 8)
+        x = torch.randn(3, 67, device=DEVICE, requires_grad=True)
+        gather_gemm(x, case.weight.detach(), case.index, 40, backend="triton").sum().backward()
+        assert x.grad is not None
+
+
+def test_shapes_of_an_index_do_not_depend_on_the_topology() -> None:
+    for name, make in CASES.items():
+        first, second = (
+            [None if t is None else t.shape for t in make(True).index] for _ in range(2)
+        )
+        assert first == second, name
+
+
+def test_columns_that_are_no_partition_are_refused() -> None:
+    columns = torch.arange(16).view(2, 8)
+    options = {"height": 8, "num_row_groups": 2, "in_features": 16, "out_features": 16}
+    assert (
+        tile_index(columns, None, None, **options, num_column_groups=2).transposed_order is not None
+    )
+    for wrong in (columns.flip(1), columns + 1, torch.randperm(16).view(2, 8)):
+        with pytest.raises(ValueError, match="the 8 columns of a tile are not one of 2 groups"):
+            tile_index(wrong, None, None, **options, num_column_groups=2)
+
+
+def test_tiles_of_padding_alone_change_nothing() -> None:
+    columns = torch.arange(16).view(2, 8)
+    options = {"height": 8, "num_row_groups": 2, "in_features": 15, "out_features": 16}
+    owner = torch.tensor([0, 1])
+    index = tile_index(columns.clamp(max=15), owner, None, **options, num_column_groups=2)
+    more = torch.cat([columns.clamp(max=15), torch.full((1, 8), 15)])
+    padded = tile_index(more, torch.tensor([0, 1, 0]), None, **options, num_column_groups=2)
+    weight = torch.randn(3, 8, 8, device=DEVICE)
+    x = torch.randn(5, 15, device=DEVICE, requires_grad=True)
+    results = []
+    for tiles, these in ((weight[:2], index), (weight, padded)):
+        these = TileIndex._make(None if t is None else t.to(DEVICE) for t in these)
+        y = gather_gemm(x, tiles, these, 16, backend="triton")
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    torch.testing.assert_close(*results)
+
+
+def test_float64_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "launch_product", None)
+    case = vector_nm(True)
+    x = torch.randn(3, 45, dtype=torch.float64, device=DEVICE)
+    y = gather_gemm(x, case.weight.double(), case.index, 44, backend="triton")
+    assert relative_error(y, x.cpu() @ case.dense().T) < 1e-12
+
+
+def test_says_where_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = vector_nm(False)
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
+        gather_gemm(torch.zeros(1, 45), case.weight, case.index, 44, backend="cuda")
+    monkeypatch.setattr(kernels, "are_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="backend 'triton' needs a GPU, got a tensor on cpu"):
+        passes.product(torch.zeros(1, 45), case.weight, case.index, 44, "triton")
+
+
+@pytest.mark.parametrize("name", ["nm", "blocks8"])
+def test_operators_pass_opcheck(name: str) -> None:
+    case = CASES[name](True)
+    out_features, in_features = case.shape
+    x = torch.randn(5, in_features, device=DEVICE, requires_grad=True)
+    dy = torch.randn(5, out_features, device=DEVICE)
+    weight = case.weight
+    torch.library.opcheck(
+        torch.ops.padst.gather_gemm.default,
+        (x, weight, *case.index, out_features),
+        {"backend": "triton"},
+    )
+    torch.library.opcheck(
+        torch.ops.padst.gather_gemm_weight_gradient.default,
+        (x.detach(), dy, *case.index, weight.shape[2]),
+        {"backend": "triton"},
+    )
+    for feature_major in (False, True):
+        torch.library.opcheck(
+            torch.ops.padst.gather_gemm_input_gradient.default,
+            (dy, weight.detach(), *case.index),
+            {"feature_major": feature_major, "backend": "triton"},
+        )
+
+
+def test_compiles_whole_and_survives_new_topologies() -> None:
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=count)
+    def run(x: Tensor, weight: Tensor, index: TileIndex) -> Tensor:
+        return gather_gemm(x, weight, index, 40, backend="triton").relu()
+
+    first = blocks((40, 67), 8, True)
+    x = torch.randn(5, 67, device=DEVICE, requires_grad=True)
+    for _ in range(2):
+        case = blocks((40, 67), 8, True)
+        for old, new in zip(first.index, case.index, strict=True):
+            if old is not None and new is not None:
+                old.copy_(new)
+        y = run(x, case.weight, first.index)
+        expected = (x.double().cpu() @ case.dense().T).relu()
+        dy = torch.randn_like(y)
+        grads = torch.autograd.grad(y, (x, case.weight), dy)
+        exact = torch.autograd.grad(expected, (x, case.weight), dy.double().cpu())
+        for ours, theirs in zip((y, *grads), (expected, *exact), strict=True):
+            assert relative_error(ours, theirs.double().cpu()) < 1e-5
+    assert count.frame_count == 1
