@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 
 from padst_exp.config import build, config_dir, register_schemas, results_config
 from padst_exp.data.task import Task
-from padst_exp.engine import loop
 from padst_exp.engine.distributed import World
 from padst_exp.engine.run_directory import RunDirectory, environment
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
-from padst_exp.train import sparse_model
+from padst_exp.train import train
 
 FASHION = """
     dataset=fashion_mnist dataset.shift=0 dataset.flip=false model.patch_size=7 model.dim=128
@@ -58,8 +57,8 @@ def main() -> int:
         for seed in range(arguments.seeds):
             common = [*overrides, f"trainer.steps={arguments.steps}", f"seed={seed}",
                       "trainer.eval_interval=null"]  # fmt: skip
-            demo = train(compose(*common))
-            zeroed = train(compose(*common, "permutation=none", "dst=static"), zeroed=True)
+            demo = summary_of(compose(*common))
+            zeroed = summary_of(compose(*common, "permutation=none", "dst=static"), zeroed=True)
             missed += misses(f"{dataset} seed {seed}", demo)
             for name, summary in (("demo", demo), ("zeroed", zeroed)):
                 rows.append(row(dataset, seed, name, summary["final"]["top1"]))
@@ -71,7 +70,7 @@ def main() -> int:
                 )
         rows.append(row(dataset, "", "linear", linear(task)))
     for seed in range(arguments.seeds):
-        summary = train(compose(*TEXT, f"seed={seed}"))
+        summary = summary_of(compose(*TEXT, f"seed={seed}"))
         bigram = summary["baselines"]["bigram_perplexity"]
         missed += misses(f"gpt2 seed {seed}", summary)
         if summary["final"]["perplexity"] >= bigram:
@@ -124,26 +123,25 @@ def compose(*overrides: str) -> DictConfig:
         return hydra.compose("config", ["logger=none", *overrides])
 
 
-def train(cfg: DictConfig, *, zeroed: bool = False) -> dict[str, Any]:
+def summary_of(cfg: DictConfig, *, zeroed: bool = False) -> dict[str, Any]:
     """The summary of a whole run."""
-    task = build(cfg.dataset, "dataset")
-    learner = build(cfg.permutation, "permutation")
-    model, report = sparse_model(cfg, task, learner)
-    if zeroed:
-        for weight in sparse_weights(model).values():
-            torch.nn.init.zeros_(weight.values)
-            weight.values.requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory.create(
-            Path(folder), "bench", resume="never", config=results_config(cfg), config_text="",
-            overrides=[], device="cpu",
-        )  # fmt: skip
-        return loop.run(
-            model=model, task=task, algorithm=build(cfg.dst, "dst"), learner=learner,
-            optimizer=build(cfg.optimizer, "optimizer"), trainer=build(cfg.trainer, "trainer"),
-            report=report, directory=directory, logger=build(cfg.logger, "logger"),
-            world=World(), seed=cfg.seed, backend=cfg.backend,
-        )  # fmt: skip
+
+        def directory(keep_last: int) -> RunDirectory:
+            return RunDirectory.create(
+                Path(folder), "bench", resume="never", config=results_config(cfg), config_text="",
+                overrides=[], device="cpu", keep_last=keep_last,
+            )  # fmt: skip
+
+        prepare = zero_sparse_layers if zeroed else None
+        return train(cfg, World(), directory=directory, prepare=prepare)[1]
+
+
+def zero_sparse_layers(model: nn.Module) -> None:
+    """What the rest of the model learns alone."""
+    for weight in sparse_weights(model).values():
+        nn.init.zeros_(weight.values)
+        weight.values.requires_grad_(False)
 
 
 def linear(task: Task) -> float:

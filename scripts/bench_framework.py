@@ -27,7 +27,6 @@ from padst_exp.config import build, config_dir, register_schemas, results_config
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Batch
 from padst_exp.dst import DropGrow, Magnitude, Uniform
-from padst_exp.engine import loop
 from padst_exp.engine.distributed import World
 from padst_exp.engine.optimizers import AdamW
 from padst_exp.engine.run_directory import RunDirectory, environment, read_metrics
@@ -37,7 +36,7 @@ from padst_exp.layers import permutations, sparse_weights
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import NM, Block, Diagonal, Structure, Unstructured
-from padst_exp.train import sparse_model
+from padst_exp.train import sparse_model, train
 
 STEP_LIMIT, REWIRE_LIMIT, MEMORY_LIMIT = 1.05, 0.02, 0.2
 
@@ -79,21 +78,16 @@ def compose(*overrides: str) -> DictConfig:
 
 def framework_step_seconds(cfg: DictConfig) -> float:
     """Mean seconds of one step of a whole run, logging included, set-up and evaluation not."""
-    task = build(cfg.dataset, "dataset")
-    learner = build(cfg.permutation, "permutation")
-    model, report = sparse_model(cfg, task, learner)
     with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory.create(
-            Path(folder), "bench", resume="never", config=results_config(cfg), config_text="",
-            overrides=[], device="cpu",
-        )  # fmt: skip
-        loop.run(
-            model=model, task=task, algorithm=build(cfg.dst, "dst"), learner=learner,
-            optimizer=build(cfg.optimizer, "optimizer"), trainer=build(cfg.trainer, "trainer"),
-            report=report, directory=directory, logger=build(cfg.logger, "logger"),
-            world=World(), seed=cfg.seed, backend=cfg.backend,
-        )  # fmt: skip
-        rows = [r for r in read_metrics(directory.path / "metrics.jsonl") if r["kind"] == "train"]
+
+        def directory(keep_last: int) -> RunDirectory:
+            return RunDirectory.create(
+                Path(folder), "bench", resume="never", config=results_config(cfg), config_text="",
+                overrides=[], device="cpu", keep_last=keep_last,
+            )  # fmt: skip
+
+        path, _ = train(cfg, World(), directory=directory)
+        rows = [r for r in read_metrics(path / "metrics.jsonl") if r["kind"] == "train"]
     # The first row pays for first allocations, on either side.
     return sum(row["seconds"] for row in rows[1:]) / (rows[-1]["step"] - rows[0]["step"])
 

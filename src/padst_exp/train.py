@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from padst_exp.data.task import Task
     from padst_exp.engine.distributed import World
     from padst_exp.engine.run_directory import RunDirectory
+    from padst_exp.engine.settings import Trainer
     from padst_exp.permutations import Learner
     from padst_exp.sparsify import Report
 
@@ -40,10 +42,23 @@ def main(cfg: DictConfig) -> None:
         say(f"results in {directory}")
 
 
-def train(cfg: DictConfig, world: World) -> tuple[Path, dict[str, Any]]:
+def train(
+    cfg: DictConfig,
+    world: World,
+    *,
+    directory: Callable[[int], RunDirectory] | None = None,
+    prepare: Callable[[nn.Module], object] | None = None,
+) -> tuple[Path, dict[str, Any]]:
     """Run one training; the run directory and its summary.
 
     A run that is finished already is not repeated under `resume=auto`.
+
+    Args:
+        cfg: the composed config.
+        world: from `distributed.start`.
+        directory: makes the run directory, given how many checkpoints to keep; by default the
+            one that `cfg` names, which needs a running Hydra job.
+        prepare: what else to do to the sparse model before it is trained.
     """
     from padst_exp.engine.loop import run
     from padst_exp.engine.progress import say
@@ -56,16 +71,18 @@ def train(cfg: DictConfig, world: World) -> tuple[Path, dict[str, Any]]:
     trainer = build(cfg.trainer, "trainer")
     logger = build(cfg.logger, "logger")
     model, report = sparse_model(cfg, task, learner)
-    directory = run_directory(cfg, world, trainer.keep_last)
-    if directory.finished:
+    if prepare is not None:
+        prepare(model)
+    folder = directory(trainer.keep_last) if directory else run_directory(cfg, world, trainer)
+    if folder.finished:
         if world.main:
             say("finished before; resume=never trains again")
-        return directory.path, directory.summary()
+        return folder.path, folder.summary()
     if world.main:
         say(
             f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
             f"entries, {report.density('model'):.2%} of the model's parameters remain; "
-            f"{trainer.total_steps(len(task.train))} steps on {world.device}, in {directory.path}"
+            f"{trainer.total_steps(len(task.train))} steps on {world.device}, in {folder.path}"
         )
     summary = run(
         model=model,
@@ -75,13 +92,13 @@ def train(cfg: DictConfig, world: World) -> tuple[Path, dict[str, Any]]:
         optimizer=optimizer,
         trainer=trainer,
         report=report,
-        directory=directory,
+        directory=folder,
         logger=logger,
         world=world,
         seed=settings.seed,
         backend=settings.backend,
     )
-    return directory.path, summary
+    return folder.path, summary
 
 
 def build_task(cfg: DictConfig, world: World) -> Task:
@@ -120,7 +137,7 @@ def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Modu
     return model, report
 
 
-def run_directory(cfg: DictConfig, world: World, keep_last: int) -> RunDirectory:
+def run_directory(cfg: DictConfig, world: World, trainer: Trainer) -> RunDirectory:
     """The folder of this run, made (or found again) by rank 0 and known to all."""
     from padst_exp.engine.run_directory import RunDirectory
 
@@ -137,12 +154,12 @@ def run_directory(cfg: DictConfig, world: World, keep_last: int) -> RunDirectory
             config_text=text,
             overrides=list(hydra.overrides.task),
             device=str(world.device),
-            keep_last=keep_last,
+            keep_last=trainer.keep_last,
         ).path
 
     path = world.from_main(make() if world.main else None)
     assert path is not None
-    return RunDirectory(path, config=config, config_text=text, keep_last=keep_last)
+    return RunDirectory(path, config=config, config_text=text, keep_last=trainer.keep_last)
 
 
 if __name__ == "__main__":
