@@ -1,0 +1,415 @@
+"""The CUDA kernel of dX, emulated on a CPU thread by thread, compiled, and run on a GPU."""
+
+import ctypes
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton.backends.nvidia
+from torch import Tensor
+
+from padst_kernels.gather_gemm import cuda
+from padst_kernels.gather_gemm.cuda import input_gradient, nvrtc
+from padst_kernels.gather_gemm.kernels import launch_input_gradient
+from padst_kernels.gather_gemm.layout import empty_features
+
+HERE = Path(__file__).parent
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty() -> Iterator[None]:
+    """Tensors made by `empty` hold NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass
+class Case:
+    """The weight of a layer in groups, and the same weight dense."""
+
+    weight: Tensor
+    columns: Tensor
+    rows: Tensor
+    dense: Tensor
+
+
+def make_case(
+    dtype: torch.dtype,
+    height: int,
+    num_groups: int,
+    width: int,
+    sizes: tuple[int, int],
+    first_columns: tuple[Tensor, ...] = (),
+) -> Case:
+    """Random columns and rows; every second group has three rows and one column of padding."""
+    in_features, out_features = sizes
+    columns = torch.stack([torch.randperm(in_features)[:width] for _ in range(num_groups)])
+    for g, given in enumerate(first_columns):
+        columns[g] = given
+    rows = torch.stack([torch.randperm(out_features)[:height] for _ in range(num_groups)])
+    weight = torch.randn(num_groups, width, height).to(dtype)
+    rows[::2, 5:8] = out_features
+    weight[::2, :, 5:8] = 7.0  # finite
+    if width > 1:
+        columns[::2, 1] = in_features
+        weight[::2, 1] = torch.nan
+    dense = torch.zeros(out_features + 1, in_features + 1, dtype=torch.float64)
+    for g in range(num_groups):
+        dense[rows[g, :, None], columns[g]] += weight[g].double().t()
+    return Case(weight, columns, rows.int(), dense[:-1, :-1])
+
+
+def activation(num_features: int, num_tokens: int, like: Tensor) -> Tensor:
+    """Standard normal, feature-major, with NaN in the padding."""
+    x = empty_features(num_features, num_tokens, like)
+    return x.copy_(torch.randn(num_features, num_tokens))
+
+
+def input_gradient_of(
+    case: Case, dy: Tensor, slices: int = 1, tile: cuda.Tile | None = None
+) -> Tensor:
+    in_features = case.dense.shape[1]
+    entries = cuda.slice_entries(case.columns, in_features, slices)
+    return cuda.launch_input_gradient_tile(
+        dy, case.weight, case.rows, entries, in_features, tile=tile
+    )
+
+
+def assert_rounded(dx: Tensor, case: Case, dy: Tensor) -> None:
+    """Nearly as good as the exact result rounded once."""
+    exact = case.dense.t() @ dy.double().cpu()
+    best = (exact.to(dx.dtype).double() - exact).norm()
+    assert (dx.double().cpu() - exact).norm() <= 1.05 * best
+    assert dx.stride() == (-(-dy.shape[1] // 16) * 16, 1)
+
+
+# ------------------------------------------------------------------------------ emulated on a CPU
+
+
+@functools.cache
+def emulation(
+    height: int, dtype: torch.dtype, stages: int, old: str = "", new: str = ""
+) -> ctypes.CDLL:
+    """The kernel's source, or one with a fault, compiled for this CPU with emulated functions."""
+    definitions = input_gradient.definitions(height, dtype, stages)
+    source = input_gradient.SOURCE.read_text()
+    assert old in source
+    source = source.replace(old, new) if old else source
+    code = f'#include "cuda_emulation.h"\n{source}\nEMULATED({input_gradient.KERNEL})\n'
+    options = ["-O0", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}"]
+    options += [f"-D{macro}={value}" for macro, value in definitions.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "emulation.so")
+        done = subprocess.run(
+            ["g++", *options, "-x", "c++", "-", "-o", library],
+            input=code,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        loaded = ctypes.CDLL(str(library))
+    loaded.emulation_fault.restype = ctypes.c_char_p
+    loaded.emulation_conflicts.restype = ctypes.c_long
+    return loaded
+
+
+@dataclass
+class Emulator:
+    """How to emulate, and what was seen."""
+
+    seed: int = 0
+    fault: tuple[str, str] = ("", "")
+    conflicts: int = 0
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    """The launcher works on CPU tensors."""
+    settings = Emulator()
+
+    class Kernel(nvrtc.Kernel):
+        def launch(self, blocks: int, threads: int, stream: int, arguments: list) -> None:
+            library = self._library
+            dy, weight, rows, entries, dx, *sizes = [argument.value for argument in arguments]
+            groups, width, out_features, in_features, _, slices, *tokens, dy_row, dx_row = sizes
+            library.emulation_reset(settings.seed)
+
+            def allow(start: int, size: int) -> None:
+                library.emulation_allow(ctypes.c_void_p(start), ctypes.c_long(size))
+
+            allow(weight, groups * width * self.height * 2)
+            allow(rows, groups * self.height * 4)
+            allow(entries, slices * groups * width * 4)
+            for o in range(out_features):
+                allow(dy + 2 * o * dy_row, 2 * tokens[0])
+            for i in range(in_features):
+                allow(dx + 2 * i * dx_row, 2 * tokens[1])
+            super().launch(blocks, threads, stream, arguments)
+            assert not library.emulation_fault(), library.emulation_fault().decode()
+            settings.conflicts = library.emulation_conflicts()
+
+    def kernel(
+        device: torch.device, height: int, dtype: torch.dtype, stages: int, slice_rows: int
+    ) -> nvrtc.Kernel:
+        monkeypatch.setattr(
+            nvrtc, "driver", lambda: emulation(height, dtype, stages, *settings.fault)
+        )
+        needed = input_gradient.shared_bytes(height, stages, slice_rows)
+        made = Kernel(b"", input_gradient.KERNEL, 0, needed)
+        made.height = height
+        return made
+
+    monkeypatch.setattr(input_gradient, "_kernel", kernel)
+    monkeypatch.setattr(input_gradient, "_stream", lambda device: 0)
+    return settings
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("height", input_gradient.HEIGHTS)
+def test_equals_the_dense_reference(emulator: Emulator, height: int, dtype: torch.dtype) -> None:
+    case = make_case(dtype, height, num_groups=5, width=40, sizes=(61, 150))
+    dy = activation(150, 70, case.weight)
+    assert_rounded(input_gradient_of(case, dy), case, dy)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 129])
+@pytest.mark.parametrize("sizes", [(200, 17), (9, 90)], ids=["wide", "tall"])
+def test_rectangles_and_tokens(emulator: Emulator, num_tokens: int, sizes: tuple[int, int]) -> None:
+    case = make_case(torch.bfloat16, 16, num_groups=3, width=min(sizes[0], 37), sizes=sizes)
+    dy = activation(sizes[1], num_tokens, case.weight)
+    assert_rounded(input_gradient_of(case, dy), case, dy)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 5])
+@pytest.mark.parametrize(("warps", "stages"), [(4, 8), (10, 2)])
+def test_slices_of_any_columns(emulator: Emulator, slices: int, warps: int, stages: int) -> None:
+    # 140 slots of a group take several turns of a block, or none where all lie in other slices.
+    ends = torch.arange(140), torch.arange(560, 700).flip(0)
+    case = make_case(torch.bfloat16, 16, 6, 140, (700, 40), first_columns=ends)
+    dy = activation(40, 33, case.weight)
+    assert_rounded(input_gradient_of(case, dy, slices, cuda.Tile(warps, stages)), case, dy)
+
+
+@pytest.mark.parametrize("height", input_gradient.HEIGHTS)
+def test_no_bank_conflicts_whatever_the_columns(emulator: Emulator, height: int) -> None:
+    # Multiples of 8: the rows of a matrix instruction all start in the same bank.
+    columns = torch.arange(0, 256, 8), torch.randperm(256)[:32]
+    case = make_case(torch.float16, height, 1, 32, (256, 130), columns[:1])
+    for given in columns:
+        case.columns[0] = given
+        input_gradient_of(case, activation(130, 64, case.weight), tile=cuda.Tile(4, 2))
+        assert emulator.conflicts == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("block_barrier();\n            group", "group", "race"),
+        ("await_copies<STAGES - 2>", "await_copies<STAGES - 1>", "a copy is not awaited"),
+        ("close_copies();", "", "a copy is not awaited"),
+        ("if (token >= dx_tokens) continue;", "", "a store outside"),
+        ("token < dy_tokens", "true", "a copy from outside"),
+        (
+            "block_barrier();\n    const",
+            "if (warp) block_barrier();\n    const",
+            "threads wait for ever",
+        ),
+    ],
+)
+def test_the_emulation_finds_faults(emulator: Emulator, old: str, new: str, found: str) -> None:
+    case = make_case(torch.float16, 16, 12, 64, (64, 40))
+    emulator.fault = old, new
+    with pytest.raises(AssertionError, match=found):
+        input_gradient_of(case, activation(40, 20, case.weight))
+
+
+@pytest.mark.parametrize("unswizzled", ["(n ^ turn)", "(chunk ^ (place & 7))"])
+def test_the_emulation_counts_bank_conflicts(emulator: Emulator, unswizzled: str) -> None:
+    case = make_case(torch.float16, 16, 1, 32, (256, 40))
+    case.columns[:] = torch.arange(32)
+    emulator.fault = unswizzled, unswizzled.split()[0][1:]
+    input_gradient_of(case, activation(40, 64, case.weight), tile=cuda.Tile(4, 8))
+    assert emulator.conflicts > 0
+
+
+def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator) -> None:
+    case = make_case(torch.bfloat16, 32, 9, 70, (90, 60))
+    dy = activation(60, 40, case.weight)
+    results = []
+    for emulator.seed in range(4):
+        results.append(input_gradient_of(case, dy, 2))
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_nothing_to_do(emulator: Emulator) -> None:
+    case = make_case(torch.bfloat16, 16, 2, 8, (20, 32))
+    assert input_gradient_of(case, activation(32, 0, case.weight)).shape == (20, 0)
+    case = Case(case.weight[:0], case.columns[:0], case.rows[:0], torch.zeros(32, 20))
+    assert (input_gradient_of(case, activation(32, 3, case.weight)) == 0).all()
+
+
+def test_an_unaligned_weight_is_copied(emulator: Emulator) -> None:
+    case = make_case(torch.bfloat16, 16, 2, 8, (20, 32))
+    shifted = torch.empty(case.weight.numel() + 1, dtype=torch.bfloat16)[1:]
+    case.weight = shifted.copy_(case.weight.flatten()).view(case.weight.shape)
+    assert case.weight.data_ptr() % 16
+    dy = activation(32, 3, case.weight)
+    assert_rounded(input_gradient_of(case, dy), case, dy)
+
+
+def test_refusals(emulator: Emulator) -> None:
+    case = make_case(torch.bfloat16, 16, 2, 8, (20, 32))
+    with pytest.raises(ValueError, match="expected feature-major"):
+        input_gradient_of(case, torch.randn(16, 32).bfloat16().t())
+    with pytest.raises(ValueError, match="dy: feature-major rows must start on multiples of 16"):
+        input_gradient_of(case, torch.randn(32, 197).bfloat16())
+    case.weight = case.weight.float()
+    with pytest.raises(ValueError, match=r"torch.float32, expected one of .* and bfloat16"):
+        input_gradient_of(case, torch.randn(32, 16))
+    case = make_case(torch.bfloat16, 8, 2, 8, (20, 32))
+    with pytest.raises(ValueError, match=r"8 rows in a group .* expected one of \(16, 32, 64, 128"):
+        input_gradient_of(case, torch.randn(32, 16).bfloat16())
+
+
+def test_slices_too_wide_for_the_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(major=8, minor=0, shared_memory_per_block_optin=163 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    case = make_case(torch.bfloat16, 64, 1, 8, (768, 64))
+    with pytest.raises(ValueError, match="768 inputs in a slice need 221184 bytes of shared mem"):
+        input_gradient_of(case, activation(64, 3, case.weight))
+
+
+def test_slices_partition_the_slots() -> None:
+    columns = torch.stack([torch.randperm(31)[:12] for _ in range(5)])
+    columns[1, 3] = 30  # padding
+    entries = cuda.slice_entries(columns, 30, 4)
+    assert entries.shape == (4, 5, 12) and entries.dtype == torch.int32
+    found = torch.full_like(columns, 30)
+    for s in range(4):
+        for g in range(5):
+            listed = entries[s, g][entries[s, g] >= 0]
+            assert (entries[s, g, len(listed) :] == -1).all()
+            found[g, listed & 0xFFFF] = s * 8 + (listed.long() >> 16)
+            assert (listed >> 16 < 8).all()
+    assert torch.equal(found, columns)
+
+
+# -------------------------------------------------------------------------------------- compiled
+
+
+def machine_code(arch: int, height: int, dtype: torch.dtype) -> tuple[str, str]:
+    """What ptxas used, and SASS."""
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    definitions = input_gradient.definitions(height, dtype)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(nvrtc.compile_source(input_gradient.SOURCE, arch, definitions))
+        file.flush()
+        commands = [tools / "cuobjdump", "-res-usage"], [tools / "nvdisasm"]
+        usage, sass = (
+            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            for command in commands
+        )
+    return usage, sass
+
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.compiler() is None, reason="no libnvrtc")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("height", input_gradient.HEIGHTS)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        (90, torch.bfloat16),
+        (80, torch.float16),
+        pytest.param(90, torch.float16, marks=pytest.mark.slow),
+        pytest.param(80, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_well(arch: int, height: int, dtype: torch.dtype) -> None:
+    usage, sass = machine_code(arch, height, dtype)
+    name = "BF16" if dtype == torch.bfloat16 else ""
+    products = re.findall(r"HMMA\.(\S+)", sass)
+    assert products == [f"16816.F32.{name}".rstrip(".")] * (height // 16 * 4)
+    assert "STACK:0" in usage and not re.search(r"\b(STL|LDL)\b", sass)
+    copies = re.findall(r"LDGSTS\.(\S+)", sass)
+    assert copies and all(copy.endswith(".128") for copy in copies)
+    assert set(re.findall(r"STG\.(\S+)", sass)) == {"E.128"}
+    # Indices, and the weight: 4 x 8 bytes of a slot at V = 16.
+    wide = "E.64.CONSTANT" if height == 16 else "E.128.CONSTANT"
+    assert set(re.findall(r"LDG\.(\S+)", sass)) == {"E.CONSTANT", wide}
+    assert "LDSM.16.MT88.4" in sass
+    # Two warps for 16 slots: 768 inputs at 10% are 10 warps in one turn, and all may start.
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers and int(registers[1]) * 32 * input_gradient.MAX_WARPS[height] <= 65536
+
+
+@needs_nvrtc
+def test_compiler_errors_say_what_is_wrong() -> None:
+    with pytest.raises(RuntimeError, match=r"input_gradient\.cu: .*STAGES"):
+        nvrtc.compile_source(input_gradient.SOURCE, 90, {"HEIGHT": 16, "BFLOAT16": 1})
+
+
+@pytest.mark.parametrize("height", input_gradient.HEIGHTS)
+def test_tiles_fit_into_shared_memory(height: int) -> None:
+    for arch, shared_memory in SHARED_MEMORY.items():
+        for in_features in (1, 768, 1600, 3072, 5120):
+            slices = cuda.num_slices(in_features, height, shared_memory)
+            needed = input_gradient.shared_bytes(height, None, -(-in_features // slices))
+            assert needed <= shared_memory
+            assert slices == 1 or needed > shared_memory * (slices - 1) / slices - (64 << 10)
+        assert cuda.num_slices(768, height, shared_memory) == {80: 2, 90: 1}[arch]
+
+
+# -------------------------------------------------------------------------------------- on a GPU
+
+
+def test_not_available_without_a_gpu() -> None:
+    assert not cuda.available(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("height", input_gradient.HEIGHTS)
+@pytest.mark.parametrize("sizes", [(768, 3072), (3072, 768), (90, 200)], ids=str)
+def test_on_a_device(height: int, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not cuda.available(device):
+        pytest.skip("below sm_80, or no NVRTC")
+    in_features, out_features = sizes
+    num_groups, width = -(-out_features // height), in_features // 10
+    case = make_case(dtype, height, num_groups, width, sizes)
+    case.weight, case.columns = case.weight.to(device), case.columns.to(device)
+    case.rows = case.rows.to(device)
+    dy = activation(out_features, 4 * 197, case.weight)
+    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    fewest = cuda.num_slices(in_features, height, shared_memory)
+    for slices in (fewest, fewest + 2):
+        dx = input_gradient_of(case, dy, slices)
+        assert_rounded(dx, case, dy)
+        assert torch.equal(dx, input_gradient_of(case, dy, slices))
+    by_feature = case.columns.flatten().sort(stable=True)
+    features = torch.arange(in_features + 1, device=device)
+    twin = launch_input_gradient(
+        dy,
+        case.weight,
+        case.rows,
+        torch.searchsorted(by_feature.values, features).int(),
+        by_feature.indices.int(),
+        in_features,
+    )
+    # The twin rounds the product of every slot.
+    error = (dx.double() - twin.double()).norm() / twin.double().norm()
+    assert error < 2 * torch.finfo(dtype).eps
