@@ -18,6 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from padst_exp.dst import best_of_each
+
 
 class Layout(abc.ABC):
     """Geometry of one weight `[O, I]` at one density. Immutable and stateless.
@@ -130,10 +132,7 @@ class Layout(abc.ABC):
         """The topology with the highest `scores` `[P, Q]` in every pool, ties to lower ids."""
         exists = torch.arange(self.pool_size) < self.candidates[:, None]
         ranked = scores.cpu().masked_fill(~exists, -torch.inf)
-        order = ranked.sort(dim=1, descending=True, stable=True).indices
-        keep = torch.arange(self.pool_size) < self.counts[:, None]
-        first = torch.arange(self.num_pools)[:, None] * self.pool_size
-        return (order + first)[keep].sort().values
+        return best_of_each(ranked, self.counts).flatten().nonzero().squeeze(1)
 
 
 def gather_entries(dense: Tensor, entries: Tensor) -> Tensor:
