@@ -12,9 +12,9 @@ from padst_exp.dst import (
     Static,
     Topology,
     Uniform,
-    best_of_each,
 )
 from padst_exp.errors import UserError
+from padst_exp.pools import best_of_each
 from structure_cases import CASE_IDS, CASES, STRUCTURES
 
 RIGL = DropGrow(

@@ -2,7 +2,7 @@
 
 from padst_exp.dst.algorithm import Algorithm, DropGrow, Static
 from padst_exp.dst.scores import DropScore, Gradient, GrowScore, Magnitude, Uniform
-from padst_exp.dst.topology import Relayout, Signals, Topology, best_of_each
+from padst_exp.dst.topology import Relayout, Signals, Topology
 
 __all__ = [
     "Algorithm",
@@ -16,5 +16,4 @@ __all__ = [
     "Static",
     "Topology",
     "Uniform",
-    "best_of_each",
 ]

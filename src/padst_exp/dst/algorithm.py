@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 
 from padst_exp.dst.scores import DropScore, GrowScore
-from padst_exp.dst.topology import Relayout, Signals, Topology, best_of_each
+from padst_exp.dst.topology import Relayout, Signals, Topology
 from padst_exp.errors import UserError
+from padst_exp.pools import best_of_each
 
 
 class Algorithm(abc.ABC):

@@ -1,4 +1,4 @@
-"""Topologies as tables, and the one operation every algorithm needs: the best k of each pool."""
+"""Topologies as tables."""
 
 from __future__ import annotations
 
@@ -67,22 +67,3 @@ class Relayout:
     @property
     def num_grown(self) -> int:
         return int((self.source < 0).sum())
-
-
-def best_of_each(scores: Tensor, k: Tensor) -> Tensor:
-    """Bool `[P, Q]` that marks the `k[p]` highest `scores` of row p, ties to the lower index.
-
-    Args:
-        scores: fp `[P, Q]`; -inf marks what must not be chosen.
-        k: int64 `[P]`.
-    """
-    most = int(k.max())
-    if most == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    best = scores.topk(most, dim=1).values
-    threshold = best.gather(1, (k - 1).clamp(min=0)[:, None])
-    above = scores > threshold
-    tied = scores == threshold
-    still = k[:, None] - above.sum(1, keepdim=True)
-    chosen = above | (tied & (tied.cumsum(1) <= still))
-    return chosen & (k > 0)[:, None]

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from padst_exp.dst import best_of_each
+from padst_exp.pools import best_of_each
 
 
 class Layout(abc.ABC):

@@ -1,0 +1,25 @@
+"""The one choice that structures and algorithms share: the best k of each pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def best_of_each(scores: Tensor, k: Tensor) -> Tensor:
+    """Bool `[P, Q]` that marks the `k[p]` highest `scores` of row p, ties to the lower index.
+
+    Args:
+        scores: fp `[P, Q]`; -inf marks what must not be chosen.
+        k: int64 `[P]`.
+    """
+    most = int(k.max())
+    if most == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    best = scores.topk(most, dim=1).values
+    threshold = best.gather(1, (k - 1).clamp(min=0)[:, None])
+    above = scores > threshold
+    tied = scores == threshold
+    still = k[:, None] - above.sum(1, keepdim=True)
+    chosen = above | (tied & (tied.cumsum(1) <= still))
+    return chosen & (k > 0)[:, None]
