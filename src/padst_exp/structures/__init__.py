@@ -4,7 +4,7 @@ from padst_exp.structures.block import Block
 from padst_exp.structures.diagonal import Diagonal
 from padst_exp.structures.layout import Layout, gather_entries, scatter_entries
 from padst_exp.structures.nm import NM
-from padst_exp.structures.product import Backend, Product, Storage, alike, use_backend
+from padst_exp.structures.product import Backend, Product, Storage, alike
 from padst_exp.structures.structure import Structure
 from padst_exp.structures.unstructured import Dense, Unstructured
 
@@ -22,5 +22,4 @@ __all__ = [
     "alike",
     "gather_entries",
     "scatter_entries",
-    "use_backend",
 ]

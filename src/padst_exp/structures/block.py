@@ -60,6 +60,7 @@ class BlockLayout(Layout):
             frame=(1, size, size),
         )
         self.size = size
+        self.num_column_groups = -(-in_features // size)
 
     def _blocks(self, units: Tensor) -> tuple[Tensor, Tensor]:
         pool, index = units // self.pool_size, units % self.pool_size

@@ -104,6 +104,7 @@ class StrideLayout(Layout):
             frame=(stride, in_features // stride, out_features // stride),
         )
         self.stride = stride
+        self.num_column_groups = stride
 
     def _residues(self, units: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column residue, int64 `[N, stride]`, of the tiles of each class."""
@@ -137,6 +138,10 @@ class StrideLayout(Layout):
     def row_positions(self) -> Tensor | None:
         rows = torch.arange(self.shape[0])
         return (rows % self.stride) * self.frame[2] + rows // self.stride
+
+    def column_positions(self) -> Tensor | None:
+        columns = torch.arange(self.shape[1])
+        return (columns % self.stride) * self.frame[1] + columns // self.stride
 
     def symmetry(self, side: str) -> Tensor | None:
         return torch.arange(self.shape[1] if side == "in" else self.shape[0]) % self.stride

@@ -89,6 +89,14 @@ class Layout(abc.ABC):
         """Int64 `[O]`, where row r stands among the row groups; None when in natural order."""
         return None
 
+    # Where the columns of every tile are one of so many equal groups of inputs, the transpose is
+    # of the same family, and the gradient of the input as fast as the product.
+    num_column_groups: int | None = None
+
+    def column_positions(self) -> Tensor | None:
+        """Int64 `[I]`, where input c stands among the column groups; None when in natural order."""
+        return None
+
     def symmetry(self, side: str) -> Tensor | None:
         """Classes of interchangeable features on `side` ("in" or "out"), int64 `[d]`.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.structures.layout import Layout, scatter_entries
-from padst_kernels.gather_gemm import TileIndex, gather_gemm, tile_index, use_backend
+from padst_kernels.gather_gemm import TileIndex, gather_gemm, tile_index
 from padst_kernels.scatter_linear import scatter_linear
 
 Storage = Literal["packed", "masked"]
@@ -19,7 +19,7 @@ Backend = Literal["torch", "triton", "dense"]
 # What `fold` derives from the topologies; rebuilt after every change, so never saved.
 _DERIVED = ("input_index", "output_index", "mask", "entries", *TileIndex._fields)
 
-__all__ = ["Backend", "Product", "Storage", "alike", "use_backend"]
+__all__ = ["Backend", "Product", "Storage", "alike"]
 
 
 class Product(nn.Module):
@@ -170,9 +170,24 @@ class Product(nn.Module):
             num_row_groups=num_groups,
             in_features=self.in_features,
             out_features=self.out_features,
+            num_column_groups=self.layouts[0].num_column_groups,
+            column_positions=self._column_positions(input_index, inputs.device),
         )
         for name, tensor in index._asdict().items():
             self._set(name, tensor)
+
+    def _column_positions(self, input_index: Tensor | None, device: torch.device) -> Tensor | None:
+        """Where each feature of x stands among the column groups of the first, so of every, S."""
+        if self.layouts[0].num_column_groups is None:
+            return None
+        positions = self.layouts[0].column_positions()
+        if positions is None and input_index is None:
+            return None
+        positions = torch.arange(self.in_features) if positions is None else positions
+        positions = positions.to(device)
+        if input_index is None:
+            return positions
+        return torch.empty_like(positions).index_copy_(0, input_index, positions)
 
     def _in_order(self) -> bool:
         """Whether rows of y follow each other as the rows of all row groups do."""
@@ -201,7 +216,8 @@ class Product(nn.Module):
         tiles = _join([value.reshape(-1, *tile_shape) for value in values])
         index = TileIndex(*(getattr(self, name) for name in TileIndex._fields))
         assert index.columns is not None, "fold was never called"
-        return gather_gemm(x, tiles, index, self.out_features)
+        backend: Literal["torch", "triton"] = "triton" if self.backend == "triton" else "torch"
+        return gather_gemm(x, tiles, index, self.out_features, backend=backend)
 
 
 def alike(layouts: Sequence[Layout], storage: Storage) -> bool:
