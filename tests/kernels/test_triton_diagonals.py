@@ -1,7 +1,5 @@
 """Single diagonals on the Triton kernels, against dense float64."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,17 +7,10 @@ from torch import Tensor
 from padst_kernels.diagonals.kernels import launch_diagonals, launch_diagonals_gradient
 from padst_kernels.gather_gemm.layout import empty_features
 
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(40, 24), (24, 40), (33, 33)]  # outputs, inputs
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty() -> Iterator[None]:
-    """Tensors made by `empty` hold NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def activation(num_features: int, num_tokens: int, feature_major: bool) -> Tensor:

@@ -1,6 +1,5 @@
 """Numerics of the Triton kernels against dense float64; interpreted where there is no GPU."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -10,16 +9,9 @@ from torch import Tensor
 from padst_kernels.gather_gemm import kernels
 from padst_kernels.gather_gemm.layout import empty_features
 
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty() -> Iterator[None]:
-    """Tensors made by `empty` hold NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @dataclass

@@ -6,6 +6,7 @@ R row groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,7 +56,7 @@ def gather_gemm(
     elif torch.is_grad_enabled():
         y = _GatherGemm.apply(flat, weight, *index, out_features, backend)
     else:
-        y = passes.product(flat, weight, index, out_features, backend)
+        y = _product(flat, weight, *index, out_features, backend=backend)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -85,39 +86,47 @@ def check(
         raise ValueError(f"{name}: x is {x.dtype}, expected the dtype of weight {weight.dtype}")
 
 
-class _GatherGemm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        *fields, out_features, ctx.backend = rest
-        ctx.save_for_backward(x, weight, *fields)
-        return passes.product(x, weight, TileIndex(*fields), out_features, ctx.backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *fields = ctx.saved_tensors
-        index = TileIndex(*fields)
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
-            dx = passes.input_gradient(dy, weight, index, ctx.backend)
-        if ctx.needs_input_grad[1]:
-            dweight = passes.weight_gradient(x, dy, index, weight.shape[2], ctx.backend)
-        return dx, dweight, *(None for _ in fields), None, None
+def _product(x: Tensor, weight: Tensor, *rest: Any, backend: Backend = "torch") -> Tensor:
+    return passes.product(x, weight, TileIndex(*rest[:-1]), rest[-1], backend)
 
 
-# The same three passes as operators that torch.compile takes as they are.
+def input_gradient(
+    dy: Tensor, weight: Tensor, *fields: Any, feature_major: bool, backend: Backend
+) -> Tensor:
+    """`passes.input_gradient`, as an operator takes its arguments."""
+    index = TileIndex(*fields)
+    return passes.input_gradient(dy, weight, index, backend, feature_major=feature_major)
+
+
+def weight_gradient(x: Tensor, dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
+    """`passes.weight_gradient`, as an operator takes its arguments."""
+    return passes.weight_gradient(x, dy, TileIndex(*rest[:-1]), rest[-1], backend)
+
+
+# The same three as operators that torch.compile takes as they are.
 
 INDEX_SCHEMA = ", ".join(f"Tensor? {name}" for name in TileIndex._fields)
 
-
-@torch.library.custom_op(
+_operator = torch.library.custom_op(
     "padst::gather_gemm",
+    _product,
     mutates_args=(),
     schema=f"(Tensor x, Tensor weight, {INDEX_SCHEMA}, SymInt out_features, *, "
     "str backend='torch') -> Tensor",
 )
-def _operator(x: Tensor, weight: Tensor, *rest: Any, backend: Backend = "torch") -> Tensor:
-    return passes.product(x, weight, TileIndex(*rest[:-1]), rest[-1], backend)
+input_gradient_operator = torch.library.custom_op(
+    "padst::gather_gemm_input_gradient",
+    input_gradient,
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor weight, {INDEX_SCHEMA}, *, bool feature_major, str backend) "
+    "-> Tensor",
+)
+weight_gradient_operator = torch.library.custom_op(
+    "padst::gather_gemm_weight_gradient",
+    weight_gradient,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor dy, {INDEX_SCHEMA}, SymInt height, *, str backend) -> Tensor",
+)
 
 
 @_operator.register_fake
@@ -125,38 +134,27 @@ def _(x: Tensor, weight: Tensor, *rest: Any, backend: Backend = "torch") -> Tens
     return x.new_empty(len(x), rest[-1])
 
 
-@torch.library.custom_op(
-    "padst::gather_gemm_input_gradient",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor weight, {INDEX_SCHEMA}, *, bool feature_major, str backend) "
-    "-> Tensor",
-)
-def input_gradient_operator(
-    dy: Tensor, weight: Tensor, *fields: Any, feature_major: bool, backend: Backend
-) -> Tensor:
-    """`passes.input_gradient`."""
-    index = TileIndex(*fields)
-    return passes.input_gradient(dy, weight, index, backend, feature_major=feature_major)
-
-
 @input_gradient_operator.register_fake
 def _(dy: Tensor, weight: Tensor, *fields: Any, feature_major: bool, backend: Backend) -> Tensor:
     return empty_features(TileIndex(*fields).in_features, len(dy), dy, feature_major).t()
 
 
-@torch.library.custom_op(
-    "padst::gather_gemm_weight_gradient",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor dy, {INDEX_SCHEMA}, SymInt height, *, str backend) -> Tensor",
-)
-def weight_gradient_operator(x: Tensor, dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
-    """`passes.weight_gradient`."""
-    return passes.weight_gradient(x, dy, TileIndex(*rest[:-1]), rest[-1], backend)
-
-
 @weight_gradient_operator.register_fake
 def _(x: Tensor, dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
     return x.new_empty(*rest[0].shape, rest[-1])
+
+
+class _GatherGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        *index_and_features, ctx.backend = rest
+        ctx.save_for_backward(x, weight, *index_and_features[:-1])
+        return _product(x, weight, *index_and_features, backend=ctx.backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, dy, input_gradient, weight_gradient), None
 
 
 def _setup_context(
@@ -167,12 +165,21 @@ def _setup_context(
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dy, input_gradient_operator, weight_gradient_operator)
+
+
+def _gradients(
+    ctx: Any,
+    dy: Tensor,
+    input_gradient: Callable[..., Tensor],
+    weight_gradient: Callable[..., Tensor],
+) -> tuple[Tensor | None, ...]:
     x, weight, *fields = ctx.saved_tensors
     dx = dweight = None
     if ctx.needs_input_grad[0]:
-        dx = input_gradient_operator(dy, weight, *fields, feature_major=False, backend=ctx.backend)
+        dx = input_gradient(dy, weight, *fields, feature_major=False, backend=ctx.backend)
     if ctx.needs_input_grad[1]:
-        dweight = weight_gradient_operator(x, dy, *fields, weight.shape[2], backend=ctx.backend)
+        dweight = weight_gradient(x, dy, *fields, weight.shape[2], backend=ctx.backend)
     return dx, dweight, *(None for _ in fields), None
 
 

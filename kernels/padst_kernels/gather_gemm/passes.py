@@ -50,7 +50,7 @@ def product(
     run = index.column_run
     transposes = _transposes(len(x), not feature_major and index.rows is not None)
     y = kernels.launch_product(
-        _readable(x, run).t(),
+        readable(x, run).t(),
         weight.contiguous(),
         index.columns,
         index.row_pointer,
@@ -60,8 +60,8 @@ def product(
         run=run,
         bias=bias,
         gelu=gelu,
-        gelu_gradient=None if gelu_gradient is None else _readable(gelu_gradient, 1).t(),
-        residual=None if residual is None else _readable(residual, 1).t(),
+        gelu_gradient=None if gelu_gradient is None else readable(gelu_gradient, 1).t(),
+        residual=None if residual is None else readable(residual, 1).t(),
         norm=norm,
         feature_major=feature_major or transposes,
         precision=_precision(),
@@ -78,7 +78,7 @@ def input_gradient(
         return aligned_features(dx).t() if feature_major else dx
     # Rows in natural order are read in runs.
     run = weight.shape[2] if index.rows is None else 1
-    dy, weight = _readable(dy, run), weight.contiguous()
+    dy, weight = readable(dy, run), weight.contiguous()
     if index.transposed_columns is None:
         return _input_gradient_by_slots(dy, weight, index, run, feature_major)
     from padst_kernels.gather_gemm import kernels
@@ -130,8 +130,8 @@ def weight_gradient(
 
     run = index.column_run
     return kernels.launch_weight_gradient(
-        _readable(x, run).t(),
-        _readable(dy, height if index.rows is None else 1).t(),
+        readable(x, run).t(),
+        readable(dy, height if index.rows is None else 1).t(),
         index.columns,
         index.row_pointer,
         index.rows,
@@ -165,8 +165,8 @@ def _transposes(num_tokens: int, scattered: bool) -> bool:
     return scattered and num_tokens >= MIN_TRANSPOSED_TOKENS
 
 
-def _readable(x: Tensor, run: int) -> Tensor:
-    """`x` in the layout in which features are best read in aligned runs of `run`."""
+def readable(x: Tensor, run: int) -> Tensor:
+    """`x`, or a copy in the layout in which aligned runs of `run` features are best read."""
     if has_aligned_rows(x.t()):
         return x
     if _transposes(len(x), run < MIN_RUN):

@@ -1,0 +1,225 @@
+"""Grouped gather GEMM of feature-major activations, with epilogues, differentiable.
+
+Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile.
+Feature-major activations are views whose padding every saved tensor keeps, see layout.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from padst_kernels.gather_gemm import passes
+from padst_kernels.gather_gemm.index import TileIndex
+from padst_kernels.gather_gemm.layout import empty_features, has_aligned_rows
+from padst_kernels.gather_gemm.op import (
+    INDEX_SCHEMA,
+    check,
+    input_gradient,
+    input_gradient_operator,
+    weight_gradient,
+    weight_gradient_operator,
+)
+from padst_kernels.gather_gemm.passes import Backend, Norm
+
+
+def gather_gemm_features(
+    x: Tensor,
+    weight: Tensor,
+    index: TileIndex,
+    out_features: int,
+    *,
+    backend: Backend = "torch",
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """y = residual + gelu(bias + W x), W being the weight that `gather_gemm` multiplies with.
+
+    Backward computes what stood before GELU again instead of keeping it.
+
+    Args:
+        x: floating point `[I, T]`, feature-major and aligned, as `aligned_features` and
+            `empty_features` make it.
+        weight: `[G, K, V]`, dtype of x.
+        index: int32, made by `tile_index`.
+        out_features: O.
+        backend: as in `gather_gemm`.
+        bias: `[O]`, any floating point.
+        gelu: apply the exact (erf) GELU.
+        residual: `[O, T]`, like x.
+        norm: LayerNorm of x without its affine part, folded in behind the product as
+            rstd * (W x - mean * row_sums): mean `[T]` and rstd `[T]` of the tokens and sums `[O]`
+            of the rows of W, float32. Without gradients only.
+
+    Returns:
+        `[O, T]`, feature-major and aligned, dtype of x. Differentiable in `x`, `weight`, `bias` and
+        `residual`.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, an activation is not aligned, there is no such
+            backend for `x`, or a gradient is asked for together with `norm`.
+    """
+    name = "gather_gemm_features"
+    check(name, x, x.shape[0], weight, index, backend)
+    num_tokens = x.shape[1]
+    mean, rstd, row_sums = norm or (None, None, None)
+    for what, tensor, shape in (
+        ("bias", bias, (out_features,)),
+        ("residual", residual, (out_features, num_tokens)),
+        ("mean", mean, (num_tokens,)),
+        ("rstd", rstd, (num_tokens,)),
+        ("row_sums", row_sums, (out_features,)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: {what} is {tuple(tensor.shape)}, expected {shape}")
+    for what, tensor in (("x", x), ("residual", residual)):
+        if tensor is not None and not has_aligned_rows(tensor):
+            raise ValueError(
+                f"{name}: {what} has strides {tensor.stride()}, expected feature-major rows that "
+                "start on multiples of 16 elements, as aligned_features makes them"
+            )
+    if norm is not None and torch.is_grad_enabled():
+        given = (x, weight, bias, residual, *norm)
+        if any(tensor is not None and tensor.requires_grad for tensor in given):
+            raise ValueError(f"{name}: norm has no gradient; use torch.no_grad()")
+    tensors = x, weight, bias, residual, mean, rstd, row_sums
+    if torch.compiler.is_compiling():
+        return _operator(*tensors, *index, out_features, gelu=gelu, backend=backend)
+    if torch.is_grad_enabled():
+        return _GatherGemmFeatures.apply(*tensors, *index, out_features, gelu, backend)
+    return _product(*tensors, *index, out_features, gelu=gelu, backend=backend)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    row_sums: Tensor | None,
+    *rest: Any,
+    gelu: bool,
+    backend: Backend,
+) -> Tensor:
+    norm = None
+    if mean is not None and rstd is not None and row_sums is not None:
+        norm = (mean, rstd, row_sums)
+    return passes.product(
+        x.t(),
+        weight,
+        TileIndex(*rest[:-1]),
+        rest[-1],
+        backend,
+        feature_major=True,
+        bias=bias,
+        gelu=gelu,
+        residual=None if residual is None else residual.t(),
+        norm=norm,
+    ).t()
+
+
+def _gelu_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *fields: Any, backend: Backend
+) -> Tensor:
+    """dy `[O, T]` times the derivative of GELU at bias + W x."""
+    return passes.product(
+        x.t(),
+        weight,
+        TileIndex(*fields),
+        len(dy),
+        backend,
+        feature_major=True,
+        bias=bias,
+        gelu_gradient=dy.t(),
+    ).t()
+
+
+# As operators that torch.compile takes as they are.
+
+_operator = torch.library.custom_op(
+    "padst::gather_gemm_features",
+    _product,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? rstd, "
+    f"Tensor? row_sums, {INDEX_SCHEMA}, SymInt out_features, *, bool gelu, str backend) -> Tensor",
+)
+_gelu_gradient_operator = torch.library.custom_op(
+    "padst::gather_gemm_gelu_gradient",
+    _gelu_gradient,
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor x, Tensor weight, Tensor? bias, {INDEX_SCHEMA}, *, str backend) "
+    "-> Tensor",
+)
+
+
+@_operator.register_fake
+def _(x: Tensor, *rest: Any, gelu: bool, backend: Backend) -> Tensor:
+    return empty_features(rest[-1], x.shape[1], x)
+
+
+@_gelu_gradient_operator.register_fake
+def _(dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
+    return empty_features(len(dy), dy.shape[1], dy)
+
+
+class _GatherGemmFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors_and_features, ctx.gelu, ctx.backend = arguments
+        x, weight, bias = arguments[:3]
+        ctx.save_for_backward(x, weight, bias, *tensors_and_features[7:-1])
+        return _product(*tensors_and_features, gelu=ctx.gelu, backend=ctx.backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _gradients(ctx, dy, _gelu_gradient, input_gradient, weight_gradient)
+        return *gradients, None, None
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    x, weight, bias = inputs[:3]
+    ctx.save_for_backward(x, weight, bias, *inputs[7:-1])
+    ctx.gelu, ctx.backend = keyword_only_inputs["gelu"], keyword_only_inputs["backend"]
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(
+        ctx, dy, _gelu_gradient_operator, input_gradient_operator, weight_gradient_operator
+    )
+
+
+def _gradients(
+    ctx: Any,
+    dy: Tensor,
+    gelu_gradient: Callable[..., Tensor],
+    input_gradient: Callable[..., Tensor],
+    weight_gradient: Callable[..., Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias and residual; None for all that follows."""
+    x, weight, bias, *fields = ctx.saved_tensors
+    dx = dweight = dbias = None
+    needs_dx, needs_dweight, needs_dbias, needs_dresidual = ctx.needs_input_grad[:4]
+    dz = dy
+    if ctx.gelu and (needs_dx or needs_dweight or needs_dbias):
+        dz = gelu_gradient(dy, x, weight, bias, *fields, backend=ctx.backend)
+    if needs_dx:
+        dx = input_gradient(dz.t(), weight, *fields, feature_major=True, backend=ctx.backend).t()
+    if needs_dweight:
+        dweight = weight_gradient(x.t(), dz.t(), *fields, weight.shape[2], backend=ctx.backend)
+    if needs_dbias:
+        dbias = dz.sum(1, dtype=bias.dtype)
+    dresidual = dy if needs_dresidual else None
+    return dx, dweight, dbias, dresidual, *(None for _ in range(3 + len(fields) + 1))
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
