@@ -32,13 +32,17 @@ STORAGES = ("packed", "masked")
 RESUMES = ("never", "auto")
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "torch", "triton", "dense")
+EXPORT_FORMATS = ("packed", "dense")
+SUITES = ("layers", "model_inference", "model_train", "memory", "gpu_all")
+DTYPES = ("float32", "bfloat16", "float16")
+CLOCKS = ("wall", "cpu")
 
 # Keys that say where and how a run is watched, not what it computes.
 NOT_RESULTS = ("logger", "runs", "resume", "name", "device", "backend")
 
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
-Settings = TypeVar("Settings", "Run", "EvaluateSchema")
+Settings = TypeVar("Settings", "Run", "BenchSchema", "EvaluateSchema", "ExportSchema")
 
 
 @dataclass(kw_only=True)
@@ -142,11 +146,103 @@ class EvaluateSchema:
             raise UserError(f"batch_size: expected at least 1, got {self.batch_size}")
 
 
+@dataclass(kw_only=True)
+class BenchSchema:
+    """The whole tree of `padst_exp.bench`. Null leaves a choice to the suite and the device.
+
+    Args:
+        suite: what to measure.
+        device: "auto" takes the GPU where there is one.
+        dtype: of weights and activations; of autocast in training.
+        threads: of a CPU.
+        rounds: timings of each side; they alternate.
+        clock: "wall", or "cpu": time of one thread, for a machine that others share.
+        shapes: of single layers, a model's name for all of its own, or outputs x inputs.
+        tokens: that single layers multiply.
+        sparsities: of single layers.
+        structures: names as `nm-64`, `block-32`, `diag-stride-32`, `diag-1`, `unstructured`.
+        models: options of the group `model`.
+        batches: of the models.
+        sparsity: of the models.
+        scopes: which layers of a model are sparse: "all" block linears, or "dense_qkv".
+        budget: seconds that all of `gpu_all` may take, or one other suite; then what is left is
+            named and skipped.
+        out: folder of the results.
+    """
+
+    suite: str = MISSING
+    device: str = MISSING
+    dtype: str | None = None
+    threads: int = MISSING
+    rounds: int | None = None
+    clock: str = MISSING
+    shapes: list[str] | None = None
+    tokens: list[int] | None = None
+    sparsities: list[float] = MISSING
+    structures: list[str] | None = None
+    models: list[str] | None = None
+    batches: list[int] | None = None
+    sparsity: float = MISSING
+    scopes: list[str] = MISSING
+    budget: float | None = None
+    out: str = MISSING
+
+    def validate(self) -> None:
+        """Check values (the types were checked on composition); `UserError` names the key."""
+        _require_choice("suite", self.suite, SUITES)
+        _require_choice("device", self.device, DEVICES)
+        _require_choice("clock", self.clock, CLOCKS)
+        if self.dtype is not None:
+            _require_choice("dtype", self.dtype, DTYPES)
+        for scope in self.scopes:
+            _require_choice("scopes", scope, ("all", "dense_qkv"))
+        _require_sparsity("sparsity", self.sparsity)
+        for sparsity in self.sparsities:
+            _require_sparsity("sparsities", sparsity)
+        for key in ("threads", "rounds", "tokens", "batches"):
+            value = getattr(self, key)
+            for count in value if isinstance(value, list) else [value]:
+                if count is not None and count < 1:
+                    raise UserError(f"{key}: expected at least 1, got {count}")
+        if self.clock == "cpu" and self.threads > 1:
+            raise UserError("clock: cpu counts the time of one thread; set threads=1 or clock=wall")
+        if self.budget is not None and self.budget <= 0:
+            raise UserError(f"budget: expected seconds, got {self.budget}")
+
+
+@dataclass(kw_only=True)
+class ExportSchema:
+    """The whole tree of `padst_exp.export`.
+
+    Args:
+        run: run directory, as printed at the end of a training, or a checkpoint file.
+        format: "packed" for `padst_exp.inference`, "dense" for plain timm and transformers.
+        out: folder to write; null is `export` (or `export-dense`) in the run.
+        overwrite: whether an earlier export there may be replaced.
+        device: "auto" takes the GPU where there is one.
+    """
+
+    run: str = MISSING
+    format: str = MISSING
+    out: str | None = None
+    overwrite: bool = MISSING
+    device: str = MISSING
+
+    def validate(self) -> None:
+        """Check values (the types were checked on composition); `UserError` names the key."""
+        _require_choice("format", self.format, EXPORT_FORMATS)
+        _require_choice("device", self.device, DEVICES)
+        if self.out == "":
+            raise UserError("out: expected a folder, got ''")
+
+
 def register_schemas() -> None:
     """Make the schemas known to Hydra under the names that conf/*.yaml use."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainSchema)
+    store.store(name="bench_schema", node=BenchSchema)
     store.store(name="evaluate_schema", node=EvaluateSchema)
+    store.store(name="export_schema", node=ExportSchema)
 
 
 def config_dir() -> Path:
@@ -163,9 +259,19 @@ def run_settings(cfg: DictConfig) -> Run:
     return _settings(cfg, Run)
 
 
+def bench_settings(cfg: DictConfig) -> BenchSchema:
+    """The checked keys of a composed benchmark config."""
+    return _settings(cfg, BenchSchema)
+
+
 def evaluate_settings(cfg: DictConfig) -> EvaluateSchema:
     """The checked keys of a composed evaluation config."""
     return _settings(cfg, EvaluateSchema)
+
+
+def export_settings(cfg: DictConfig) -> ExportSchema:
+    """The checked keys of a composed export config."""
+    return _settings(cfg, ExportSchema)
 
 
 def _settings(cfg: DictConfig, schema: type[Settings]) -> Settings:
