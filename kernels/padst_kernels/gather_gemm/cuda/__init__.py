@@ -1,6 +1,7 @@
 """dX of vector N:M in CUDA C++, with dX as a tile in shared memory. README.md has the maths."""
 
 from padst_kernels.gather_gemm.cuda.input_gradient import (
+    HEIGHTS,
     Tile,
     available,
     launch_input_gradient_tile,
@@ -8,4 +9,11 @@ from padst_kernels.gather_gemm.cuda.input_gradient import (
     slice_entries,
 )
 
-__all__ = ["Tile", "available", "launch_input_gradient_tile", "num_slices", "slice_entries"]
+__all__ = [
+    "HEIGHTS",
+    "Tile",
+    "available",
+    "launch_input_gradient_tile",
+    "num_slices",
+    "slice_entries",
+]

@@ -27,8 +27,6 @@ _TOKENS = 64
 MAX_WARPS = {16: 16, 32: 16, 64: 16, 128: 12}
 # Deep where a stage is small, and at most 32 kB, so that 768 inputs still fit beside on sm_90.
 _STAGES = {16: 8, 32: 6, 64: 3, 128: 2}
-# Fewer than 64 inputs in a block would copy dY for little.
-_LEAST_SHARED_MEMORY = 2 * 128 * _TOKENS * 2 + 64 * _TOKENS * 4
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,13 @@ class Tile:
 
 
 def available(device: torch.device) -> bool:
-    """Whether `launch_input_gradient_tile` runs there: sm_80 or later, with NVRTC."""
+    """Whether `launch_input_gradient_tile` runs there: sm_80 or later, with NVRTC.
+
+    All of these have the shared memory for some number of slices, see `num_slices`.
+    """
     if device.type != "cuda" or nvrtc.compiler() is None or nvrtc.driver() is None:
         return False
-    properties = torch.cuda.get_device_properties(device)
-    shared_memory = properties.shared_memory_per_block_optin
-    return properties.major >= 8 and shared_memory >= _LEAST_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).major >= 8
 
 
 def num_slices(in_features: int, height: int, shared_memory: int, stages: int | None = None) -> int:
