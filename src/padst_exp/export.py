@@ -1,0 +1,165 @@
+"""Export a trained model: `python -m padst_exp.export run=<run directory> [format=dense]`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from padst_exp.cli import command_line
+from padst_exp.config import ExportSchema, export_settings
+from padst_exp.errors import UserError
+
+if TYPE_CHECKING:  # the command line must answer --help before torch is imported
+    from torch import Tensor, nn
+
+    from padst_exp.engine.distributed import World
+    from padst_exp.restore import RestoredRun
+
+# Largest relative difference between the logits of the two models in one forward pass.
+TOLERANCE = 1e-3
+
+
+@command_line("export")
+def main(cfg: DictConfig) -> None:
+    """Export the best checkpoint of a run and say where it is."""
+    settings = export_settings(cfg)
+
+    from padst_exp.engine import distributed
+    from padst_exp.engine.progress import say
+
+    world = distributed.start(settings.device)
+    try:
+        folder, description = export(settings, world)
+    finally:
+        world.close()
+    for name in description["source"]["hardened"]:
+        say(f"{name} was still soft, the nearest permutation took its place")
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+    say(
+        f"{size:.1f} MB, density of layers {description['density_of_layers']:.4f}, logits within "
+        f"{description['largest_difference']:.1g} of the trained model's"
+    )
+    say(f"exported to {folder}")
+
+
+def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
+    """Export the best checkpoint of a run, as `settings` say.
+
+    Permutations that are still soft become the nearest permutation. Before anything is written,
+    the exported model computes the first validation sample like the trained one (hardened).
+
+    Returns:
+        The folder and the description that stands in it.
+
+    Raises:
+        UserError: there is no such run, it is damaged, or the folder is in use.
+    """
+    from padst_exp.inference import files, pack
+    from padst_exp.inference.packing import dense_state
+    from padst_exp.layers import permutations
+    from padst_exp.restore import restore_run
+
+    if world.size > 1:
+        raise UserError(f"export: one process is enough, torchrun started {world.size}")
+    source = Path(settings.run)
+    folder = _folder(settings)
+    files.require_free(folder, overwrite=settings.overwrite)
+    restored = restore_run(source, world)
+    model = restored.model.eval()
+    soft = {name: p for name, p in permutations(model).items() if p.soft}
+    for permutation in soft.values():
+        permutation.harden()
+    sample, expected = _logits(model, restored)
+
+    constructor = _constructor(restored)
+    plain = files.construct(constructor, restored.path)
+    layers = pack(model)
+    extra = {}
+    if settings.format == "dense":
+        state = dense_state(model, plain)
+        plain.load_state_dict(state, assign=True)
+        model, layers = plain.eval(), {}
+        extra = _configuration(model)
+    _, found = _logits(model, restored, sample)
+    difference = float((found - expected).norm() / expected.norm())
+    assert difference <= TOLERANCE, f"the exported model differs by {difference:.2g}"
+    description = {
+        "kind": settings.format,
+        "model": constructor,
+        "layers": layers,
+        "density_of_layers": restored.report.density("layers"),
+        "density_of_model": restored.report.density("model"),
+        "sparsification": [asdict(layer) for layer in restored.report.layers],
+        "largest_difference": difference,
+        "metrics": _metrics(restored),
+        "source": {
+            "run": None if restored.run is None else str(restored.run.resolve()),
+            "checkpoint": restored.path.name,
+            "step": restored.step,
+            "averaged": restored.averaged,
+            "hardened": sorted(soft),
+        },
+        "config": OmegaConf.to_yaml(restored.config, resolve=True),
+    }
+    files.write(folder, model.state_dict(), description, extra=extra, overwrite=settings.overwrite)
+    return folder, description
+
+
+def _folder(settings: ExportSchema) -> Path:
+    if settings.out is not None:
+        return Path(settings.out)
+    source = Path(settings.run)
+    name = "export" if settings.format == "packed" else "export-dense"
+    if not source.is_file():
+        return source / name
+    return source.with_name(f"{source.stem}-{name}")
+
+
+def _constructor(restored: RestoredRun) -> dict[str, Any]:
+    """What builds the dense model, with all arguments, those from the data set too."""
+    node = OmegaConf.to_container(restored.config.model, resolve=True)
+    assert isinstance(node, dict)
+    target = node.pop("_target_")
+    return {"_target_": target, "arguments": {**node, **restored.task.model_shape}}
+
+
+def _logits(
+    model: nn.Module, restored: RestoredRun, sample: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first validation sample and the logits for it."""
+    import torch
+
+    from padst_exp.data.sampler import validation_loader
+    from padst_exp.engine.evaluation import to_device
+
+    device = next(restored.model.parameters()).device
+    if sample is None:
+        batches = validation_loader(restored.task, batch_size=1, rank=0, world_size=1, workers=0)
+        sample, _ = to_device(next(iter(batches)), device, restored.trainer.precision)
+    with torch.no_grad():
+        return sample, model(sample).double()
+
+
+def _configuration(model: nn.Module) -> dict[str, str]:
+    """`config.json`, with which transformers' `from_pretrained` reads the folder."""
+    transformer = getattr(model, "transformer", None)
+    config = getattr(transformer, "config", None)
+    return {} if config is None else {"config.json": config.to_json_string()}
+
+
+def _metrics(restored: RestoredRun) -> dict[str, float]:
+    """What the run measured when it wrote the checkpoint; before soft permutations hardened."""
+    from padst_exp.engine.run_directory import read_metrics
+
+    rows = [] if restored.run is None else read_metrics(restored.run / "metrics.jsonl")
+    for row in rows:
+        if row["kind"] == "eval" and row["step"] == restored.step:
+            return {name: value for name, value in row.items() if isinstance(value, float)}
+    return {}
+
+
+if __name__ == "__main__":
+    main()

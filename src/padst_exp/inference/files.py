@@ -1,0 +1,235 @@
+"""An exported model on disk: a folder with `model.safetensors` and `model.json`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from padst_exp.errors import UserError
+from padst_exp.inference.linear import ConcatenatedLinear, CondensedLinear, TiledLinear
+from padst_kernels.fan_in import FanIn
+from padst_kernels.gather_gemm import TileIndex
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+# Nothing else that a file names is ever called.
+CONSTRUCTORS = "padst_exp.models."
+
+
+def write(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    *,
+    extra: Mapping[str, str],
+    overwrite: bool,
+) -> None:
+    """Write an export, whole or not at all.
+
+    Args:
+        folder: to make, its parents too.
+        state: tensors by name. Of those that share memory the first is stored, and the others
+            are named in the description.
+        description: plain data.
+        extra: text of further files by name.
+        overwrite: whether an earlier export may be replaced; it stays until the new one is whole.
+
+    Raises:
+        UserError: the folder exists and may not be replaced, or the disk is full.
+    """
+    require_free(folder, overwrite=overwrite)
+    own, shared = _without_shared(state)
+    text = json.dumps({"format": FORMAT, **description, "shared": shared}, indent=2) + "\n"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UserError(f"out: cannot write {folder}: {error.strerror}") from error
+    try:
+        # transformers reads only files that say so.
+        save_file(own, temporary / WEIGHTS, metadata={"format": "pt"})
+        for name, content in {**extra, DESCRIPTION: text}.items():
+            (temporary / name).write_text(content)
+        for path in temporary.iterdir():
+            _sync(path)
+        temporary.chmod(0o777 & ~_umask())
+        _replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"out: cannot write {folder}: {error}; nothing was changed") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(folder: Path, *, overwrite: bool) -> None:
+    """Raise a UserError unless an export may be written to `folder`."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / DESCRIPTION).is_file():
+        raise UserError(f"out: {folder} exists and is no export; choose another folder")
+    if not overwrite:
+        raise UserError(
+            f"out: {folder} holds an export already; overwrite=true replaces it, out=... keeps it"
+        )
+    known = {WEIGHTS, DESCRIPTION, "config.json"}
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if foreign:
+        raise UserError(f"out: {folder} also holds {foreign[0]}, which would be lost; remove it")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `write` stored as description.
+
+    Raises:
+        UserError: there is none, or it is damaged, foreign, or of another version.
+    """
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no exported model, there is no {DESCRIPTION}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or not written by padst_exp.export") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else None
+        raise UserError(f"{path}: export format {found}, this version reads {FORMAT}")
+    missing = {"model", "layers", "shared"} - description.keys()
+    if missing:
+        raise UserError(f"{path}: damaged, it has no {min(missing)}")
+    return description
+
+
+def read_state(folder: Path, shared: Mapping[str, str]) -> dict[str, Tensor]:
+    """All tensors by name, on the CPU; those that share memory are one tensor.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state.update({name: state[source] for name, source in shared.items()})
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from error
+    return state
+
+
+def construct(model: Mapping[str, Any], path: Path) -> nn.Module:
+    """The dense model that a description names, on the meta device.
+
+    Raises:
+        UserError: it is not one of ours, or its arguments do not fit.
+    """
+    target, arguments = model.get("_target_"), model.get("arguments", {})
+    if not isinstance(target, str) or not target.startswith(CONSTRUCTORS):
+        raise UserError(
+            f"{path}: its model {target!r} is none of {CONSTRUCTORS}*, which alone are called for "
+            "a file; build it yourself and give it to load(..., model=...)"
+        )
+    module_name, _, name = target.rpartition(".")
+    try:
+        constructor = getattr(importlib.import_module(module_name), name)
+        with torch.device("meta"):
+            return constructor(**arguments)
+    except (ImportError, AttributeError, TypeError, UserError) as error:
+        raise UserError(f"{path}: its model cannot be built: {error}") from error
+
+
+def empty_layer(
+    described: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str
+) -> nn.Module:
+    """A layer as `packing.describe` described it, with the tensors of `state` under `prefix`.
+
+    Raises:
+        KeyError, TypeError, ValueError, IndexError: they do not fit each other.
+    """
+    parts = described["parts"]
+    if len(parts) == 1:
+        return _part(parts[0], described["in_features"], state, prefix)
+    return ConcatenatedLinear(
+        [
+            _part(part, described["in_features"], state, f"{prefix}parts.{number}.")
+            for number, part in enumerate(parts)
+        ]
+    )
+
+
+def _part(
+    described: Mapping[str, Any], in_features: int, state: Mapping[str, Tensor], prefix: str
+) -> TiledLinear | CondensedLinear:
+    weight, columns = state[f"{prefix}weight"], state[f"{prefix}columns"]
+    rows, row_pointer = state.get(f"{prefix}rows"), state.get(f"{prefix}row_pointer")
+    bias, out_features = state.get(f"{prefix}bias"), described["out_features"]
+    layer: TiledLinear | CondensedLinear
+    if described["kind"] == "tiles":
+        index = TileIndex(
+            columns=columns,
+            rows=rows,
+            row_pointer=row_pointer,
+            order=None,
+            column_pointer=torch.zeros(in_features + 1, dtype=torch.int32),
+            transposed_pointer=state.get(f"{prefix}column_groups"),
+        )
+        layer = TiledLinear(weight, index, out_features, bias)
+    elif rows is None or row_pointer is None:
+        raise KeyError(f"{prefix}row_pointer")
+    else:
+        entries = FanIn(weight, columns, row_pointer, rows, in_features, out_features)
+        layer = CondensedLinear(entries, bias)
+    layer.check()
+    return layer
+
+
+def _without_shared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that own their memory, and the name of the owner for all others."""
+    own: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    owners: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in state.items():
+        key = tensor.data_ptr(), tensor.shape
+        if tensor.numel() and key in owners:
+            shared[name] = owners[key]
+        else:
+            owners[key] = name
+            own[name] = tensor.detach().cpu().contiguous()
+    return own, shared
+
+
+def _replace(new: Path, folder: Path) -> None:
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(new, folder)
+        return
+    # No system call exchanges two folders everywhere: for a moment the old one has another name.
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,250 @@
+"""Linear layers of a trained sparse model: packed weights, permutations folded in, no gradients.
+
+Shape letters: I and O features in and out, G tiles, K columns and V rows of a tile, R row groups,
+S single entries, N rows that have entries.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from padst_kernels.fan_in import FanIn, condense, fan_in_linear
+from padst_kernels.gather_gemm import Backend, TileIndex, gather_gemm
+
+
+class PackedLinear(nn.Module, abc.ABC):
+    """y = W x + b, for inference: x `[..., I]` to `[..., O]`, in the dtype of W or of autocast.
+
+    Weights are parameters that need no gradient, so that `to` moves and casts them.
+
+    Raises:
+        ValueError: x requires a gradient while gradients are on.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = _constant(weight)
+        self.bias = None if bias is None else _constant(bias)
+
+    @abc.abstractmethod
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """W x, with the values `weight` of W in the dtype of x."""
+
+    @abc.abstractmethod
+    def dense_weight(self) -> Tensor:
+        """W as a dense `[O, I]` matrix."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raise a ValueError where an index names a feature that does not exist."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("x requires a gradient, but an exported layer is for inference only")
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
+        with torch.no_grad():
+            y = self.product(x.to(dtype), self.weight.to(dtype))
+            # In place: y is ours, and a second one of its size costs more than the sum.
+            return y if self.bias is None else y.add_(self.bias.to(dtype))
+
+    def dense(self) -> nn.Linear:
+        """The same layer with a dense weight."""
+        linear = nn.utils.skip_init(
+            nn.Linear,
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        linear.weight.copy_(self.dense_weight())
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear.requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class TiledLinear(PackedLinear):
+    """A weight of dense tiles, multiplied by `gather_gemm`.
+
+    Args:
+        weight: `[G, K, V]`, the tiles.
+        index: made by `tile_index` for these tiles; only what the forward pass reads is kept.
+        out_features: O.
+        bias: `[O]`, or None.
+
+    Attributes:
+        backend: of `gather_gemm`.
+    """
+
+    columns: Tensor
+    rows: Tensor | None
+    row_pointer: Tensor | None
+    column_groups: Tensor | None
+    column_pointer: Tensor
+
+    def __init__(
+        self, weight: Tensor, index: TileIndex, out_features: int, bias: Tensor | None
+    ) -> None:
+        tiles = weight if index.order is None else weight.index_select(0, index.order)
+        super().__init__(tiles, bias, index.in_features, out_features)
+        self.backend: Backend = "torch"
+        self.register_buffer("columns", index.columns)
+        self.register_buffer("rows", index.rows)
+        self.register_buffer("row_pointer", index.row_pointer)
+        # Its presence says that columns come in runs, which are read at once.
+        natural = index.column_run > 1
+        self.register_buffer("column_groups", index.transposed_pointer if natural else None)
+        # Of this one the forward pass reads nothing but the size.
+        self.register_buffer(
+            "column_pointer", torch.zeros_like(index.column_pointer), persistent=False
+        )
+
+    def index(self) -> TileIndex:
+        """What `gather_gemm` needs for a forward pass."""
+        return TileIndex(
+            columns=self.columns,
+            rows=self.rows,
+            row_pointer=self.row_pointer,
+            order=None,
+            column_pointer=self.column_pointer,
+            transposed_pointer=self.column_groups,
+        )
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return gather_gemm(x, weight, self.index(), self.out_features, backend=self.backend)
+
+    def dense_weight(self) -> Tensor:
+        num_tiles, width, height = self.weight.shape
+        owner = torch.arange(num_tiles, device=self.weight.device)
+        if self.row_pointer is not None:
+            owner = torch.searchsorted(self.row_pointer[1:], owner, right=True)
+        positions = (owner[:, None] * height + torch.arange(height, device=owner.device)).long()
+        if self.rows is None:
+            rows = positions.clamp(max=self.out_features)
+        else:
+            rows = self.rows.long()[positions]
+        columns = self.columns.long()
+        # Padding goes to a row and a column beyond the matrix.
+        dense = self.weight.new_zeros(self.out_features + 1, self.in_features + 1)
+        dense[
+            rows[:, None, :].expand(-1, width, -1), columns[:, :, None].expand(-1, -1, height)
+        ] = self.weight
+        return dense[:-1, :-1].contiguous()
+
+    def check(self) -> None:
+        _require_within("columns", self.columns, self.in_features)
+        num_groups = len(self.weight)
+        if self.row_pointer is not None:
+            _require_pointer("row_pointer", self.row_pointer, len(self.weight))
+            num_groups = len(self.row_pointer) - 1
+        num_rows = num_groups * self.weight.shape[2]
+        if self.columns.shape != self.weight.shape[:2]:
+            raise ValueError(f"columns is {tuple(self.columns.shape)}")
+        if self.rows is None:
+            if num_rows < self.out_features:
+                raise ValueError(f"{num_rows} rows do not make {self.out_features} features")
+            return
+        if self.rows.shape != (num_rows,):
+            raise ValueError(f"rows is {tuple(self.rows.shape)}")
+        _require_within("rows", self.rows, self.out_features)
+        # Every feature of y is written, by one row.
+        counts = torch.bincount(self.rows, minlength=self.out_features + 1)[: self.out_features]
+        if not bool((counts == 1).all()):
+            raise ValueError("rows do not name every feature once")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tiles={tuple(self.weight.shape)}, backend={self.backend}"
+
+
+class CondensedLinear(PackedLinear):
+    """A weight of single entries, multiplied by `fan_in_linear`.
+
+    Rows without entries (ablated neurons) take no storage and no time.
+
+    Args:
+        weight: made by `condense`.
+        bias: `[O]`, or None.
+    """
+
+    columns: Tensor
+    row_pointer: Tensor
+    rows: Tensor
+
+    def __init__(self, weight: FanIn, bias: Tensor | None) -> None:
+        super().__init__(weight.values, bias, weight.in_features, weight.out_features)
+        self.register_buffer("columns", weight.columns)
+        self.register_buffer("row_pointer", weight.row_pointer)
+        self.register_buffer("rows", weight.rows)
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, bias: Tensor | None) -> CondensedLinear:
+        """Condense what is not zero in `dense` `[O, I]`."""
+        entries = dense.flatten().nonzero().squeeze(1)
+        return cls(condense(dense.flatten()[entries], entries, *dense.shape), bias)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        index = self.columns, self.row_pointer, self.rows
+        return fan_in_linear(x, FanIn(weight, *index, self.in_features, self.out_features))
+
+    def dense_weight(self) -> Tensor:
+        rows = self.rows.long().repeat_interleave(self.row_pointer.diff().long())
+        dense = self.weight.new_zeros(self.out_features, self.in_features)
+        dense[rows, self.columns.long()] = self.weight
+        return dense
+
+    def check(self) -> None:
+        _require_within("columns", self.columns.int(), self.in_features - 1)
+        _require_within("rows", self.rows, self.out_features - 1)
+        _require_pointer("row_pointer", self.row_pointer, len(self.weight))
+        if self.columns.shape != self.weight.shape or len(self.rows) + 1 != len(self.row_pointer):
+            raise ValueError(f"columns is {tuple(self.columns.shape)}")
+        if not bool((self.rows.diff() > 0).all()):
+            raise ValueError("rows do not ascend")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, entries={len(self.weight)}, rows={len(self.rows)}"
+
+
+class ConcatenatedLinear(nn.Module):
+    """Projections of one input whose weights are too different to run as one product.
+
+    Args:
+        parts: map x `[..., I]` to parts of y, concatenated to `[..., O]`.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
+
+
+def _require_within(name: str, index: Tensor, largest: int) -> None:
+    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) <= largest):
+        raise ValueError(f"{name} has features beyond {largest}")
+
+
+def _require_pointer(name: str, pointer: Tensor, end: int) -> None:
+    ascends = bool((pointer.diff() >= 0).all())
+    if not len(pointer) or int(pointer[0]) != 0 or int(pointer[-1]) != end or not ascends:
+        raise ValueError(f"{name} does not lead from 0 to {end}")

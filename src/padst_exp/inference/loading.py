@@ -1,0 +1,78 @@
+"""An exported model as an `nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.errors import UserError
+from padst_exp.inference.files import (
+    DESCRIPTION,
+    WEIGHTS,
+    construct,
+    empty_layer,
+    read_description,
+    read_state,
+)
+
+
+def load(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    model: nn.Module | None = None,
+) -> nn.Module:
+    """Load what `python -m padst_exp.export` wrote, packed or dense. Measures nothing; see `tune`.
+
+    Args:
+        path: folder of the export.
+        device: to put the model on.
+        dtype: of its floating-point tensors; None keeps those of the export.
+        model: the dense model of a constructor outside `padst_exp.models`; it is changed.
+
+    Returns:
+        The model in eval mode, no parameter needing a gradient, with the outputs of the model
+        that was trained. Sparse layers are `TiledLinear` or `CondensedLinear`.
+
+    Raises:
+        UserError: in one line, when the export is missing, damaged or foreign.
+    """
+    folder = Path(path)
+    description = read_description(folder)
+    if model is None:
+        model = construct(description["model"], folder / DESCRIPTION)
+    state = read_state(folder, description["shared"])
+    try:
+        for name, described in description["layers"].items():
+            model.set_submodule(name, empty_layer(described, state, f"{name}."))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder / WEIGHTS}: damaged at layer {name}: {reason}") from error
+    _load_state(model, state, folder / WEIGHTS)
+    _tie(model, description["shared"])
+    return model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+
+
+def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        # torch lists one mismatch a line, below a title.
+        lines = str(error).splitlines()
+        reason = lines[1].strip() if len(lines) > 1 else str(error)
+        raise UserError(f"{path}: does not fit its {DESCRIPTION}: {reason}") from error
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise UserError(f"{path}: has nothing for {name}; load it with model=...")
+
+
+def _tie(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Make shared tensors one parameter again, which moves and casts once."""
+    for name, source in shared.items():
+        owner, _, attribute = name.rpartition(".")
+        source_owner, _, source_attribute = source.rpartition(".")
+        tensor = getattr(model.get_submodule(source_owner), source_attribute)
+        setattr(model.get_submodule(owner), attribute, tensor)

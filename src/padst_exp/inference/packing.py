@@ -1,0 +1,167 @@
+"""From a trained model to packed layers, or to plain dense weights with zeros."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.inference.linear import (
+    ConcatenatedLinear,
+    CondensedLinear,
+    PackedLinear,
+    TiledLinear,
+)
+from padst_exp.layers import SparseLinear, SparseWeight
+from padst_exp.permutations import Permutation
+from padst_exp.structures import Product
+from padst_kernels.fan_in import condense
+from padst_kernels.gather_gemm import TileIndex
+
+
+@torch.no_grad()
+def pack(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Replace every sparse layer of a trained `model` by a packed one, in place.
+
+    Args:
+        model: all its permutations hard.
+
+    Returns:
+        A description of each new layer by name, in plain data; `files.empty_layer` reads it.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    described = {}
+    for name, layer in layers.items():
+        packed = packed_layer(layer)
+        described[name] = describe(layer, packed)
+        model.set_submodule(name, packed)
+    model.eval().requires_grad_(False)
+    return described
+
+
+def packed_layer(layer: SparseLinear) -> PackedLinear | ConcatenatedLinear:
+    """The inference form of one layer: topology and hard permutations folded into its indices."""
+    inputs = _index(layer.input_permutation)
+    weights, outputs = iter(layer.weights), iter(layer.output_permutations)
+    parts: list[PackedLinear] = []
+    start = 0
+    for product in layer.parts():
+        count = len(product.layouts)
+        own = [weight for weight in islice(weights, count) if isinstance(weight, SparseWeight)]
+        stop = start + product.out_features
+        bias = None if layer.bias is None else layer.bias[start:stop].clone()
+        parts.append(
+            _packed(product, own, inputs, [_index(p) for p in islice(outputs, count)], bias)
+        )
+        start = stop
+    return parts[0] if len(parts) == 1 else ConcatenatedLinear(parts)
+
+
+def describe(layer: SparseLinear, packed: nn.Module) -> dict[str, Any]:
+    """What `files.empty_layer` needs to make the like of `packed`, and what to know of it."""
+    weights = [weight for weight in layer.weights if isinstance(weight, SparseWeight)]
+    entries = sum(weight.layout.num_entries for weight in weights)
+    parts = packed.parts if isinstance(packed, ConcatenatedLinear) else [packed]
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "density": entries / (layer.in_features * layer.out_features),
+        "parts": [
+            {
+                "kind": "tiles" if isinstance(part, TiledLinear) else "entries",
+                "out_features": part.out_features,
+            }
+            for part in parts
+            if isinstance(part, PackedLinear)
+        ],
+    }
+
+
+@torch.no_grad()
+def dense_state(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
+    """The state of `model`, whose layers are packed, as the dense model `plain` would have it.
+
+    Args:
+        model: after `pack`.
+        plain: the same model before `sparsify`, on any device (meta too); says what is transposed.
+    """
+    state = dict(model.state_dict())
+    for name, layer in _packed_layers(model).items():
+        for key in layer.state_dict():
+            del state[f"{name}.{key}"]
+        weight, bias = _dense(layer)
+        # transformers' Conv1D stores its weight as [I, O].
+        transposed = not isinstance(plain.get_submodule(name), nn.Linear)
+        state[f"{name}.weight"] = weight.t().contiguous() if transposed else weight
+        if bias is not None:
+            state[f"{name}.bias"] = bias
+    return state
+
+
+def _packed_layers(model: nn.Module) -> dict[str, PackedLinear | ConcatenatedLinear]:
+    """Packed layers by name, those inside a concatenation left out."""
+    found: dict[str, PackedLinear | ConcatenatedLinear] = {}
+    for name, module in model.named_modules():
+        inside = name.rpartition(".parts.")[0] in found
+        if isinstance(module, PackedLinear | ConcatenatedLinear) and not inside:
+            found[name] = module
+    return found
+
+
+def _dense(layer: PackedLinear | ConcatenatedLinear) -> tuple[Tensor, Tensor | None]:
+    if isinstance(layer, PackedLinear):
+        return layer.dense_weight(), layer.bias
+    parts = [part for part in layer.parts if isinstance(part, PackedLinear)]
+    biases = [part.bias for part in parts if part.bias is not None]
+    weight = torch.cat([part.dense_weight() for part in parts])
+    return weight, torch.cat(biases) if biases else None
+
+
+def _packed(
+    product: Product,
+    weights: list[SparseWeight],
+    inputs: Tensor | None,
+    outputs: list[Tensor | None],
+    bias: Tensor | None,
+) -> PackedLinear:
+    tile_shape = product.layouts[0].tile_shape
+    if tile_shape is None:
+        values = torch.cat([weight.packed().flatten() for weight in weights])
+        entries = _permuted_entries(weights, inputs, outputs)
+        return CondensedLinear(condense(values, entries, *product.shape), bias)
+    # Of its own, since the layer's may use a dense weight.
+    folded = Product(product.layouts, "packed", "torch")
+    folded.fold([weight.active.long() for weight in weights], inputs, outputs)
+    index = TileIndex(*(getattr(folded, name) for name in TileIndex._fields))
+    tiles = torch.cat([weight.packed().reshape(-1, *tile_shape) for weight in weights])
+    return TiledLinear(tiles, index, product.out_features, bias)
+
+
+def _permuted_entries(
+    weights: list[SparseWeight], inputs: Tensor | None, outputs: list[Tensor | None]
+) -> Tensor:
+    """Flat positions in P_out S P_in of all weights, row after row; sum of O times I outside."""
+    columns_in = weights[0].layout.shape[1]
+    outside = sum(weight.layout.shape[0] for weight in weights) * columns_in
+    found, start = [], 0
+    for weight, output in zip(weights, outputs, strict=True):
+        num_rows = weight.layout.shape[0]
+        entries = weight.layout.entries(weight.active.long()).flatten()
+        rows, columns = entries // columns_in, entries % columns_in
+        if inputs is not None:
+            columns = inputs[columns]
+        if output is not None:
+            rows = output.argsort()[rows.clamp(max=num_rows - 1)]
+        cells = (rows + start) * columns_in + columns
+        found.append(torch.where(entries == num_rows * columns_in, outside, cells))
+        start += num_rows
+    return torch.cat(found)
+
+
+def _index(permutation: nn.Module | None) -> Tensor | None:
+    if not isinstance(permutation, Permutation):
+        return None
+    assert not permutation.soft, "permutations harden first"
+    return permutation.index

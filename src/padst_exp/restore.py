@@ -1,0 +1,128 @@
+"""A trained model from its run or from an export: what `evaluate` and `export` start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from padst_exp import dispatch
+from padst_exp.config import build
+from padst_exp.data.task import Task
+from padst_exp.engine import checkpoint
+from padst_exp.engine.distributed import World
+from padst_exp.engine.settings import Trainer
+from padst_exp.errors import UserError
+from padst_exp.inference import load
+from padst_exp.inference.files import DESCRIPTION, read_description
+from padst_exp.sparsify import Report
+from padst_exp.train import build_task, sparse_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A trained model with what it was trained on.
+
+    Args:
+        config: of the run.
+        path: of the checkpoint, or folder of the export.
+        task: its data set.
+        trainer: its settings.
+        model: on the device of this process.
+    """
+
+    config: DictConfig
+    path: Path
+    task: Task
+    trainer: Trainer
+    model: nn.Module
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoredRun(Restored):
+    """The model of a checkpoint.
+
+    Args:
+        run: its directory; None for a checkpoint that was moved out of it.
+        step: at which it was written.
+        averaged: whether the weights are the moving average.
+        report: what is sparse in it.
+    """
+
+    run: Path | None
+    step: int
+    averaged: bool
+    report: Report
+
+
+def restore(path: Path, world: World) -> Restored:
+    """The model of an export, or else of a run as in `restore_run`.
+
+    Raises:
+        UserError: there is no such export, run or checkpoint, or it is damaged.
+    """
+    if not (path / DESCRIPTION).is_file():
+        return restore_run(path, world)
+    cfg = OmegaConf.create(str(read_description(path)["config"]))
+    assert isinstance(cfg, DictConfig)
+    return Restored(
+        config=cfg,
+        path=path,
+        task=build_task(cfg, world),
+        trainer=build(cfg.trainer, "trainer"),
+        model=load(path, world.device),
+    )
+
+
+def restore_run(path: Path, world: World) -> RestoredRun:
+    """The model of the best checkpoint of a run (of the last one where none is the best yet).
+
+    Where the run keeps a moving average of its weights, the model has these.
+
+    Args:
+        path: run directory, or one checkpoint file.
+        world: of this process.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    run: Path | None = path
+    if path.is_file():
+        folder = path.resolve().parent.parent
+        run = folder if (folder / "config.yaml").is_file() else None
+    elif not (path / "config.yaml").is_file():
+        raise UserError(f"run: {path} is no run directory, it has no config.yaml")
+    else:
+        best, last = path / "checkpoints" / "best.pt", path / "checkpoints" / "last.pt"
+        path = best if best.exists() else last
+    saved = checkpoint.read(path)
+    if run is None:
+        cfg = OmegaConf.create(str(saved["config_text"]))
+    else:
+        cfg = OmegaConf.load(run / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    # All weights come from the run's own checkpoint, wherever they started.
+    cfg.model.pretrained, cfg.model.checkpoint = False, None
+
+    task = build_task(cfg, world)
+    trainer = build(cfg.trainer, "trainer")
+    model, report = sparse_model(cfg, task, build(cfg.permutation, "permutation"))
+    model.to(world.device, trainer.dtype)
+    # As in training, whose device may have been another.
+    choices = dispatch.restore(saved["backends"], world.device)
+    dispatch.reuse(model, choices or dispatch.forced(model, "torch", world.device))
+    averaged = saved["average"] is not None
+    checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
+    return RestoredRun(
+        config=cfg,
+        run=run,
+        path=path,
+        step=int(saved["step"]),
+        averaged=averaged,
+        task=task,
+        trainer=trainer,
+        model=model,
+        report=report,
+    )
