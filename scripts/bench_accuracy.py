@@ -14,29 +14,22 @@ import argparse
 import csv
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
+from runs import FASHION, compose, training
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from padst_exp.config import build, config_dir, register_schemas, results_config
+from padst_exp.config import build, register_schemas
 from padst_exp.data.task import Task
-from padst_exp.engine.distributed import World
-from padst_exp.engine.run_directory import RunDirectory, environment
+from padst_exp.engine.run_directory import environment
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
-from padst_exp.train import train
 
-FASHION = """
-    dataset=fashion_mnist dataset.shift=0 dataset.flip=false model.patch_size=7 model.dim=128
-    model.depth=4 model.heads=4 trainer.epochs=null trainer.batch_size=64 optimizer.lr=0.002
-"""
 TEXT = ["model=gpt2", "structure=block", "sparsity=0.8"]
-DATASETS: dict[str, list[str]] = {"digits": [], "fashion_mnist": FASHION.split()}
+DATASETS: dict[str, list[str]] = {"digits": [], "fashion_mnist": FASHION}
 
 
 def main() -> int:
@@ -117,24 +110,10 @@ def show(rows: list[dict[str, object]]) -> None:
         )
 
 
-def compose(*overrides: str) -> DictConfig:
-    """The configuration of a training."""
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return hydra.compose("config", ["logger=none", *overrides])
-
-
 def summary_of(cfg: DictConfig, *, zeroed: bool = False) -> dict[str, Any]:
     """The summary of a whole run."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def directory(keep_last: int) -> RunDirectory:
-            return RunDirectory.create(
-                Path(folder), "bench", resume="never", config=results_config(cfg), config_text="",
-                overrides=[], device="cpu", keep_last=keep_last,
-            )  # fmt: skip
-
-        prepare = zero_sparse_layers if zeroed else None
-        return train(cfg, World(), directory=directory, prepare=prepare)[1]
+    with training(cfg, zero_sparse_layers if zeroed else None) as (_, summary):
+        return summary
 
 
 def zero_sparse_layers(model: nn.Module) -> None:

@@ -12,31 +12,29 @@ import argparse
 import csv
 import statistics
 import sys
-import tempfile
 import time
 import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 
-import hydra
 import torch
 from omegaconf import DictConfig
+from runs import compose, training
 from torch import nn
 
-from padst_exp.config import build, config_dir, register_schemas, results_config
+from padst_exp.config import build, register_schemas
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Batch
 from padst_exp.dst import DropGrow, Magnitude, Uniform
-from padst_exp.engine.distributed import World
 from padst_exp.engine.optimizers import AdamW
-from padst_exp.engine.run_directory import RunDirectory, environment, read_metrics
+from padst_exp.engine.run_directory import environment, read_metrics
 from padst_exp.engine.step import Stepper
 from padst_exp.engine.topology import move_state
 from padst_exp.layers import permutations, sparse_weights
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import NM, Block, Diagonal, Structure, Unstructured
-from padst_exp.train import sparse_model, train
+from padst_exp.train import sparse_model
 
 STEP_LIMIT, REWIRE_LIMIT, MEMORY_LIMIT = 1.05, 0.02, 0.2
 
@@ -70,23 +68,9 @@ def main() -> int:
     return int(bool(broken))
 
 
-def compose(*overrides: str) -> DictConfig:
-    """The configuration of a training."""
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return hydra.compose("config", ["logger=none", *overrides])
-
-
 def framework_step_seconds(cfg: DictConfig) -> float:
     """Mean seconds of one step of a whole run, logging included, set-up and evaluation not."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def directory(keep_last: int) -> RunDirectory:
-            return RunDirectory.create(
-                Path(folder), "bench", resume="never", config=results_config(cfg), config_text="",
-                overrides=[], device="cpu", keep_last=keep_last,
-            )  # fmt: skip
-
-        path, _ = train(cfg, World(), directory=directory)
+    with training(cfg) as (path, _):
         rows = [r for r in read_metrics(path / "metrics.jsonl") if r["kind"] == "train"]
     # The first row pays for first allocations, on either side.
     return sum(row["seconds"] for row in rows[1:]) / (rows[-1]["step"] - rows[0]["step"])
