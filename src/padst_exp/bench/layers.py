@@ -1,0 +1,249 @@
+"""Suite `layers`: single sparse layers, their permutations and conversions, beside dense ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from padst_exp.bench import configurations
+from padst_exp.bench.configurations import Shape, describe
+from padst_exp.bench.report import Line, Row, timing_rows
+from padst_exp.bench.roofline import BytesTwin
+from padst_exp.bench.session import Session
+from padst_exp.bench.sides import (
+    Side,
+    dense_sides,
+    masked_side,
+    packed_dense_side,
+    permuted_sides,
+    semi_structured_side,
+    sparse_sides,
+)
+from padst_exp.bench.timing import Call, captured
+from padst_exp.config import BenchSchema
+from padst_exp.dispatch.backends import training_decision
+from padst_exp.errors import UserError
+from padst_exp.structures import Product, Structure
+from padst_kernels.fan_in import condense
+
+SUITE = "layers"
+ROUNDS = {"cpu": 11, "cuda": 7}
+TOKENS = {"cpu": [1, 8, 197, 788], "cuda": [1, 197, 50432]}
+SHAPES = {"cpu": ["vit_b"], "cuda": ["vit_b", "vit_l", "gpt2", "gpt2_medium", "gpt2_xl"]}
+# Up to here a GPU waits for Python, and CUDA graphs help.
+GRAPH_TOKENS = 1024
+MAX_GRAPHED = 16
+GRAPH = ", CUDA graph"
+TWIN = "bytes twin"
+
+
+def run(settings: BenchSchema, session: Session) -> list[Row]:
+    """Time every layer at every density and token count; all sides of a cell in turn.
+
+    Raises:
+        UserError: an unknown shape or structure.
+    """
+    kind = session.device.type
+    shapes = configurations.shapes(settings.shapes or SHAPES[kind])
+    names = settings.structures or configurations.LAYER_STRUCTURES
+    structures = [configurations.structure(name) for name in names]
+    tokens = settings.tokens or TOKENS[kind]
+    densities = [round(1 - sparsity, 6) for sparsity in settings.sparsities]
+    rows: list[Row] = []
+    cases = list(itertools.product(densities, shapes))
+    for done, (density, shape) in enumerate(cases):
+        if session.budget.left < 0:
+            session.say(f"{SUITE}: budget spent, {len(cases) - done} of {len(cases)} cases left")
+            break
+        first = done < len(shapes)
+        rows += _case(session, shape, structures, density, tokens, permuted=first)
+        session.say(f"{SUITE}: {shape} at density {density:g}")
+    return rows
+
+
+def _case(
+    session: Session,
+    shape: Shape,
+    structures: Sequence[Structure],
+    density: float,
+    token_counts: Sequence[int],
+    *,
+    permuted: bool,
+) -> list[Row]:
+    """All rows of one layer at one density."""
+    plain = dense_sides(session, shape)
+    sides, legal = list(plain), []
+    for structure in structures:
+        try:
+            sides += sparse_sides(session, shape, structure, density)
+            legal.append(structure)
+        except UserError as error:
+            session.say(f"{describe(structure)} in {shape}: skipped, {error}")
+    if legal:
+        sides.append(masked_side(session, shape, legal[0], density, plain[0]))
+        if permuted:
+            sides += permuted_sides(session, shape, legal[0], density)
+    pair = semi_structured_side(session, shape) if permuted else None
+    sides += [] if pair is None else [pair]
+
+    rows: list[Row] = []
+    for num_tokens, backward in itertools.product(token_counts, (False, True)):
+        rows += _cell(session, shape, sides, num_tokens, backward)
+    for structure in legal:
+        rows += _conversions(session, shape, structure, density)
+    return rows
+
+
+def _cell(
+    session: Session, shape: Shape, sides: Sequence[Side], num_tokens: int, backward: bool
+) -> list[Row]:
+    """Forward, or forward and backward, of all sides on so many tokens."""
+    torch.compiler.reset()  # every cell is a variant, and the number of variants is limited
+    device, dtype = session.device, session.dtype
+    sides = [side for side in sides if side.trained is not None or not backward]
+    if not backward and any(side.kind == "strong" for side in sides):
+        sides.append(packed_dense_side(session, sides[0], num_tokens))
+    x = torch.randn(num_tokens, shape.in_features, device=device, dtype=dtype)
+    dy = torch.randn(num_tokens, shape.out_features, device=device, dtype=dtype)
+    calls: dict[str, Call] = {}
+    forms: dict[str, tuple[Side, str]] = {}
+    passes: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    with torch.set_grad_enabled(backward):
+        for side in sides:
+            reason = session.refused.get((side.form, side.structure, backward))
+            forms[side.name] = side, ""
+            if reason is not None:
+                refused[side.name] = reason
+                continue
+            calls[side.name] = _pass(side, x, dy if backward else None)
+            if device.type == "cuda" and num_tokens <= GRAPH_TOKENS:
+                graph = _graph(session, side, calls[side.name])
+                if graph is not None:
+                    name = f"{side.name}{GRAPH}"
+                    calls[name], passes[name] = graph
+                    forms[name] = side, GRAPH
+        twins = _twins(session, shape, sides, num_tokens, backward)
+        samples, failed = session.alternate(
+            {**calls, **twins}, rounds=ROUNDS[device.type], passes=passes
+        )
+    lines = {
+        name: Line(
+            case=str(shape),
+            tokens=num_tokens,
+            what="forward+backward" if backward else "forward",
+            structure=side.structure,
+            form=side.form + suffix,
+            scope="all",
+            permutation=side.permutation,
+            density_asked=side.density_asked,
+            density=side.density,
+            side=side.kind,
+            floor=_floor(session, side, num_tokens, backward, samples),
+            dispatcher=_choice(session, side, num_tokens),
+        )
+        for name, (side, suffix) in forms.items()
+    }
+    return timing_rows(session, SUITE, lines, samples, {**failed, **refused})
+
+
+def _pass(side: Side, x: Tensor, dy: Tensor | None) -> Call:
+    """One pass over the next weight in turn; backward too where `dy` is given."""
+    rotation, product, trained = itertools.cycle(side.weights), side.product, side.trained
+    if dy is None:
+        return lambda: product(x, next(rotation))
+    assert trained is not None
+    leaf = x.detach().requires_grad_()
+    for weight in side.weights:
+        for tensor in trained(weight):
+            tensor.requires_grad_()
+
+    def both() -> Sequence[Tensor]:
+        weight = next(rotation)
+        return torch.autograd.grad(product(leaf, weight), (leaf, *trained(weight)), dy)
+
+    return both
+
+
+def _graph(session: Session, side: Side, call: Call) -> tuple[Call, int] | None:
+    """A CUDA graph of passes over several weights, and how many; None where it cannot be."""
+    count = min(len(side.weights), MAX_GRAPHED)
+    graph = captured(call, session.device, count)
+    if isinstance(graph, str):
+        session.say(f"{side.name}: no CUDA graph, {graph}")
+        return None
+    return graph, count
+
+
+def _twins(
+    session: Session, shape: Shape, sides: Sequence[Side], num_tokens: int, backward: bool
+) -> dict[str, Call]:
+    """What reads and writes as many bytes as a dense weight, and as the sparse ones, need."""
+    size = session.dtype.itemsize
+    weight = size * shape.in_features * shape.out_features
+    activations = size * num_tokens * shape.in_features, size * num_tokens * shape.out_features
+    densities = {round(side.density_asked, 6) for side in sides}
+    return {
+        f"{TWIN} {density}": BytesTwin(
+            *activations, round(density * weight), backward=backward, device=session.device
+        )
+        for density in densities
+    }
+
+
+def _floor(
+    session: Session,
+    side: Side,
+    num_tokens: int,
+    backward: bool,
+    samples: Mapping[str, list[float]],
+) -> float:
+    """Seconds of the bytes twin, or of the arithmetic at the rate of the fastest dense product."""
+    moved = float(np.median(samples[f"{TWIN} {round(side.density_asked, 6)}"]))
+    operations = 2 * num_tokens * side.entries * (3 if backward else 1)
+    return max(moved, operations / session.ceilings.rate)
+
+
+def _choice(session: Session, side: Side, num_tokens: int) -> str:
+    """What the dispatcher takes for training such a product."""
+    if not side.layouts:
+        return ""
+    possible = Product(side.layouts, "packed").backends(session.device)
+    decision = training_decision(
+        side.layouts, possible, num_tokens, session.dtype, session.device, False
+    )
+    return decision.choice
+
+
+def _conversions(session: Session, shape: Shape, structure: Structure, density: float) -> list[Row]:
+    """What follows a rewiring: deriving the indices anew; and condensing, once, for inference."""
+    layout = structure.layout(shape.out_features // shape.split, shape.in_features, density)
+    layouts = [layout] * shape.split
+    units = [layout.random_units(torch.default_generator).to(session.device) for layout in layouts]
+    product = Product(layouts, "packed")
+    calls: dict[str, Call] = {
+        "fold": lambda: product.fold(units, None, [None] * len(layouts)),
+    }
+    if layout.tile_shape is None:
+        entries = layout.entries(units[0]).flatten()
+        values = torch.randn(len(entries), device=session.device, dtype=session.dtype)
+        calls["condense"] = lambda: condense(values, entries, *layout.shape)
+    samples, failed = session.alternate(calls, rounds=ROUNDS[session.device.type])
+    lines = {
+        name: Line(
+            case=str(shape),
+            tokens=0,
+            what="conversion",
+            structure=describe(structure),
+            form=name,
+            scope="all",
+            density_asked=density,
+            density=layout.density,
+        )
+        for name in calls
+    }
+    return timing_rows(session, SUITE, lines, samples, failed)
