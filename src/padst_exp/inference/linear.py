@@ -61,18 +61,7 @@ class PackedLinear(nn.Module, abc.ABC):
 
     def dense(self) -> nn.Linear:
         """The same layer with a dense weight."""
-        linear = nn.utils.skip_init(
-            nn.Linear,
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        linear.weight.copy_(self.dense_weight())
-        if self.bias is not None:
-            linear.bias.copy_(self.bias)
-        return linear.requires_grad_(False)
+        return dense_linear(self.dense_weight(), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -128,23 +117,33 @@ class TiledLinear(PackedLinear):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return gather_gemm(x, weight, self.index(), self.out_features, backend=self.backend)
 
+    def scaled_weight(self, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+        """The tiles of the weight W[o, i] * columns[i] * rows[o]; None scales nothing."""
+        weight = self.weight
+        if columns is not None:
+            weight = weight * nn.functional.pad(columns, (0, 1))[self.columns.long(), None]
+        if rows is not None:
+            weight = weight * nn.functional.pad(rows, (0, 1))[self._tile_rows(), None, :]
+        return weight
+
     def dense_weight(self) -> Tensor:
-        num_tiles, width, height = self.weight.shape
-        owner = torch.arange(num_tiles, device=self.weight.device)
-        if self.row_pointer is not None:
-            owner = torch.searchsorted(self.row_pointer[1:], owner, right=True)
-        positions = (owner[:, None] * height + torch.arange(height, device=owner.device)).long()
-        if self.rows is None:
-            rows = positions.clamp(max=self.out_features)
-        else:
-            rows = self.rows.long()[positions]
-        columns = self.columns.long()
+        rows = self._tile_rows()[:, None, :]
+        columns = self.columns.long()[:, :, None]
         # Padding goes to a row and a column beyond the matrix.
         dense = self.weight.new_zeros(self.out_features + 1, self.in_features + 1)
-        dense[
-            rows[:, None, :].expand(-1, width, -1), columns[:, :, None].expand(-1, -1, height)
-        ] = self.weight
+        dense[torch.broadcast_tensors(rows, columns)] = self.weight
         return dense[:-1, :-1].contiguous()
+
+    def _tile_rows(self) -> Tensor:
+        """Int64 `[G, V]`, feature of y behind each row of a tile, O where none is."""
+        num_tiles, _, height = self.weight.shape
+        owner = torch.arange(num_tiles, device=self.weight.device)
+        if self.row_pointer is not None:
+            owner = torch.searchsorted(self.row_pointer[1:].long(), owner, right=True)
+        positions = owner[:, None] * height + torch.arange(height, device=owner.device)
+        if self.rows is None:
+            return positions.clamp(max=self.out_features)
+        return self.rows.long()[positions]
 
     def check(self) -> None:
         _require_within("columns", self.columns, self.in_features)
@@ -233,6 +232,17 @@ class ConcatenatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer of `weight` `[O, I]` and `bias` `[O]`, no gradients."""
+    rows, columns = weight.shape
+    with torch.device("meta"):
+        linear = nn.Linear(columns, rows, bias=bias is not None)
+    linear.weight = _constant(weight)
+    if bias is not None:
+        linear.bias = _constant(bias)
+    return linear.eval()
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

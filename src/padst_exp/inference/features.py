@@ -1,0 +1,190 @@
+"""Linear layers between activations of either layout, with what surrounds them in a block.
+
+Activations are `[T, features]` views, T tokens. Token-major, features lie side by side in memory;
+feature-major, tokens do, and T is a multiple of 16 so that every row is aligned.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.inference.linear import PackedLinear, TiledLinear
+from padst_kernels.gather_gemm import Backend, TileIndex, passes
+
+Statistics = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a block does around one of its products.
+
+    Args:
+        norm: the LayerNorm in front of it.
+        scale: `[O]`, multiplies its output (LayerScale).
+        gelu: behind it: "none", "tanh" or, for the erf form, "exact".
+        feature_major: layout of its output.
+    """
+
+    norm: nn.LayerNorm | None = None
+    scale: Tensor | None = None
+    gelu: Literal["none", "tanh", "exact"] = "none"
+    feature_major: bool = True
+
+
+class FeatureLinear(nn.Module, abc.ABC):
+    """y = gelu(scale * (W norm(x) + b)) + residual, without gradients.
+
+    The affine part of the norm and the scale are folded into W and b. What is left of the norm,
+    the statistics of each token, applies behind the product: rstd * (W x - mean * row_sums).
+
+    Args:
+        weight: of W, with gamma and scale folded in.
+        dense: W `[O, I]`, without.
+        bias: `[O]`, without; or None.
+        around: see there.
+    """
+
+    bias: Tensor
+    row_sums: Tensor | None
+
+    def __init__(self, weight: Tensor, dense: Tensor, bias: Tensor | None, around: Around) -> None:
+        super().__init__()
+        self.gelu, self.feature_major = around.gelu, around.feature_major
+        wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
+        total = wide.new_zeros(len(wide)) if bias is None else bias.to(wide.dtype)
+        norm, row_sums = around.norm, None
+        if around.scale is not None:
+            wide, total = wide * around.scale[:, None], total * around.scale
+        if norm is not None:
+            if norm.bias is not None:
+                total = total + wide @ norm.bias.to(wide.dtype)
+            row_sums = wide.sum(1) if norm.weight is None else wide @ norm.weight.to(wide.dtype)
+        self.register_buffer("row_sums", row_sums)
+        self.bias = nn.Parameter(total.to(dense.dtype), requires_grad=False)
+        self.weight = nn.Parameter(weight.to(dense.dtype).contiguous(), requires_grad=False)
+
+    @abc.abstractmethod
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None
+    ) -> Tensor:
+        """y `[T, O]` of x `[T, I]`; mean and rstd, `[T]` each, where there is a norm."""
+
+    def _activate(self, y: Tensor) -> Tensor:
+        if self.gelu == "none":
+            return y
+        return nn.functional.gelu(y, approximate="tanh" if self.gelu == "tanh" else "none")
+
+
+class TiledFeatureLinear(FeatureLinear):
+    """By the gather GEMM, with everything in its epilogue but a tanh GELU.
+
+    Args:
+        layer: the packed layer.
+        backend: "torch" or "triton".
+        around: what the block does around it.
+    """
+
+    def __init__(self, layer: TiledLinear, backend: Backend, around: Around) -> None:
+        gamma = None if around.norm is None else around.norm.weight
+        weight = layer.scaled_weight(gamma, around.scale)
+        super().__init__(weight, layer.dense_weight(), layer.bias, around)
+        self.backend: Backend = backend
+        self.out_features = layer.out_features
+        for name, tensor in layer.index()._asdict().items():
+            self.register_buffer(name, tensor)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None
+    ) -> Tensor:
+        index = (getattr(self, name) for name in TileIndex._fields)
+        mean, rstd = statistics or (None, None)
+        product = _operator if torch.compiler.is_compiling() else _product
+        y = product(
+            x, self.weight, self.bias, residual, mean, rstd, self.row_sums,
+            *index, self.out_features,
+            gelu=self.gelu == "exact", feature_major=self.feature_major, backend=self.backend,
+        )  # fmt: skip
+        return self._activate(y) if self.gelu == "tanh" else y
+
+
+class DenseFeatureLinear(FeatureLinear):
+    """By a dense product.
+
+    Args:
+        layer: packed or dense.
+        around: what the block does around it.
+    """
+
+    def __init__(self, layer: PackedLinear | nn.Linear, around: Around) -> None:
+        dense = layer.dense_weight() if isinstance(layer, PackedLinear) else layer.weight.detach()
+        weight = dense
+        if around.norm is not None and around.norm.weight is not None:
+            weight = weight * around.norm.weight
+        if around.scale is not None:
+            weight = weight * around.scale[:, None]
+        super().__init__(weight, dense, layer.bias, around)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None
+    ) -> Tensor:
+        y = (self.weight @ x.t()).t() if self.feature_major else x @ self.weight.t()
+        if statistics is not None and self.row_sums is not None:
+            mean, rstd = statistics
+            y = (rstd[:, None] * (y - mean[:, None] * self.row_sums)).to(y.dtype)
+        y = self._activate(y + self.bias)
+        return y if residual is None else y + residual
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    row_sums: Tensor | None,
+    *rest: Any,
+    gelu: bool,
+    feature_major: bool,
+    backend: Backend,
+) -> Tensor:
+    # gather_gemm_features has these epilogues too, but only for feature-major activations.
+    norm = None
+    if mean is not None and rstd is not None and row_sums is not None:
+        norm = (mean, rstd, row_sums)
+    return passes.product(
+        x,
+        weight,
+        TileIndex(*rest[:-1]),
+        rest[-1],
+        backend,
+        feature_major=feature_major,
+        bias=bias,
+        gelu=gelu,
+        residual=residual,
+        norm=norm,
+    )
+
+
+_FIELDS = ", ".join(f"Tensor? {name}" for name in TileIndex._fields)
+
+_operator = torch.library.custom_op(
+    "padst::inference_product",
+    _product,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? rstd, "
+    f"Tensor? row_sums, {_FIELDS}, SymInt out_features, *, bool gelu, bool feature_major, "
+    "str backend) -> Tensor",
+)
+
+
+@_operator.register_fake
+def _(x: Tensor, *rest: Any, gelu: bool, feature_major: bool, backend: Backend) -> Tensor:
+    if feature_major:
+        return x.new_empty(rest[-1], len(x)).t()
+    return x.new_empty(len(x), rest[-1])
