@@ -126,28 +126,31 @@ inline void transpose_step(vec* rows) {
   }
 }
 
-// Turns `num_rows` vectors read(row, num_columns) into `num_columns` of write(column, v, num_rows);
+inline void transpose_square(vec* rows) {
+  transpose_step<1>(rows);
+  transpose_step<2>(rows);
+  if constexpr (LANES >= 8) transpose_step<4>(rows);
+  if constexpr (LANES >= 16) transpose_step<8>(rows);
+}
+
+// Turns up to LANES vectors read(row, num_columns) into up to LANES of write(column, v, num_rows);
 // rows from `num_rows` on read as zero.
 template <typename Read, typename Write>
-inline void transpose(int64_t num_rows, int64_t num_columns, Read read, Write write) {
-  vec square[LANES] = {};
-  const bool whole = num_rows >= LANES && num_columns >= LANES;
-  if (whole) {
+[[gnu::always_inline]] inline void transpose(int64_t num_rows, int64_t num_columns, Read read,
+                                             Write write) {
+  if (num_rows >= LANES && num_columns >= LANES) {  // stays in registers
+    vec square[LANES];
     for (int r = 0; r < LANES; ++r) square[r] = read(r, LANES);
-  } else {
-    for (int64_t r = 0; r < std::min<int64_t>(LANES, num_rows); ++r)
-      square[r] = read(r, std::min<int64_t>(LANES, num_columns));
-  }
-  transpose_step<1>(square);
-  transpose_step<2>(square);
-  if constexpr (LANES >= 8) transpose_step<4>(square);
-  if constexpr (LANES >= 16) transpose_step<8>(square);
-  if (whole) {
+    transpose_square(square);
     for (int c = 0; c < LANES; ++c) write(c, square[c], LANES);
-  } else {
-    for (int64_t c = 0; c < std::min<int64_t>(LANES, num_columns); ++c)
-      write(c, square[c], std::min<int64_t>(LANES, num_rows));
+    return;
   }
+  num_rows = std::min<int64_t>(LANES, num_rows);
+  num_columns = std::min<int64_t>(LANES, num_columns);
+  vec square[LANES] = {};
+  for (int64_t r = 0; r < num_rows; ++r) square[r] = read(r, num_columns);
+  transpose_square(square);
+  for (int64_t c = 0; c < num_columns; ++c) write(c, square[c], num_rows);
 }
 
 // out[j][i] = in[i][j] for i < num_rows, j < num_columns; `in` rows are `in_stride` apart. Where
@@ -156,28 +159,36 @@ inline void transpose(int64_t num_rows, int64_t num_columns, Read read, Write wr
 template <typename T>
 void to_features(const T* in, int64_t in_stride, int64_t num_rows, int64_t num_columns,
                  int64_t padded_rows, const int32_t* index, float* out, int64_t out_stride) {
-  for (int64_t i = 0; i < padded_rows; i += LANES)
-    for (int64_t j = 0; j < num_columns; j += LANES)
-      transpose(
-          num_rows - i, num_columns - j,
-          [&](int64_t r, int64_t n) { return load(in + (i + r) * in_stride + j, n); },
-          [&](int64_t c, vec v, int64_t) {
-            store(out + (index ? index[j + c] : j + c) * out_stride + i, v);
-          });
+  const auto to = [&](auto row) {
+    for (int64_t i = 0; i < padded_rows; i += LANES)
+      for (int64_t j = 0; j < num_columns; j += LANES)
+        transpose(
+            num_rows - i, num_columns - j,
+            [&](int64_t r, int64_t n) { return load(in + (i + r) * in_stride + j, n); },
+            [&](int64_t c, vec v, int64_t) { store(out + row(j + c) * out_stride + i, v); });
+  };
+  if (index)
+    to([&](int64_t j) -> int64_t { return index[j]; });
+  else
+    to([](int64_t j) { return j; });
 }
 
 // The way back: out[i][j] = in[index[j]][i].
 template <typename T>
 void to_tokens(const float* in, int64_t in_stride, int64_t num_rows, int64_t num_columns,
                const int32_t* index, T* out, int64_t out_stride) {
-  for (int64_t i = 0; i < num_rows; i += LANES)
-    for (int64_t j = 0; j < num_columns; j += LANES)
-      transpose(
-          num_columns - j, num_rows - i,
-          [&](int64_t c, int64_t) {
-            return load(in + (index ? index[j + c] : j + c) * in_stride + i);
-          },
-          [&](int64_t r, vec v, int64_t n) { store(out + (i + r) * out_stride + j, v, n); });
+  const auto from = [&](auto row) {
+    for (int64_t i = 0; i < num_rows; i += LANES)
+      for (int64_t j = 0; j < num_columns; j += LANES)
+        transpose(
+            num_columns - j, num_rows - i,
+            [&](int64_t c, int64_t) { return load(in + row(j + c) * in_stride + i); },
+            [&](int64_t r, vec v, int64_t n) { store(out + (i + r) * out_stride + j, v, n); });
+  };
+  if (index)
+    from([&](int64_t j) -> int64_t { return index[j]; });
+  else
+    from([](int64_t j) { return j; });
 }
 
 }  // namespace

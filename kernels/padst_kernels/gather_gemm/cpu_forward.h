@@ -42,11 +42,18 @@ void forward(const Index& index, const T* x, const T* weight, int64_t num_tokens
     auto* out = buffer<Unit>(OUTPUT, index.num_groups * group_words * stride);
     Unit::read_x(index, x + start * index.in_features, count, stride, in);
     for (int64_t r = 0; r < index.num_groups; ++r) {
-      const auto* rows = Unit::x_of_group(index, r, stride, in);
+      const auto* rows = Unit::template x_of_group<NV>(index, r, in);
       auto* group = out + r * group_words * stride;
-      in_register_tiles<Unit::PER>(index.height, [&](int64_t i, auto tile) {
-        forward_rows<Unit, decltype(tile)::value, NV>(index, r, rows, words + i, group + i / Unit::PER * stride);
-      });
+      const auto run = [&](int64_t i, auto tile) {
+        forward_rows<Unit, decltype(tile)::value, NV>(index, r, rows, words + i,
+                                                      group + i / Unit::PER * stride);
+      };
+      // The last tile may reach over the row group, into the next word's column or padding.
+      constexpr int ROWS = tile_rows(NV);
+      int64_t i = 0;
+      for (; i + ROWS <= index.height; i += ROWS) run(i, std::integral_constant<int, ROWS>());
+      for (; i + 4 <= index.height; i += 4) run(i, std::integral_constant<int, 4>());
+      for (; i < index.height; i += Unit::PER) run(i, std::integral_constant<int, Unit::PER>());
     }
     Unit::write_y(index, out, stride, count, y + start * index.out_features);
   });

@@ -18,7 +18,9 @@ inline void dx_rows(const typename Unit::word* dy, const typename Unit::word* we
     for (int v = 0; v < NV; ++v) in[v] = *reinterpret_cast<const vec*>(dy + v * LANES);
     accumulate<Unit>(sum, in, weight + j, depth);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < NROWS; ++i)
+#pragma GCC unroll 3
     for (int v = 0; v < NV; ++v) {
       float* out = dx + column[i] * stride + v * LANES;
       store(out, load(out) + sum[i][v]);
@@ -38,14 +40,14 @@ void input_gradient(const Index& index, const T* dy, const T* weight, int64_t nu
     Unit::read_dy(index, dy + start * index.out_features, count, stride, in);
     std::memset(out, 0, (in_features + 1) * stride * sizeof(float));
     for (int64_t r = 0; r < index.num_groups; ++r) {
-      const auto* rows = Unit::dy_of_group(index, r, stride, in);
+      const auto* rows = Unit::template dy_of_group<NV>(index, r, in);
       for (int64_t n = index.begin(r); n < index.end(r); ++n)
-        in_register_tiles<1>(width, [&](int64_t k, auto tile) {
+        in_tiles<tile_rows(NV)>(width, [&](int64_t k, auto tile) {
           dx_rows<Unit, decltype(tile)::value, NV>(rows, words + (index.tile(n) * width + k) * depth,
                                   index.columns + n * width + k, depth, out);
         });
     }
-    to_tokens(out, stride, count, in_features, nullptr, dx + start * in_features, in_features);
+    Unit::write_dx(index, out, stride, count, dx + start * in_features);
   });
 }
 

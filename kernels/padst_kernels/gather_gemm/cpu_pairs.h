@@ -24,10 +24,12 @@ struct Pair {
 #pragma omp parallel for if (index.threads_pay(1))
     for (int64_t g = 0; g < index.num_tiles; ++g)
       for (int64_t k = 0; k < width; k += 2) {
-        const bfloat16* row = weight + (g * width + k) * height;
-        word* out = words + (g * depth + k / 2) * height;
-        for (int64_t v = 0; v < height; ++v)
-          out[v] = row[v].bits | (k + 1 < width ? row[height + v].bits << 16 : 0);
+        const bfloat16* rows = weight + (g * width + k) * height;
+        float* out = reinterpret_cast<float*>(words) + (g * depth + k / 2) * height;
+        for (int64_t v = 0; v < height; v += LANES) {
+          const int64_t n = std::min<int64_t>(LANES, height - v);
+          store(out + v, load_tokens(rows + v, height, 0, width - k, n), n);
+        }
       }
     return words;
   }
@@ -45,8 +47,9 @@ struct Pair {
                      word* slab) {
     read(x, index.in_features, count, stride, slab, x_words(index));
   }
-  static const word* x_of_group(const Index& index, int64_t group, int64_t stride,
-                                const word* slab) {
+  template <int NV>
+  static const word* x_of_group(const Index& index, int64_t group, const word* slab) {
+    constexpr int64_t stride = NV * LANES;
     const int64_t width = index.width, depth = (width + 1) / 2;
     const int64_t begin = index.begin(group), end = index.end(group);
     word* out = buffer<Pair>(EXTRA, (end - begin) * depth * stride);
@@ -54,8 +57,7 @@ struct Pair {
       const int32_t* column = index.columns + n * width;
       for (int64_t k = 0; k < width; k += 2, out += stride) {
         const int32_t second = k + 1 < width ? column[k + 1] : index.in_features;
-        for (int64_t i = 0; i < stride; i += LANES)
-          store_words(out + i, select(slab + i, stride, column[k], second));
+        select<NV>(slab, stride, column[k], second, out);
       }
     }
     return buffer<Pair>(EXTRA, 0);
@@ -68,23 +70,25 @@ struct Pair {
                       word* slab) {
     read(dy, index.out_features, count, stride, slab, dy_words(index));
   }
-  static const word* dy_of_group(const Index& index, int64_t group, int64_t stride,
-                                 const word* slab) {
+  template <int NV>
+  static const word* dy_of_group(const Index& index, int64_t group, const word* slab) {
+    constexpr int64_t stride = NV * LANES;
     const int64_t height = index.height, first = group * height;
     if (!index.positions() && height % 2 == 0) return slab + first / 2 * stride;
     word* out = buffer<Pair>(EXTRA, (height + 1) / 2 * stride);
     for (int64_t v = 0; v < height; v += 2) {
       const int32_t a = index.feature(first + v);
       const int32_t b = v + 1 < height ? index.feature(first + v + 1) : index.out_features;
-      for (int64_t i = 0; i < stride; i += LANES)
-        store_words(out + v / 2 * stride + i, select(slab + i, stride, a, b));
+      select<NV>(slab, stride, a, b, out + v / 2 * stride);
     }
     return out;
   }
 
   template <int NROWS, int NV>
   static void put(const vec (&sum)[NROWS][NV], word* out) {
+#pragma GCC unroll 8
     for (int i = 0; i < NROWS; i += 2)
+#pragma GCC unroll 3
       for (int v = 0; v < NV; ++v)
         store_words(out + (i / 2 * NV + v) * LANES, rounded(sum[i][v], sum[i + 1][v]));
   }
@@ -97,18 +101,24 @@ struct Pair {
       const int64_t position = index.positions() ? index.positions()[feature] : feature;
       return index.height % 2 ? position + position / index.height : position;
     };
-    for (int64_t i = 0; i < count; i += LANES)
-      for (int64_t j = 0; j < size; j += 2 * LANES)
-        transpose(
-            (size - j + 1) / 2, count - i,
-            [&](int64_t c, int64_t) {
-              const int64_t o = j + 2 * c;
-              if (in_order) return load_words(slab + o / 2 * stride + i);
-              return select(slab + i, stride, row(o), row(std::min(o + 1, size - 1)));
-            },
-            [&](int64_t r, vec v, int64_t) {
-              store_some(y + (i + r) * size + j, v, std::min<int64_t>(2 * LANES, size - j));
-            });
+    if (in_order)
+      write(size, count, y, [&](int64_t o, int64_t i) {
+        return load_words(slab + o / 2 * stride + i);
+      });
+    else
+      write(size, count, y, [&](int64_t o, int64_t i) {
+        word words[LANES];
+        select<1>(slab + i, stride, row(o), row(std::min(o + 1, size - 1)), words);
+        return load_words(words);
+      });
+  }
+  static void write_dx(const Index& index, const float* slab, int64_t stride, int64_t count,
+                       bfloat16* dx) {
+    // An odd feature at the end takes the row of padding along.
+    write(index.in_features, count, dx, [&](int64_t feature, int64_t i) {
+      const float* first = slab + feature * stride + i;
+      return rounded(load(first), load(first + stride));
+    });
   }
 
   static vec load_tokens(const bfloat16* x, int64_t stride, int64_t i, int64_t num_tokens,
@@ -153,14 +163,27 @@ struct Pair {
     const int64_t used = (size + 1) / 2;
     std::memset(slab + used * stride, 0, (words - used) * stride * sizeof(word));
   }
-  // Words of features `first` and `second` of LANES tokens.
-  static vec select(const word* slab, int64_t stride, int32_t first, int32_t second) {
+  // The way back: read(o, i) gives features o and o + 1 of LANES tokens from i on.
+  template <typename Read>
+  static void write(int64_t size, int64_t count, bfloat16* out, Read read) {
+    for (int64_t i = 0; i < count; i += LANES)
+      for (int64_t j = 0; j < size; j += 2 * LANES)
+        transpose(
+            (size - j + 1) / 2, count - i, [&](int64_t c, int64_t) { return read(j + 2 * c, i); },
+            [&](int64_t r, vec v, int64_t) {
+              store_some(out + (i + r) * size + j, v, std::min<int64_t>(2 * LANES, size - j));
+            });
+  }
+  // Words of features `first` and `second` of NV vectors of tokens.
+  template <int NV>
+  static void select(const word* slab, int64_t stride, int32_t first, int32_t second, word* out) {
     uvec lane;
     for (uint32_t j = 0; j < LANES; ++j) lane[j] = 2 * j | (2 * LANES + 2 * j) << 16;
-    const vec a = load_words(slab + (first >> 1) * stride);
-    const vec b = load_words(slab + (second >> 1) * stride);
-    const uint32_t odd = (first & 1) | (second & 1) << 16;
-    return (vec)__builtin_shuffle((halves)a, (halves)b, (halves)(lane + odd));
+    const halves mask = (halves)(lane + ((first & 1) | (second & 1) << 16));
+    const word *a = slab + (first >> 1) * stride, *b = slab + (second >> 1) * stride;
+    for (int v = 0; v < NV; ++v, a += LANES, b += LANES)
+      store_words(out + v * LANES,
+                  (vec)__builtin_shuffle((halves)load_words(a), (halves)load_words(b), mask));
   }
   static vec rounded(vec first, vec second) {
     halves lane;

@@ -13,8 +13,12 @@
 
 namespace {
 
-constexpr int ROWS = LANES == 8 ? 4 : 8;  // rows of a register tile
-constexpr int64_t VECTORS = 3;            // vectors of tokens in a slab, and in a register tile
+constexpr int64_t VECTORS = 3;  // vectors of tokens in a slab, and in a register tile
+
+// Rows of a register tile with so many vectors.
+constexpr int tile_rows(int vectors) {
+  return (LANES == 8 ? 4 : 8) * (vectors == 1 ? 2 : 1);
+}
 
 enum Scratch { INPUT, OUTPUT, EXTRA, WEIGHT };
 
@@ -56,7 +60,10 @@ struct Single {
     to_features(x, size, count, size, stride, nullptr, slab, stride);
     std::memset(slab + size * stride, 0, stride * sizeof(word));
   }
-  static const word* x_of_group(const Index&, int64_t, int64_t, const word* slab) { return slab; }
+  template <int NV>
+  static const word* x_of_group(const Index&, int64_t, const word* slab) {
+    return slab;
+  }
 
   // The same for dy.
   static int64_t dy_words(const Index& index) { return index.num_rows(); }
@@ -67,20 +74,28 @@ struct Single {
       std::memset(slab, 0, index.num_rows() * stride * sizeof(word));
     to_features(dy, size, count, size, stride, index.positions(), slab, stride);
   }
-  static const word* dy_of_group(const Index& index, int64_t group, int64_t stride,
-                                 const word* slab) {
-    return slab + group * index.height * stride;
+  template <int NV>
+  static const word* dy_of_group(const Index& index, int64_t group, const word* slab) {
+    return slab + group * index.height * NV * LANES;
   }
 
-  // Finished rows of y go to a slab, and from there to y.
+  // Finished rows of y go to a slab, and from there to y; dx adds up in a slab of float32.
   template <int NROWS, int NV>
   static void put(const vec (&sum)[NROWS][NV], word* out) {
+#pragma GCC unroll 16
     for (int i = 0; i < NROWS; ++i)
+#pragma GCC unroll 3
       for (int v = 0; v < NV; ++v) store(out + (i * NV + v) * LANES, sum[i][v]);
   }
   template <typename T>
   static void write_y(const Index& index, const word* slab, int64_t stride, int64_t count, T* y) {
     to_tokens(slab, stride, count, index.out_features, index.positions(), y, index.out_features);
+  }
+
+  template <typename T>
+  static void write_dx(const Index& index, const float* slab, int64_t stride, int64_t count,
+                       T* dx) {
+    to_tokens(slab, stride, count, index.in_features, nullptr, dx, index.in_features);
   }
 
   // Word `i` of tokens, of n features from `x` on; tokens from `num_tokens` on are zero.
@@ -94,7 +109,7 @@ struct Single {
 template <class Unit, int NROWS, int NV>
 [[gnu::always_inline]] inline void accumulate(vec (&sum)[NROWS][NV], const vec (&in)[NV],
                                               const typename Unit::word* weight, int64_t stride) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < NROWS; ++i) {
     const vec coefficient = Unit::broadcast(weight[i * stride]);
 #pragma GCC unroll 3
@@ -102,14 +117,18 @@ template <class Unit, int NROWS, int NV>
   }
 }
 
-// Calls run(first, rows) for register tiles of `num_rows` rows. The last one may reach PER - 1 rows
-// too far.
-template <int PER, typename Run>
-[[gnu::always_inline]] inline void in_register_tiles(int64_t num_rows, Run run) {
+// Calls run(first, size) for tiles that cover `size` things: of MOST each, where that leaves a
+// rest some of MOST - 1, since few sums at a time wait for each other.
+template <int MOST, typename Run>
+[[gnu::always_inline]] inline void in_tiles(int64_t size, Run run) {
+  int64_t shorter = (MOST - size % MOST) % MOST;
+  if (shorter * (MOST - 1) > size) shorter = 0;
+  const int64_t whole = size - shorter * (MOST - 1);
   int64_t i = 0;
-  for (; i + ROWS <= num_rows; i += ROWS) run(i, std::integral_constant<int, ROWS>());
-  for (; i + 4 <= num_rows; i += 4) run(i, std::integral_constant<int, 4>());
-  for (; i < num_rows; i += PER) run(i, std::integral_constant<int, PER>());
+  for (; i + MOST <= whole; i += MOST) run(i, std::integral_constant<int, MOST>());
+  for (; i + 4 <= whole; i += 4) run(i, std::integral_constant<int, 4>());
+  for (; i < whole; ++i) run(i, std::integral_constant<int, 1>());
+  for (; i < size; i += MOST - 1) run(i, std::integral_constant<int, MOST - 1>());
 }
 
 // Calls run(start, count, vectors) for slabs of tokens, on several threads.
