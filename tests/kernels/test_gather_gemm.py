@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from padst_kernels import compiled as compiled_module
