@@ -140,9 +140,9 @@ def _products(
         raise ValueError(f"{name} has other norms than LayerNorm")
     around = {
         "qkv": Around(norm=first, feature_major=False),
-        "proj": Around(scale=scales[0]),
+        "proj": Around(scale=scales[0], reads_feature_major=False, residual=True),
         "fc1": Around(norm=second, gelu=gelu),
-        "fc2": Around(scale=scales[1]),
+        "fc2": Around(scale=scales[1], residual=True),
     }
     return {
         role: build(f"{name}.{path}", _layer(f"{name}.{path}", layer), around[role])

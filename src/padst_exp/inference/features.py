@@ -28,12 +28,16 @@ class Around:
         scale: `[O]`, multiplies its output (LayerScale).
         gelu: behind it: "none", "tanh" or, for the erf form, "exact".
         feature_major: layout of its output.
+        reads_feature_major: layout of its input.
+        residual: whether a residual is added to its output.
     """
 
     norm: nn.LayerNorm | None = None
     scale: Tensor | None = None
     gelu: Literal["none", "tanh", "exact"] = "none"
     feature_major: bool = True
+    reads_feature_major: bool = True
+    residual: bool = False
 
 
 class FeatureLinear(nn.Module, abc.ABC):

@@ -121,9 +121,9 @@ class TiledLinear(PackedLinear):
         """The tiles of the weight W[o, i] * columns[i] * rows[o]; None scales nothing."""
         weight = self.weight
         if columns is not None:
-            weight = weight * nn.functional.pad(columns, (0, 1))[self.columns.long(), None]
+            weight = weight * nn.functional.pad(columns, (0, 1))[self.columns.long()][:, :, None]
         if rows is not None:
-            weight = weight * nn.functional.pad(rows, (0, 1))[self._tile_rows(), None, :]
+            weight = weight * nn.functional.pad(rows, (0, 1))[self._tile_rows()][:, None, :]
         return weight
 
     def dense_weight(self) -> Tensor:

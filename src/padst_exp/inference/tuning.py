@@ -1,0 +1,207 @@
+"""The fastest form of every layer of a loaded model, and of the model, by measurement."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.dispatch import device_name, fastest
+from padst_exp.dispatch.backends import TOLERANCE
+from padst_exp.inference.blocks import TOKENS
+from padst_exp.inference.convert import feature_stack, stack_name
+from padst_exp.inference.features import Around, DenseFeatureLinear, FeatureLinear
+from padst_exp.inference.linear import PackedLinear, TiledLinear
+from padst_exp.inference.measuring import (
+    LayerChoice,
+    difference,
+    fastest_feature_layer,
+    fastest_layers,
+    inputs_of,
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `tune` measured and chose.
+
+    Args:
+        device: the model of the GPU or CPU.
+        layout: "token-major", "feature-major" (blocks), or "dense" (all layers), the fastest.
+        seconds: of one forward pass of the whole model in each of them.
+        compiled: whether it was compiled for that.
+        layers: of the token-major model; those that the example does not reach are left out.
+        feature_layers: of the feature-major blocks.
+        note: why there are no feature-major blocks; empty where there are.
+    """
+
+    device: str
+    layout: str
+    seconds: dict[str, float]
+    compiled: bool
+    layers: list[LayerChoice]
+    feature_layers: list[LayerChoice]
+    note: str
+
+    @property
+    def speedup(self) -> float:
+        """Time of the dense model over the time of this one."""
+        return self.seconds["dense"] / self.seconds[self.layout]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data."""
+        return {**asdict(self), "speedup": self.speedup}
+
+    def __str__(self) -> str:
+        rows = {"token-major": self.layers, "feature-major": self.feature_layers}
+        lines = [
+            f"{row.name}: {row.choice}, {row.speedup:.2f}x dense ({row.tokens} tokens, {row.dtype})"
+            for row in rows.get(self.layout, [])
+        ]
+        times = ", ".join(f"{name} {1e3 * time:.3g} ms" for name, time in self.seconds.items())
+        lines.append(f"whole model: {self.layout}, {self.speedup:.2f}x dense ({times})")
+        if self.note:
+            lines.append(f"no feature-major blocks: {self.note}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def tune(model: nn.Module, example: Tensor, *, compiled: bool = False) -> Report:
+    """Give a loaded model the form that is fastest for inputs like `example`.
+
+    Every layer is measured at the shapes it meets in a forward pass of `example`, and one that is
+    slower than dense becomes dense. Then the whole model is measured against its form with
+    feature-major blocks and against the dense model. Decisions are kept on disk, see
+    `dispatch.fastest`. To tune for another shape, load the model again.
+
+    Args:
+        model: from `load`, on its device and in its dtype; changed in place.
+        example: an input of the shape to come.
+        compiled: measure whole models as `torch.compile` makes them. It is up to the caller to
+            compile what comes out.
+
+    Raises:
+        ValueError: called in the middle of a compilation or a capture.
+    """
+    device = example.device
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or capturing:
+        raise ValueError("tune measures; call it before compiling or capturing the model")
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    inputs = inputs_of(model, example, packed)
+    layers = {name: layer for name, layer in packed.items() if name in inputs}
+    twins = {name: layer.dense() for name, layer in layers.items()}
+    dense = with_modules(model, twins)
+    stack, feature_choices, note = _feature_stack(model, example)
+
+    choices = fastest_layers(layers, twins, inputs)
+    for name, choice in choices.items():
+        layer = layers[name]
+        if choice.choice == "dense":
+            model.set_submodule(name, twins[name])
+        elif isinstance(layer, TiledLinear):
+            layer.backend = "triton" if choice.choice == "triton" else "torch"
+
+    forms = {"token-major": model, "dense": dense}
+    if stack is not None:
+        form = with_modules(model, {stack_name(model): stack})
+        ours, theirs = form(example), model(example)
+        error = difference(ours, theirs)
+        if error <= TOLERANCE[theirs.dtype]:
+            forms["feature-major"] = form
+        else:
+            note = f"their results differ by {error:.2g}"
+    decision = fastest(
+        {
+            "models": hashlib.sha256(repr(forms).encode()).hexdigest(),
+            "input": [*example.shape],
+            "autocast": torch.is_autocast_enabled(device.type),
+            "compiled": compiled,
+        },
+        lambda: {name: _call(form, example, compiled) for name, form in forms.items()},
+        device=device,
+    )
+    if decision.choice == "dense":
+        for name, twin in twins.items():
+            model.set_submodule(name, twin)
+    elif stack is not None and decision.choice == "feature-major":
+        model.set_submodule(stack_name(model), stack)
+    return Report(
+        device=device_name(device),
+        layout=decision.choice,
+        seconds=decision.seconds,
+        compiled=compiled,
+        layers=list(choices.values()),
+        feature_layers=feature_choices,
+        note=note,
+    )
+
+
+def with_modules(model: nn.Module, changes: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of `model` that shares everything with it but the modules named in `changes`."""
+    changed = _shallow(model)
+    for name, module in changes.items():
+        parent = changed
+        *path, last = name.split(".")
+        for part in path:
+            child = _shallow(parent.get_submodule(part))
+            parent._modules[part] = child
+            parent = child
+        parent._modules[last] = module
+    return changed
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    shallow = copy.copy(module)
+    shallow._modules = dict(module._modules)
+    return shallow
+
+
+def _call(form: nn.Module, example: Tensor, compiled: bool) -> Callable[[], object]:
+    run = torch.compile(form, dynamic=False) if compiled else form
+
+    def once() -> object:
+        with torch.no_grad():
+            return run(example)
+
+    return once
+
+
+def _feature_stack(
+    model: nn.Module, example: Tensor
+) -> tuple[nn.Module | None, list[LayerChoice], str]:
+    """Feature-major blocks of the fastest products, what these are, and why if there are none."""
+    choices: list[LayerChoice] = []
+    try:
+        tokens = -(-_stack_tokens(model, example) // TOKENS) * TOKENS
+
+        def build(name: str, layer: PackedLinear | nn.Linear, around: Around) -> FeatureLinear:
+            if not isinstance(layer, TiledLinear):
+                return DenseFeatureLinear(layer, around)
+            form, choice = fastest_feature_layer(name, layer, around, tokens)
+            choices.append(choice)
+            return form
+
+        return feature_stack(model, build), choices, ""
+    except ValueError as error:
+        return None, [], str(error)
+
+
+def _stack_tokens(model: nn.Module, example: Tensor) -> int:
+    """Tokens of all sequences that enter the blocks."""
+    first = next(iter(model.get_submodule(stack_name(model)).children()))
+    tokens: list[int] = []
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tokens.append(inputs[0].numel() // inputs[0].shape[-1])
+
+    handle = first.register_forward_pre_hook(hook)
+    try:
+        model(example)
+    finally:
+        handle.remove()
+    return tokens[0]
