@@ -53,18 +53,14 @@ def structure(name: str) -> Structure:
 def describe(structure: Structure) -> str:
     """A structure as tables name it, with all that accuracy and speed depend on."""
     match structure:
-        case NM():
-            return (
-                f"{structure.n}:M group={structure.group}"
-                if structure.n > 1
-                else (f"nm group={structure.group}")
-            )
+        case NM(n=1):
+            return f"nm group={structure.group}"
         case Block():
             return f"block size={structure.size}"
         case Diagonal(bundle="stride"):
-            return f"diag bundle=stride stride={structure.stride}"
+            return f"diag stride={structure.stride}"
         case Diagonal(bundle="band"):
-            return f"diag bundle=band width={structure.width}"
+            return f"diag band={structure.width}"
         case Diagonal():
             return "diag bundle=1"
     return type(structure).__name__.lower()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -33,6 +34,8 @@ def packed_weight(weight: Tensor, num_tokens: int) -> Tensor:
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x `[T, I]` times `weight` `[O, I]` by oneDNN. Differentiable unless the weight is packed."""
+    if torch.compiler.is_compiling():
+        return _operator(x, weight)
     if torch.is_grad_enabled() and weight.requires_grad:
         return _Linear.apply(x, weight)
     return _product(x, weight)
@@ -40,6 +43,11 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _gradients(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dx = _product(dy, weight.t().contiguous())
+    return dx, _product(dy.t().contiguous(), x.t().contiguous())
 
 
 class _Linear(torch.autograd.Function):
@@ -51,9 +59,42 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        return _product(dy, weight.t().contiguous()), _product(
-            dy.t().contiguous(), x.t().contiguous()
-        )
+        return _gradients(x, weight, dy)
+
+
+# Inductor would take over oneDNN's own operator, and knows it for constant weights only. A packed
+# weight is opaque: its shape comes with it.
+
+
+@torch.library.custom_op("padst_bench::linear", mutates_args=())
+def _operator(x: Tensor, weight: Tensor) -> Tensor:
+    return _product(x, weight)
+
+
+@_operator.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+@torch.library.custom_op("padst_bench::linear_gradients", mutates_args=())
+def _gradients_operator(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return _gradients(x, weight, dy.contiguous())
+
+
+@_gradients_operator.register_fake
+def _(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return _gradients_operator(*ctx.saved_tensors, dy)
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 class OneDNNLinear(nn.Module):
@@ -68,7 +109,7 @@ class OneDNNLinear(nn.Module):
         super().__init__()
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-        self.transposed = not isinstance(linear, nn.Linear)
+        self.transposed = isinstance(linear, Conv1D)
         self.weight, self.bias = weight, bias
         self.packed: Tensor | None = None
         if num_tokens is not None:
@@ -77,14 +118,20 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., I]` to `[..., O]`."""
-        flat = x.reshape(-1, x.shape[-1])
-        if self.packed is not None:
-            y = _product(flat, self.packed)
-        else:
-            weight = self.weight.t().contiguous() if self.transposed else self.weight
-            y = onednn_linear(flat, weight)
+        cast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        weight = self.packed
+        if weight is None:
+            weight = (self.weight.t().contiguous() if self.transposed else self.weight).to(dtype)
+        y = onednn_linear(flat, weight)
         y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, or transformers' `Conv1D`."""
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def use_onednn(model: nn.Module, layers: list[str], num_tokens: int | None) -> None:

@@ -31,7 +31,6 @@ class Session:
         rounds: timings of each side; None leaves it to the suite.
         say: takes a line for a person.
         refused: why a kernel may not be timed, by backend, structure, and whether backward.
-        tables: folder of the accuracies.
     """
 
     clock: Clock
@@ -52,6 +51,10 @@ class Session:
     def within(self, budget: Budget) -> Session:
         """The same with another budget."""
         return replace(self, budget=budget)
+
+    def portable(self) -> Session:
+        """The same for another process, which says nothing and has all the time it needs."""
+        return replace(self, say=_nothing, budget=Budget(None))
 
     def alternate(
         self,
@@ -74,3 +77,7 @@ class Session:
             passes=passes,
         )
         return samples, failed
+
+
+def _nothing(line: str) -> None:
+    pass

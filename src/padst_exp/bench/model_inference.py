@@ -1,0 +1,149 @@
+"""Suite `model_inference`: forward passes of whole models, sparse beside dense."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.bench import configurations, models
+from padst_exp.bench.configurations import Model, describe
+from padst_exp.bench.models import Variant
+from padst_exp.bench.report import Line, Row, timing_rows
+from padst_exp.bench.session import Session
+from padst_exp.bench.timing import Call, captured
+from padst_exp.config import BenchSchema
+from padst_exp.errors import UserError
+from padst_exp.structures import Structure
+
+SUITE = "model_inference"
+ROUNDS = 5
+MODELS = ["vit", "vit_large", "gpt2", "gpt2_medium"]
+BATCHES = {"cpu": {False: [1, 16], True: [1]}, "cuda": {False: [1, 256], True: [1, 16]}}
+# Dense products throttle a GPU's clocks, which takes them a while.
+BLOCK = {"cpu": 3e-3, "cuda": 1.0}
+GRAPH = ", CUDA graph"
+Forward = Callable[[nn.Module, Tensor], Tensor]
+
+
+def run(settings: BenchSchema, session: Session) -> list[Row]:
+    """Time every model at every batch size; all structures and scopes of one in turn.
+
+    Raises:
+        UserError: an unknown model or structure.
+    """
+    chosen = configurations.models(settings.models or MODELS)
+    names = settings.structures or configurations.MODEL_STRUCTURES
+    structures = [configurations.structure(name) for name in names]
+    cases = [
+        (model, batch)
+        for model in chosen
+        for batch in settings.batches or BATCHES[session.device.type][model.is_language]
+    ]
+    rows: list[Row] = []
+    for done, (model, batch) in enumerate(cases):
+        if session.budget.left < 0:
+            session.say(f"{SUITE}: budget spent, {len(cases) - done} of {len(cases)} cases left")
+            break
+        rows += case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
+        session.say(f"{SUITE}: {model.name} at batch {batch}")
+    return rows
+
+
+def case(
+    session: Session,
+    model: Model,
+    batch: int,
+    structures: Sequence[Structure],
+    density: float,
+    scopes: Sequence[str],
+) -> list[Row]:
+    """All rows of one model at one batch size."""
+    torch.compiler.reset()
+    variants = models.dense_variants(session, model, training=False)
+    for structure, scope in itertools.product(structures, scopes):
+        try:
+            variants += models.sparse_variants(
+                session, model, structure, density, scope, batch=batch, training=False
+            )
+        except UserError as error:
+            session.say(f"{describe(structure)} in {model.name}: skipped, {error}")
+    example, _ = model.example(batch, torch.Generator().manual_seed(0))
+    inputs = models.to_device(session, example, training=False)
+    with torch.inference_mode():
+        return [
+            row
+            for what, forward in _passes(model).items()
+            for row in _rows(session, model, batch, what, forward, variants, inputs)
+        ]
+
+
+def _rows(
+    session: Session,
+    model: Model,
+    batch: int,
+    what: str,
+    forward: Forward,
+    variants: Sequence[Variant],
+    inputs: Tensor,
+) -> list[Row]:
+    """All variants in turn."""
+    calls: dict[str, Call] = {}
+    lines: dict[str, Line] = {}
+    for variant in variants:
+        forms = {"": _call(variant, forward, inputs)}
+        if session.device.type == "cuda":
+            graph = captured(forms[""], session.device)
+            if isinstance(graph, str):
+                session.say(f"{variant.name}: no CUDA graph, {graph}")
+            else:
+                forms[GRAPH] = graph
+        for suffix, call in forms.items():
+            calls[variant.name + suffix] = call
+            lines[variant.name + suffix] = line(model, batch, what, variant, suffix)
+    samples, failed = session.alternate(calls, rounds=ROUNDS, block=BLOCK[session.device.type])
+    return timing_rows(session, SUITE, lines, samples, failed)
+
+
+def line(model: Model, batch: int, what: str, variant: Variant, suffix: str = "") -> Line:
+    """What a row of a model is about."""
+    size = model.inputs["context_length" if model.is_language else "image_size"]
+    data = f"context {size}" if model.is_language else f"{size} pixels"
+    return Line(
+        case=f"{model.name}, {data}",
+        tokens=batch,
+        what=what,
+        structure=variant.structure,
+        form=variant.form + suffix,
+        scope=variant.scope,
+        permutation=variant.permutation,
+        density_asked=variant.density_asked,
+        density=variant.density,
+        side=variant.side,
+        dispatcher=variant.backends,
+    )
+
+
+def _passes(model: Model) -> dict[str, Forward]:
+    """What is computed, by its name in tables."""
+    if not model.is_language:
+        return {"inference": lambda module, inputs: module(inputs)}
+    return {
+        "inference, logits of all positions": lambda module, inputs: module(inputs),
+        "inference, logits of the last position": _last_logits,
+    }
+
+
+def _last_logits(module: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits `[B, V]` of the token that follows a prompt."""
+    transformer, head = module.get_submodule("transformer"), module.get_submodule("lm_head")
+    hidden = transformer(tokens, use_cache=False).last_hidden_state
+    return cast(Tensor, head(hidden[:, -1]))
+
+
+def _call(variant: Variant, forward: Forward, inputs: Tensor) -> Call:
+    module = variant.module.eval()
+    return lambda: forward(module, inputs)

@@ -1,0 +1,127 @@
+"""Suite `model_train`: one training step of whole models, in the soft phase and after hardening.
+
+A step is forward, backward and fused AdamW on data that is on the device already; in the soft
+phase also the penalty of the soft permutations, their own optimizer and their projection.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.bench import configurations, models
+from padst_exp.bench.configurations import Model, describe
+from padst_exp.bench.model_inference import line
+from padst_exp.bench.models import Variant
+from padst_exp.bench.report import Row, timing_rows
+from padst_exp.bench.session import Session
+from padst_exp.bench.timing import Call
+from padst_exp.config import BenchSchema
+from padst_exp.errors import UserError
+from padst_exp.layers import permutations
+from padst_exp.structures import Structure
+
+SUITE = "model_train"
+ROUNDS = 5
+MODELS = ["vit", "gpt2"]
+BATCHES = {"cpu": {False: [16], True: [1]}, "cuda": {False: [256], True: [16]}}
+BLOCK = {"cpu": 3e-3, "cuda": 1.0}
+# Of training; the penalty of soft permutations has its full weight by then.
+PROGRESS = 0.3
+
+
+def run(settings: BenchSchema, session: Session) -> list[Row]:
+    """Time a step of every model; all structures, scopes and phases of one in turn.
+
+    Raises:
+        UserError: an unknown model or structure.
+    """
+    chosen = configurations.models(settings.models or MODELS)
+    names = settings.structures or configurations.MODEL_STRUCTURES
+    structures = [configurations.structure(name) for name in names]
+    cases = [
+        (model, batch)
+        for model in chosen
+        for batch in settings.batches or BATCHES[session.device.type][model.is_language]
+    ]
+    rows: list[Row] = []
+    for done, (model, batch) in enumerate(cases):
+        if session.budget.left < 0:
+            session.say(f"{SUITE}: budget spent, {len(cases) - done} of {len(cases)} cases left")
+            break
+        rows += case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
+        session.say(f"{SUITE}: {model.name} at batch {batch}")
+    return rows
+
+
+def case(
+    session: Session,
+    model: Model,
+    batch: int,
+    structures: Sequence[Structure],
+    density: float,
+    scopes: Sequence[str],
+) -> list[Row]:
+    """All rows of one model at one batch size. The soft phase is that of the first structure."""
+    torch.compiler.reset()
+    variants = models.dense_variants(session, model, training=True)
+    kinds = list(itertools.product(structures, scopes, (False,)))
+    kinds += [(structures[0], scope, True) for scope in scopes]
+    for structure, scope, soft in kinds:
+        try:
+            variants += models.sparse_variants(
+                session, model, structure, density, scope, batch=batch, training=True, soft=soft
+            )
+        except UserError as error:
+            session.say(f"{describe(structure)} in {model.name}: skipped, {error}")
+    calls = {variant.name: step(session, model, variant, batch) for variant in variants}
+    lines = {v.name: line(model, batch, "training step", v) for v in variants}
+    samples, failed = session.alternate(calls, rounds=ROUNDS, block=BLOCK[session.device.type])
+    return timing_rows(session, SUITE, lines, samples, failed)
+
+
+def step(
+    session: Session,
+    model: Model,
+    variant: Variant,
+    batch: int,
+    optimizers: list[torch.optim.Optimizer] | None = None,
+) -> Call:
+    """One optimizer step on random data; `optimizers` receives those that take part."""
+    module, learner = variant.module.train(), variant.learner
+    soft = [permutation for permutation in permutations(module).values() if permutation.soft]
+    logits = [p.logits for p in soft if p.logits is not None]
+    own = {id(parameter) for parameter in logits}
+    weights = [parameter for parameter in module.parameters() if id(parameter) not in own]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+    soft_optimizer = learner.optimizer(logits) if learner is not None and logits else None
+    if optimizers is not None:
+        optimizers += [optimizer, *([] if soft_optimizer is None else [soft_optimizer])]
+    inputs, targets = (
+        models.to_device(session, tensor, training=True)
+        for tensor in model.example(batch, torch.Generator().manual_seed(0))
+    )
+
+    def call() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        if soft_optimizer is not None:
+            soft_optimizer.zero_grad(set_to_none=True)
+        with models.forward_context(session, training=True):
+            loss = _loss(module, inputs, targets)
+        loss.backward()
+        if soft_optimizer is not None and learner is not None:
+            learner.regularize(soft, PROGRESS)
+        optimizer.step()
+        if soft_optimizer is not None and learner is not None:
+            soft_optimizer.step()
+            learner.project(soft)
+
+    return call
+
+
+def _loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    logits = module(inputs)
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
