@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from padst_kernels.diagonals import diagonal_linear
 from padst_kernels.diagonals.kernels import launch_diagonals, launch_diagonals_gradient
 from padst_kernels.gather_gemm.layout import empty_features
 
@@ -61,3 +62,91 @@ def test_diagonals_forward_and_backward(
     dvalues = launch_diagonals_gradient(x, dy, offsets, by_row=by_row, **fold)
     expected = (dy.double() @ x.double().T).cpu()[cell_rows, cell_columns]
     assert_close(dvalues, expected)
+
+
+def make_layer(shape: tuple[int, int], permuted: bool) -> tuple[Tensor, ...]:
+    """Values, offsets, columns, rows and what they mean: rows and columns of the cells."""
+    out_features, in_features = shape
+    offsets = torch.randperm(max(shape))[:4]
+    values = torch.randn(4, min(shape), device=DEVICE, requires_grad=True)
+    columns, rows = torch.randperm(in_features), torch.randperm(out_features)
+    if not permuted:
+        columns, rows = columns.sort().values, rows.sort().values
+    short = torch.arange(min(shape)).expand(4, -1)
+    along = (short + offsets[:, None]) % max(shape)
+    cells = (short, along) if out_features < in_features else (along, short)
+    indices = (index.to(DEVICE, torch.int32) for index in (offsets, columns, rows))
+    return values, *indices, rows[cells[0]], columns[cells[1]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_diagonal_linear_equals_the_dense_product(
+    backend: str, shape: tuple[int, int], permuted: bool, dtype: torch.dtype
+) -> None:
+    values, offsets, columns, rows, *cells = make_layer(shape, permuted)
+    values = values.detach().to(dtype).requires_grad_()
+    fold = {"columns": columns, "rows": rows} if permuted else {}
+    for tokens in ((), (5,), (3, 23)):
+        x = torch.randn(*tokens, shape[1], device=DEVICE, dtype=dtype, requires_grad=True)
+        y = diagonal_linear(x, values, offsets, shape[0], backend=backend, **fold)
+        dy = torch.randn_like(y)
+        ours = y, *torch.autograd.grad(y, (x, values), dy)
+        exact_x, exact_values = (t.detach().double().cpu().requires_grad_() for t in (x, values))
+        dense = torch.zeros(shape, dtype=torch.float64).index_put(tuple(cells), exact_values)
+        exact = exact_x @ dense.T
+        theirs = exact, *torch.autograd.grad(exact, (exact_x, exact_values), dy.double().cpu())
+        for actual, expected in zip(ours, theirs, strict=True):
+            assert actual.dtype == dtype and actual.shape == expected.shape
+            torch.testing.assert_close(actual.double().cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_diagonal_operators_pass_opcheck(backend: str, permuted: bool) -> None:
+    values, offsets, columns, rows, *_ = make_layer((24, 40), permuted)
+    fold = (columns, rows) if permuted else (None, None)
+    x, dy = torch.randn(5, 40, device=DEVICE, requires_grad=True), torch.randn(5, 24, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.padst.diagonal_linear.default,
+        (x, values, offsets, *fold, 24, True, backend),
+    )
+    torch.library.opcheck(
+        torch.ops.padst.diagonal_linear_values_gradient.default,
+        (x.detach(), dy, offsets, *fold, True, backend),
+    )
+
+
+def test_diagonal_linear_compiles_whole_and_survives_new_topologies() -> None:
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=count)
+    def run(x: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+        return diagonal_linear(x, values, offsets, 40, backend="triton").relu()
+
+    x = torch.randn(5, 24, device=DEVICE, requires_grad=True)
+    kept = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        values, offsets, *_ = make_layer((40, 24), False)
+        kept.copy_(offsets)
+        results = []
+        for y in (run(x, values, kept), diagonal_linear(x, values, offsets, 40).relu()):
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, values))))
+        torch.testing.assert_close(*results)
+    assert count.frame_count == 1
+
+
+def test_diagonal_linear_names_what_disagrees() -> None:
+    values, offsets, columns, *_ = make_layer((40, 24), False)
+    x = torch.randn(5, 24, device=DEVICE)
+    with pytest.raises(ValueError, match=r"values is \(4, 24\), expected \(4, 23\)"):
+        diagonal_linear(x[:, :23], values, offsets, 40)
+    with pytest.raises(ValueError, match=r"rows is \(24,\), expected \(40,\)"):
+        diagonal_linear(x, values, offsets, 40, rows=columns)
+    with pytest.raises(ValueError, match=r"x is torch\.float64"):
+        diagonal_linear(x.double(), values, offsets, 40)
+    with pytest.raises(ValueError, match="backend is 'cuda'"):
+        diagonal_linear(x, values, offsets, 40, backend="cuda")

@@ -3,7 +3,7 @@
 from padst_kernels.gather_gemm.features import gather_gemm_features
 from padst_kernels.gather_gemm.index import TileIndex, tile_index
 from padst_kernels.gather_gemm.layout import aligned_features, empty_features
-from padst_kernels.gather_gemm.op import gather_gemm, use_backend
+from padst_kernels.gather_gemm.op import gather_gemm
 from padst_kernels.gather_gemm.passes import Backend
 from padst_kernels.gather_gemm.reference import gather_gemm_reference
 
@@ -16,5 +16,4 @@ __all__ = [
     "gather_gemm_features",
     "gather_gemm_reference",
     "tile_index",
-    "use_backend",
 ]

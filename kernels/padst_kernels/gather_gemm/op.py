@@ -7,7 +7,7 @@ R row groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def gather_gemm(
     index: TileIndex,
     out_features: int,
     *,
-    backend: Backend | None = None,
+    backend: Backend = "torch",
 ) -> Tensor:
     """y[..., o] = sum over tiles g of o's row group of weight[g, :, v] . x[..., columns[g]].
 
@@ -37,8 +37,7 @@ def gather_gemm(
         index: int32, made by `tile_index`.
         out_features: O.
         backend: `"torch"`: the compiled kernel on a CPU, plain PyTorch elsewhere. `"triton"`: the
-            Triton kernels, for tensors on a GPU; float64 goes to `"torch"` all the same. None:
-            what `use_backend` says.
+            Triton kernels, for tensors on a GPU; float64 goes to `"torch"` all the same.
 
     Returns:
         `[..., O]`, dtype of x. Differentiable in `x` and `weight`.
@@ -46,8 +45,6 @@ def gather_gemm(
     Raises:
         ValueError: shapes or dtypes disagree, or there is no such backend for `x`.
     """
-    if backend is None:
-        backend = "triton" if _default == "triton" and x.is_cuda else "torch"
     check("gather_gemm", x, x.shape[-1], weight, index, backend)
     flat = x.reshape(-1, x.shape[-1])
     # In eager mode a custom operator costs 20 us more a call than an autograd function.
@@ -58,15 +55,6 @@ def gather_gemm(
     else:
         y = _product(flat, weight, *index, out_features, backend=backend)
     return y.view(*x.shape[:-1], out_features)
-
-
-_default: Literal["auto", "torch", "triton"] = "auto"
-
-
-def use_backend(backend: Literal["auto", "torch", "triton"]) -> None:
-    """Choose the default backend on GPUs, for the whole process; `"auto"` is `"torch"`."""
-    global _default
-    _default = backend
 
 
 def check(

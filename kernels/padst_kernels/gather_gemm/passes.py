@@ -41,14 +41,14 @@ def product(
     norm: Norm | None = None,
 ) -> Tensor:
     """y `[T, O]` of x `[T, I]`; the epilogues are those of `launch_product`."""
-    if not _on_triton(x, backend):
+    if not runs_on_triton(x, backend):
         y = cpu.product(x, weight, index, out_features)
         y = _epilogue(y, bias, gelu, gelu_gradient, residual, norm)
         return aligned_features(y).t() if feature_major else y
     from padst_kernels.gather_gemm import kernels
 
     run = index.column_run
-    transposes = _transposes(len(x), not feature_major and index.rows is not None)
+    transposes = not feature_major and index.rows is not None and pays_to_transpose(x)
     y = kernels.launch_product(
         readable(x, run).t(),
         weight.contiguous(),
@@ -73,7 +73,7 @@ def input_gradient(
     dy: Tensor, weight: Tensor, index: TileIndex, backend: Backend, *, feature_major: bool = False
 ) -> Tensor:
     """dx `[T, I]` of dy `[T, O]`."""
-    if not _on_triton(dy, backend):
+    if not runs_on_triton(dy, backend):
         dx = cpu.input_gradient(dy, weight, index, index.in_features)
         return aligned_features(dx).t() if feature_major else dx
     # Rows in natural order are read in runs.
@@ -83,7 +83,8 @@ def input_gradient(
         return _input_gradient_by_slots(dy, weight, index, run, feature_major)
     from padst_kernels.gather_gemm import kernels
 
-    transposes = _transposes(len(dy), not feature_major and index.transposed_rows is not None)
+    scattered = index.transposed_rows is not None
+    transposes = not feature_major and scattered and pays_to_transpose(dy)
     dx = kernels.launch_product(
         dy.t(),
         weight,
@@ -124,7 +125,7 @@ def weight_gradient(
     x: Tensor, dy: Tensor, index: TileIndex, height: int, backend: Backend
 ) -> Tensor:
     """dweight `[G, K, V]` of x `[T, I]` and dy `[T, O]`."""
-    if not _on_triton(x, backend):
+    if not runs_on_triton(x, backend):
         return cpu.weight_gradient(x, dy, index, height)
     from padst_kernels.gather_gemm import kernels
 
@@ -142,7 +143,12 @@ def weight_gradient(
     )
 
 
-def _on_triton(x: Tensor, backend: Backend) -> bool:
+def runs_on_triton(x: Tensor, backend: str) -> bool:
+    """Whether the Triton kernels compute with `x`.
+
+    Raises:
+        ValueError: they should, but cannot.
+    """
     # Triton has no float64 matrix instructions.
     if backend != "triton" or x.dtype == torch.float64:
         return False
@@ -151,8 +157,7 @@ def _on_triton(x: Tensor, backend: Backend) -> bool:
 
         if not kernels.are_interpreted():
             raise ValueError(
-                f"gather_gemm: backend 'triton' needs a GPU, got a tensor on {x.device}; "
-                "use 'torch' there"
+                f"backend 'triton' needs a GPU, got a tensor on {x.device}; use 'torch' there"
             )
     return True
 
@@ -161,15 +166,16 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _transposes(num_tokens: int, scattered: bool) -> bool:
-    return scattered and num_tokens >= MIN_TRANSPOSED_TOKENS
+def pays_to_transpose(x: Tensor) -> bool:
+    """Whether token-major `x`, read or written feature by feature, is better transposed first."""
+    return len(x) >= MIN_TRANSPOSED_TOKENS
 
 
 def readable(x: Tensor, run: int) -> Tensor:
     """`x`, or a copy in the layout in which aligned runs of `run` features are best read."""
     if has_aligned_rows(x.t()):
         return x
-    if _transposes(len(x), run < MIN_RUN):
+    if run < MIN_RUN and pays_to_transpose(x):
         return aligned_features(x).t()
     return x.contiguous()
 
