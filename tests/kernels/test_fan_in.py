@@ -1,13 +1,16 @@
+"""Condensed weights for inference."""
+
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.fan_in import FanIn, condense, fan_in_linear, op
+from padst_kernels.fan_in import FanIn, condense, fan_in_linear, passes
 
 # Outputs, inputs, entries in each row that has any, rows without entries.
 SHAPES = [(67, 41, 5, 0), (67, 41, 41, 3), (33, 300, 17, 30), (1, 3, 1, 0), (48, 64, 8, 47)]
+FLOORS = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[FanIn, Tensor]:
@@ -28,14 +31,14 @@ def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[FanIn, Tensor]:
 @pytest.fixture(params=["compiled", "torch"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "torch":
-        monkeypatch.setattr(op, "_library", lambda: None)
-    elif op._library() is None:
+        monkeypatch.setattr(passes, "_library", lambda: None)
+    elif passes._library() is None:
         pytest.skip("no compiler")
     yield request.param
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 16, 33, 70])
+@pytest.mark.parametrize("dtype", FLOORS, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 16, 33, 70])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_dense_product(
     shape: tuple[int, ...], tokens: int, dtype: torch.dtype, backend: str
@@ -45,9 +48,8 @@ def test_equals_the_dense_product(
     y = fan_in_linear(x, weight)
     expected = x.double() @ dense.T
     half_error = float((x @ dense.to(dtype).T - expected).norm())
-    floor = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert y.dtype == dtype and y.shape == expected.shape and y.is_contiguous()
-    assert float((y - expected).norm()) <= max(2 * half_error, floor * (1 + expected.norm()))
+    assert float((y - expected).norm()) <= max(2 * half_error, FLOORS[dtype] * expected.norm())
 
 
 def test_rows_without_entries_take_no_storage() -> None:
@@ -55,6 +57,26 @@ def test_rows_without_entries_take_no_storage() -> None:
     assert len(weight.rows) == int(dense.any(dim=1).sum())
     assert len(weight.values) == int((dense != 0).sum())
     assert weight.columns.dtype == torch.uint16
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_half_of_the_neurons_removed(tokens: int, backend: str) -> None:
+    """SRigL's ablation: those that stay keep their place, the others are zero."""
+    weight, dense = make((200, 96, 9, 100), torch.float32)
+    assert len(weight.rows) == 100
+    x = torch.randn(tokens, 96)
+    y = fan_in_linear(x, weight)
+    torch.testing.assert_close(y, (x.double() @ dense.T).float())
+    assert (y[:, ~dense.any(dim=1)] == 0).all()
+
+
+def test_infinities_reach_only_the_rows_that_read_them(backend: str) -> None:
+    weight, dense = make((67, 41, 5, 3), torch.float32)
+    for tokens in (1, 3, 40):
+        x = torch.randn(tokens, 41)
+        x[:, 7] = torch.inf
+        y = fan_in_linear(x, weight)
+        assert torch.equal(y[0].isfinite(), dense[:, 7] == 0)
 
 
 def test_takes_any_strides_and_leading_dimensions(backend: str) -> None:
@@ -68,6 +90,43 @@ def test_wide_inputs_use_wide_columns() -> None:
     weight = condense(torch.ones(3), entries, 2, 70_000)
     x = torch.arange(70_000.0)[None]
     assert fan_in_linear(x, weight).tolist() == [[3.0, 69_999.0]]
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+@pytest.mark.parametrize(
+    ("field", "place", "number"),
+    [
+        ("columns", 3, 41),
+        ("columns", -1, 65_535),
+        ("rows", -1, 67),
+        ("rows", 5, -1),
+        ("row_pointer", 4, 1 << 20),
+        ("row_pointer", -1, 1 << 20),
+        ("row_pointer", 0, -1),
+    ],
+)
+def test_an_index_out_of_range_is_an_error_not_a_crash(
+    field: str, place: int, number: int, tokens: int
+) -> None:
+    if passes._library() is None:
+        pytest.skip("no compiler")
+    weight, _ = make((67, 41, 5, 3), torch.float32)
+    getattr(weight, field)[place] = number
+    with pytest.raises(IndexError, match="out of range"):
+        fan_in_linear(torch.randn(tokens, 41), weight)
+
+
+def test_threads_change_no_bit() -> None:
+    weight, _ = make((300, 128, 40, 20), torch.float32)
+    for tokens in (1, 8, 40, 500):
+        x = torch.randn(tokens, 128)
+        single = fan_in_linear(x, weight)
+        torch.set_num_threads(2)
+        try:
+            double = fan_in_linear(x, weight)
+        finally:
+            torch.set_num_threads(1)
+        assert torch.equal(single, double)
 
 
 def test_operator_passes_opcheck_and_compiles_whole() -> None:

@@ -1,5 +1,6 @@
-"""Rows with inputs of their own (V = 1), condensed for inference."""
+"""Weights whose rows have inputs of their own (constant fan-in, unstructured, diagonals)."""
 
-from padst_kernels.fan_in.op import FanIn, condense, fan_in_linear
+from padst_kernels.fan_in.index import FanIn, FanInIndex, condense, fan_in_index
+from padst_kernels.fan_in.op import fan_in_linear, fan_in_product
 
-__all__ = ["FanIn", "condense", "fan_in_linear"]
+__all__ = ["FanIn", "FanInIndex", "condense", "fan_in_index", "fan_in_linear", "fan_in_product"]

@@ -1,73 +1,59 @@
 """y = W x where every row of W has inputs of its own, stored as values and column numbers.
 
-Constant fan-in (Lasby et al., "Dynamic Sparse Training with Structured Sparsity", 2024, section
-4), textbook N:M and unstructured weights. Rows without entries (ablated neurons) take no storage
-and no time, and keep their place in y. Inference only: training goes through `scatter_linear`.
+Unstructured weights, textbook N:M, single diagonals and constant fan-in (SRigL; Lasby et al.,
+"Dynamic Sparse Training with Structured Sparsity", 2024, section 4). `fan_in_product` trains;
+`fan_in_linear`, for inference, takes the condensed form: rows without entries (ablated neurons)
+take no storage and no time, and keep their place in y.
 
 Shape letters: T tokens, I and O features in and out, S entries, N rows that have entries.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from padst_kernels.compiled import compiled
-
-# Tokens that plain PyTorch sums at a time: their features stay in a cache.
-TOKENS = 64
-
-
-class FanIn(NamedTuple):
-    """A condensed weight.
-
-    Attributes:
-        values: `[S]`, row by row.
-        columns: `[S]`, the input of each value; uint16 where I allows it, else int32.
-        row_pointer: int32 `[N + 1]`, where each row begins.
-        rows: int32 `[N]`, ascending, the feature of y that each row computes.
-        in_features: I.
-        out_features: O.
-    """
-
-    values: Tensor
-    columns: Tensor
-    row_pointer: Tensor
-    rows: Tensor
-    in_features: int
-    out_features: int
+from padst_kernels.fan_in import passes
+from padst_kernels.fan_in.index import FanIn, FanInIndex
 
 
-def condense(values: Tensor, entries: Tensor, out_features: int, in_features: int) -> FanIn:
-    """Condense a weight `[O, I]` that holds `values` at flat `entries` and zeros elsewhere.
+def fan_in_product(x: Tensor, values: Tensor, index: FanInIndex, out_features: int) -> Tensor:
+    """y = x @ W^T, where W `[O, I]` holds `values` at the entries of `index`, zeros elsewhere.
+
+    On a CPU, in single and half precision, a compiled kernel multiplies the entries alone, with
+    float32 sums. Elsewhere they go through a dense weight that lives only during a pass.
 
     Args:
-        values: any shape. Detached.
-        entries: int64, shape of `values`; row * I + column, distinct, or O * I for padding.
+        x: floating point `[..., I]`.
+        values: any shape of S elements, dtype of x.
+        index: made by `fan_in_index`.
         out_features: O.
-        in_features: I.
+
+    Returns:
+        `[..., O]`, contiguous, dtype of x. Differentiable in `x` and `values` (zero at padding).
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+        IndexError: on a CPU, a feature in `index` does not exist.
     """
-    entries, order = entries.flatten().sort()
-    inside = int((entries < out_features * in_features).sum())
-    entries, order = entries[:inside], order[:inside]
-    counts = torch.bincount(entries // in_features, minlength=out_features)
-    rows = counts.nonzero().squeeze(1)
-    row_pointer = torch.zeros(len(rows) + 1, dtype=torch.int32, device=values.device)
-    row_pointer[1:] = counts[rows].cumsum(0)
-    narrow = torch.uint16 if in_features <= 1 << 16 else torch.int32
-    return FanIn(
-        values=values.detach().flatten()[order].contiguous(),
-        columns=(entries % in_features).to(narrow),
-        row_pointer=row_pointer,
-        rows=rows.int(),
-        in_features=in_features,
-        out_features=out_features,
-    )
+    if values.numel() != len(index.columns):
+        raise ValueError(
+            f"fan_in_product: values is {tuple(values.shape)}, expected {len(index.columns)} "
+            "elements, as many as entries"
+        )
+    _check("fan_in_product", x, values, len(index.column_pointer) - 1)
+    flat = x.reshape(-1, x.shape[-1])
+    # In eager mode a custom operator costs 20 us more a call than an autograd function.
+    if torch.compiler.is_compiling():
+        y = _product_operator(flat, values, *index, out_features)
+    elif torch.is_grad_enabled():
+        y = _FanInProduct.apply(flat, values, *index, out_features)
+    else:
+        y = passes.product(flat, values, index, out_features)
+    return y.view(*x.shape[:-1], out_features)
 
 
 def fan_in_linear(x: Tensor, weight: FanIn) -> Tensor:
@@ -82,18 +68,23 @@ def fan_in_linear(x: Tensor, weight: FanIn) -> Tensor:
 
     Raises:
         ValueError: shape or dtype of x disagree with the weight, or x needs a gradient.
+        IndexError: on a CPU, a feature in `weight` does not exist.
     """
-    if x.shape[-1] != weight.in_features or x.dtype != weight.values.dtype:
-        raise ValueError(
-            f"fan_in_linear: x is {tuple(x.shape)} {x.dtype}, expected {weight.in_features} "
-            f"features of {weight.values.dtype}"
-        )
+    _check("fan_in_linear", x, weight.values, weight.in_features)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("fan_in_linear: x requires a gradient, but this is for inference only")
     # In eager mode the operator itself would take as long as a small product.
     run = _operator if torch.compiler.is_compiling() else _fan_in
     y = run(x.reshape(-1, x.shape[-1]), *weight[:4], weight.out_features)
     return y.view(*x.shape[:-1], weight.out_features)
+
+
+def _check(name: str, x: Tensor, values: Tensor, in_features: int) -> None:
+    if x.shape[-1] != in_features or x.dtype != values.dtype:
+        raise ValueError(
+            f"{name}: x is {tuple(x.shape)} {x.dtype}, expected {in_features} features of "
+            f"{values.dtype}"
+        )
 
 
 def _fan_in(
@@ -104,51 +95,113 @@ def _fan_in(
     rows: Tensor,
     out_features: int,
 ) -> Tensor:
-    y = x.new_zeros(len(x), out_features)
-    supported = x.device.type == "cpu" and x.dtype == torch.float32
-    library = _library() if supported and columns.dtype == torch.uint16 else None
-    if library is not None:
-        x = x.contiguous()
-        sizes = (*x.shape, out_features, len(rows), len(values))
-        library.padst_fan_in(
-            *(t.data_ptr() for t in (x, values, columns, row_pointer, rows)),
-            (ctypes.c_int64 * 5)(*sizes),
-            y.data_ptr(),
-        )
-    elif len(x) and len(rows):
-        columns = columns.int()
-        for part, out in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
-            sums = torch.nn.functional.embedding_bag(
-                columns,
-                part.t().contiguous(),
-                row_pointer,
-                mode="sum",
-                per_sample_weights=values,
-                include_last_offset=True,
-            )
-            out.index_copy_(1, rows.long(), sums.t())
-    return y
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = compiled(Path(__file__).with_name("cpu.cpp"))
-    if library is not None:
-        library.padst_fan_in.argtypes = [ctypes.c_void_p] * 7
-        library.padst_fan_in.restype = None
-    return library
+    weight = FanIn(values, columns, row_pointer, rows, x.shape[1], out_features)
+    return passes.condensed_product(x, weight)
 
 
 _operator = torch.library.custom_op("padst::fan_in", _fan_in, mutates_args=())
 
 
 @_operator.register_fake
-def _(
+def _(x: Tensor, values: Tensor, columns: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(len(x), rest[-1])
+
+
+class _FanInProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, *rest: Any) -> Tensor:
+        index, out_features = FanInIndex(*rest[:-1]), rest[-1]
+        ctx.save_for_backward(x, values, *index)
+        return passes.product(x, values, index, out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, *rest = ctx.saved_tensors
+        index = FanInIndex(*rest)
+        dx = passes.input_gradient(dy, values, index) if ctx.needs_input_grad[0] else None
+        dvalues = None
+        if ctx.needs_input_grad[1]:
+            dvalues = passes.values_gradient(x, dy, index).view(values.shape)
+        return dx, dvalues, *(None for _ in index), None
+
+
+# The same passes as operators that torch.compile takes as they are.
+
+
+@torch.library.custom_op("padst::fan_in_product", mutates_args=())
+def _product_operator(
     x: Tensor,
     values: Tensor,
-    columns: Tensor,
     row_pointer: Tensor,
+    columns: Tensor,
+    order: Tensor | None,
+    column_pointer: Tensor,
     rows: Tensor,
+    slots: Tensor,
     out_features: int,
 ) -> Tensor:
-    return x.new_empty(len(x), out_features)
+    index = FanInIndex(row_pointer, columns, order, column_pointer, rows, slots)
+    return passes.product(x, values, index, out_features)
+
+
+@_product_operator.register_fake
+def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(len(x), rest[-1])
+
+
+@torch.library.custom_op("padst::fan_in_input_gradient", mutates_args=())
+def _input_gradient_operator(
+    dy: Tensor,
+    values: Tensor,
+    row_pointer: Tensor,
+    columns: Tensor,
+    order: Tensor | None,
+    column_pointer: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    index = FanInIndex(row_pointer, columns, order, column_pointer, rows, slots)
+    return passes.input_gradient(dy, values, index)
+
+
+@_input_gradient_operator.register_fake
+def _(dy: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return dy.new_empty(len(dy), len(FanInIndex(*rest).column_pointer) - 1)
+
+
+@torch.library.custom_op("padst::fan_in_values_gradient", mutates_args=())
+def _values_gradient_operator(
+    x: Tensor,
+    dy: Tensor,
+    row_pointer: Tensor,
+    columns: Tensor,
+    order: Tensor | None,
+    column_pointer: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    index = FanInIndex(row_pointer, columns, order, column_pointer, rows, slots)
+    return passes.values_gradient(x, dy, index)
+
+
+@_values_gradient_operator.register_fake
+def _(x: Tensor, dy: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(len(FanInIndex(*rest).columns))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, *index = ctx.saved_tensors
+    dx = dvalues = None
+    if ctx.needs_input_grad[0]:
+        dx = _input_gradient_operator(dy, values, *index)
+    if ctx.needs_input_grad[1]:
+        dvalues = _values_gradient_operator(x, dy, *index).view(values.shape)
+    return dx, dvalues, *(None for _ in index), None
+
+
+_product_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,125 @@
+"""The passes of a condensed weight: C++ on a CPU (cpu.cpp), plain PyTorch everywhere else.
+
+Without a compiler, in float64, on a GPU, and beyond 65,536 features the values go through a dense
+weight that lives only during a pass. Shape letters as in op.py; x `[T, I]`, dy `[T, O]`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from padst_kernels.compiled import compiled
+from padst_kernels.fan_in.index import FanIn, FanInIndex
+from padst_kernels.scatter_linear import scatter_linear
+
+# Tokens that plain PyTorch sums at a time: their features stay in a cache.
+TOKENS = 64
+
+_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+# Of each pass in cpu.cpp: how many arguments it has, and which of them are features.
+_ARGUMENTS = {"": 8, "dx_": 10, "dvalues_": 7}
+_FEATURES = {"": (3,), "dx_": (3, 6), "dvalues_": (3,)}
+
+
+def product(x: Tensor, values: Tensor, index: FanInIndex, out_features: int) -> Tensor:
+    """`[T, O]`, contiguous."""
+    sizes = (*x.shape, out_features, out_features, len(index.columns))
+    y = x.new_empty(len(x), out_features)
+    if not _run("", (x, values, *index[:3], None), sizes, y):
+        y = scatter_linear(x, values.flatten(), _entries(*index[:3], x.shape[1]), out_features)
+    return y
+
+
+def input_gradient(dy: Tensor, values: Tensor, index: FanInIndex) -> Tensor:
+    """`[T, I]`, contiguous."""
+    sizes = len(dy), len(index.column_pointer) - 1, dy.shape[1], dy.shape[1], len(index.slots)
+    dx = dy.new_empty(sizes[:2])
+    if not _run("dx_", (dy, values, *index), sizes, dx):
+        transposed = _entries(*index[3:], dy.shape[1])
+        dx = scatter_linear(dy, values.flatten(), transposed, sizes[1])
+    return dx
+
+
+def values_gradient(x: Tensor, dy: Tensor, index: FanInIndex) -> Tensor:
+    """`[S]`, zero at padding."""
+    sizes = len(x), x.shape[1], dy.shape[1], dy.shape[1], len(index.slots)
+    dvalues = x.new_empty(len(index.slots))
+    if not _run("dvalues_", (x, dy, *index[:3]), sizes, dvalues):
+        dense = (dy.t() @ x).flatten()
+        dvalues = torch.cat([dense, dense.new_zeros(1)])[_entries(*index[:3], x.shape[1])]
+    return dvalues
+
+
+def condensed_product(x: Tensor, weight: FanIn) -> Tensor:
+    """`[T, O]`, contiguous."""
+    values, columns, row_pointer, rows = weight[:4]
+    sizes = (*x.shape, weight.out_features, len(rows), len(columns))
+    y = x.new_empty(len(x), weight.out_features)
+    if _run("", (x, values, row_pointer, columns, None, rows), sizes, y):
+        return y
+    y.zero_()
+    if not len(x) or not len(rows):
+        return y
+    columns = columns.int()
+    for part, out in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
+        sums = torch.nn.functional.embedding_bag(
+            columns,
+            part.t().contiguous(),
+            row_pointer,
+            mode="sum",
+            per_sample_weights=values,
+            include_last_offset=True,
+        )
+        out.index_copy_(1, rows.long(), sums.t())
+    return y
+
+
+def _run(
+    name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], out: Tensor
+) -> bool:
+    """Run one pass of cpu.cpp into `out`; False where there is none for these tensors."""
+    library = _library() if out.is_cpu and out.dtype in _NAMES else None
+    features = [tensors[i] for i in _FEATURES[name]]
+    if library is None or any(t is None or t.dtype != torch.uint16 for t in features):
+        return False
+    dense = [None if t is None else t.contiguous() for t in tensors]
+    legal = getattr(library, f"padst_fan_in_{name}{_NAMES[out.dtype]}")(
+        *(None if t is None else t.data_ptr() for t in dense),
+        (ctypes.c_int64 * 5)(*sizes),
+        out.data_ptr(),
+    )
+    if not legal:
+        raise IndexError(f"fan_in: an index is out of range for activations {sizes[:2]}")
+    return True
+
+
+def _entries(pointer: Tensor, columns: Tensor, order: Tensor | None, in_features: int) -> Tensor:
+    """Flat entries in the order of the values, int64 `[S]`."""
+    places = torch.arange(len(columns), dtype=torch.int32, device=columns.device)
+    # Padding counts as row O, column 0.
+    rows = torch.searchsorted(pointer, places, right=True) - 1
+    columns = columns.long()
+    if columns.is_cpu and len(columns) and int(columns.max()) >= in_features:
+        raise IndexError(f"fan_in: an index is out of range for {in_features} features")
+    entries = rows * in_features + columns
+    if order is None:
+        return entries
+    return torch.empty_like(entries).scatter_(0, order.long(), entries)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = compiled(Path(__file__).with_name("cpu.cpp"))
+    if library is not None:
+        for name, dtype in itertools.product(_ARGUMENTS, _NAMES.values()):
+            function = getattr(library, f"padst_fan_in_{name}{dtype}")
+            function.argtypes = [ctypes.c_void_p] * _ARGUMENTS[name]
+            function.restype = ctypes.c_bool
+    return library

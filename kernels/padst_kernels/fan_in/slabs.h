@@ -1,0 +1,227 @@
+// What the rows of a condensed weight are multiplied with: slabs of tokens, transposed, so that an
+// entry adds its value times one row of a slab.
+//
+// A kind of slab says how many tokens a vector of a row holds (TOKENS), how many floats that takes
+// (WIDTH), in which type it wants the values, and computes one row of y at a time.
+
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "simd.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Columns are 16 bits wide, and so stay inside a buffer of this many rows whatever they hold.
+constexpr int64_t MAX_FEATURES = 1 << 16;
+
+typedef half_vec column_vec;
+
+template <int... I>
+inline vec take(const float* x, const uint16_t* columns, std::integer_sequence<int, I...>) {
+  return vec{x[columns[I]]...};
+}
+
+// One token. T is the type of the values.
+template <typename T>
+struct Token {
+  typedef T Value;
+  static constexpr int64_t WIDTH = 1, TOKENS = 1;
+
+  static void read(const T* x, int64_t, int64_t, int64_t num_features, int64_t, float* slab,
+                   int64_t) {
+    convert(x, slab, num_features);
+  }
+
+  // Built from scalar loads: gather instructions are slower on some CPUs, no faster on the others.
+  // The last step reads LANES entries whatever is left, so `readable` of them must exist.
+  template <int NV>
+  static void row(const float* slab, const T* values, const uint16_t* columns, int64_t count,
+                  int64_t readable, float* out, column_vec& highest) {
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+    const int64_t whole = count / LANES * LANES, left = count - whole;
+    vec sum = {};
+    const auto see = [&](int64_t k) {
+      const column_vec seen = *reinterpret_cast<const column_vec*>(columns + k);
+      highest = seen > highest ? seen : highest;
+    };
+    for (int64_t k = 0; k < whole; k += LANES) {
+      see(k);
+      sum += take(slab, columns + k, lanes) * load(values + k);
+    }
+    if (whole + LANES <= readable) {
+      ivec lane;
+      for (int i = 0; i < LANES; ++i) lane[i] = i;
+      const ivec inside = lane < static_cast<int32_t>(left);
+      see(whole);
+      sum += (vec)((ivec)take(slab, columns + whole, lanes) & inside) *
+             (vec)((ivec)load(values + whole) & inside);
+    } else {
+      float x[LANES] = {};
+      for (int64_t i = 0; i < left; ++i) {
+        x[i] = slab[columns[whole + i]];
+        highest[i] = std::max<uint16_t>(highest[i], columns[whole + i]);
+      }
+      sum += load(x) * load(values + whole, left);
+    }
+    for (int step = LANES / 2; step > 0; step /= 2)
+      for (int i = 0; i < step; ++i) sum[i] += sum[i + step];
+    *out = sum[0];
+  }
+};
+
+// Tokens in float, `W` to a vector.
+template <int W>
+struct Floats {
+  typedef float Value;
+  typedef float V __attribute__((vector_size(W * 4), aligned(4), may_alias));
+  static constexpr int64_t WIDTH = W, TOKENS = W;
+
+  template <typename T>
+  static void read(const T* x, int64_t x_stride, int64_t num_tokens, int64_t num_features,
+                   int64_t padded, float* slab, int64_t stride) {
+    for (int64_t t = 0; t < padded; t += LANES)
+      for (int64_t i = 0; i < num_features; i += LANES)
+        transpose(
+            num_tokens - t, num_features - i,
+            [&](int64_t r, int64_t n) { return load(x + (t + r) * x_stride + i, n); },
+            [&](int64_t c, vec v, int64_t) {
+              std::memcpy(slab + (i + c) * stride + t, &v, std::min<int64_t>(W, LANES) * 4);
+            });
+  }
+
+  template <int NV>
+  static void row(const float* slab, const float* values, const uint16_t* columns, int64_t count,
+                  int64_t, float* out, column_vec&) {
+    constexpr int CHAINS = NV == 1 ? 4 : 2;
+    V sum[CHAINS][NV] = {};
+    const auto add = [&](V(&to)[NV], int64_t k) {
+      const V* in = reinterpret_cast<const V*>(slab + columns[k] * (NV * W));
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) to[v] += values[k] * in[v];
+    };
+    int64_t k = 0;
+    for (; k + CHAINS <= count; k += CHAINS)
+#pragma GCC unroll 4
+      for (int i = 0; i < CHAINS; ++i) add(sum[i], k + i);
+    for (; k < count; ++k) add(sum[0], k);
+    for (int v = 0; v < NV; ++v) {
+      for (int i = 1; i < CHAINS; ++i) sum[0][v] += sum[i][v];
+      reinterpret_cast<V*>(out)[v] = sum[0][v];
+    }
+  }
+
+  static vec dot(vec sum, vec x, vec dy) { return sum + x * dy; }
+};
+
+// Tokens in bfloat16, a pair in each word: token t low, token t + LANES high.
+struct Pairs {
+  typedef bfloat16 Value;
+  static constexpr int64_t WIDTH = LANES, TOKENS = 2 * LANES;
+
+  static void read(const bfloat16* x, int64_t x_stride, int64_t num_tokens, int64_t num_features,
+                   int64_t padded, float* slab, int64_t stride) {
+    for (int64_t t = 0; t < padded; t += TOKENS)
+      for (int64_t i = 0; i < num_features; i += LANES)
+        transpose(
+            num_tokens - t, num_features - i,
+            [&](int64_t r, int64_t n) {
+              const bfloat16* low = x + (t + r) * x_stride + i;
+              const uvec word = (uvec)load(low, n) >> 16;
+              if (t + r + LANES >= num_tokens) return (vec)word;
+              return (vec)(word | (uvec)load(low + LANES * x_stride, n));
+            },
+            [&](int64_t c, vec v, int64_t) { store(slab + (i + c) * stride + t / 2, v); });
+  }
+
+#ifdef __AVX512BF16__
+  // Products of pairs sum over neighbours in a word, which are made neighbours in pairs of rows.
+  struct Sum {
+    __m512 first, second;
+  };
+  static void add(Sum& sum, __m512i row, __m512i next, uint32_t values) {
+    const auto pair = (__m512bh)_mm512_set1_epi32(values);
+    sum.first = _mm512_dpbf16_ps(sum.first, (__m512bh)_mm512_unpacklo_epi16(row, next), pair);
+    sum.second = _mm512_dpbf16_ps(sum.second, (__m512bh)_mm512_unpackhi_epi16(row, next), pair);
+  }
+  static void add_two(Sum& sum, const float* row, const float* next, const bfloat16* values) {
+    uint32_t pair;
+    std::memcpy(&pair, values, 4);
+    add(sum, _mm512_loadu_si512(row), _mm512_loadu_si512(next), pair);
+  }
+  static void add_one(Sum& sum, const float* row, bfloat16 value) {
+    add(sum, _mm512_loadu_si512(row), _mm512_setzero_si512(), value.bits);
+  }
+  static void put(const Sum& sum, float* out) {
+    const ivec low = {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30};
+    store(out, __builtin_shuffle((vec)sum.first, (vec)sum.second, low));
+    store(out + LANES, __builtin_shuffle((vec)sum.first, (vec)sum.second, low + 1));
+  }
+  static vec dot(vec sum, vec x, vec dy) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)dy);
+  }
+#else
+  struct Sum {
+    vec first, second;
+  };
+  static vec low(vec words) { return (vec)((uvec)words << 16); }
+  static vec high(vec words) { return (vec)((uvec)words & 0xffff0000); }
+  static void add_one(Sum& sum, const float* row, bfloat16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    const vec words = load(row);
+    sum.first += wide * low(words);
+    sum.second += wide * high(words);
+  }
+  static void add_two(Sum& sum, const float* row, const float* next, const bfloat16* values) {
+    add_one(sum, row, values[0]);
+    add_one(sum, next, values[1]);
+  }
+  static void put(const Sum& sum, float* out) {
+    store(out, sum.first);
+    store(out + LANES, sum.second);
+  }
+  static vec dot(vec sum, vec x, vec dy) {
+    return sum + low(x) * low(dy) + high(x) * high(dy);
+  }
+#endif
+
+  template <int NV>
+  static void row(const float* slab, const bfloat16* values, const uint16_t* columns,
+                  int64_t count, int64_t, float* out, column_vec&) {
+    constexpr int64_t stride = NV * LANES;
+    constexpr int CHAINS = NV == 1 ? 2 : 1;
+    Sum sum[CHAINS][NV] = {};
+    int64_t k = 0;
+    const auto add_pair = [&](Sum(&to)[NV], int64_t k) {
+      const float *row = slab + columns[k] * stride, *next = slab + columns[k + 1] * stride;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) add_two(to[v], row + v * LANES, next + v * LANES, values + k);
+    };
+    for (; k + 2 * CHAINS <= count; k += 2 * CHAINS)
+#pragma GCC unroll 2
+      for (int i = 0; i < CHAINS; ++i) add_pair(sum[i], k + 2 * i);
+    for (; k + 2 <= count; k += 2) add_pair(sum[0], k);
+    if (k < count)
+      for (int v = 0; v < NV; ++v)
+        add_one(sum[0][v], slab + columns[k] * stride + v * LANES, values[k]);
+    for (int v = 0; v < NV; ++v) {
+      for (int i = 1; i < CHAINS; ++i) {
+        sum[0][v].first += sum[i][v].first;
+        sum[0][v].second += sum[i][v].second;
+      }
+      put(sum[0][v], out + v * TOKENS);
+    }
+  }
+};
+
+// For all but few tokens.
+template <typename T>
+using SlabOf = std::conditional_t<std::is_same_v<T, bfloat16>, Pairs, Floats<LANES>>;
+
+}  // namespace
