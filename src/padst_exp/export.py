@@ -79,7 +79,8 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     layers = pack(model)
     extra = {}
     if settings.format == "dense":
-        state = dense_state(model, plain)
+        # Copies: a plain load_state_dict wants tied weights under each of their names.
+        state = {name: tensor.clone() for name, tensor in dense_state(model, plain).items()}
         plain.load_state_dict(state, assign=True)
         model, layers = plain.eval(), {}
         extra = _configuration(model)
