@@ -92,6 +92,9 @@ def _case(
 
     rows: list[Row] = []
     for num_tokens, backward in itertools.product(token_counts, (False, True)):
+        if session.budget.left < 0:
+            session.say(f"{SUITE}: budget spent, {shape} from {num_tokens} tokens on left out")
+            break
         rows += _cell(session, shape, sides, num_tokens, backward)
     for structure in legal:
         rows += _conversions(session, shape, structure, density)

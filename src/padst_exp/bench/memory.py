@@ -100,8 +100,11 @@ def case(
     rows: list[Row] = []
     reference: Usage | None = None
     for side in sides:
+        if session.budget.left < 0:
+            session.say(f"{SUITE}: budget spent, sides of {model.name} left out")
+            break
         try:
-            usage, realised = in_fresh_process(session, model, batch, side)
+            usage, realised = measured(session, model, batch, side)
         except UserError as error:
             session.say(f"{side.structure and describe(side.structure)}: skipped, {error}")
             continue
@@ -110,12 +113,13 @@ def case(
     return rows
 
 
-def in_fresh_process(session: Session, model: Model, batch: int, side: Side) -> tuple[Usage, float]:
-    """`weigh`, in a process that has built nothing else."""
+def measured(session: Session, model: Model, batch: int, side: Side) -> tuple[Usage, float]:
+    """`weigh`; on a CPU in a process that has built nothing else."""
+    if session.device.type == "cuda":
+        return weigh(session, model, batch, side)
     context = multiprocessing.get_context("spawn")
-    plain = session.portable()
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(weigh, plain, model, batch, side).result()
+        return pool.submit(weigh, session.portable(), model, batch, side).result()
 
 
 def weigh(session: Session, model: Model, batch: int, side: Side) -> tuple[Usage, float]:
@@ -129,14 +133,14 @@ def weigh(session: Session, model: Model, batch: int, side: Side) -> tuple[Usage
     small = replace(model, sizes={**model.sizes, "depth": 1})
     step(session, small, _variant(session, small, 1, side), 1)()
     gc.collect()
-    before = _status("VmRSS")
+    before = _now(session.device)
     variant = _variant(session, model, batch, side)
     optimizers: list[torch.optim.Optimizer] = []
     call = step(session, model, variant, batch, optimizers)
     _forget_peak(session.device)
     for _ in range(STEPS):
         call()
-    peak = _peak(session.device) - (before if session.device.type == "cpu" else 0)
+    peak = _peak(session.device) - before
     module = variant.module
     usage = Usage(
         parameters=_bytes(module.parameters()),
@@ -175,6 +179,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of tensors, shared memory once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def _now(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS")
 
 
 def _forget_peak(device: torch.device) -> None:

@@ -63,16 +63,22 @@ def case(
 ) -> list[Row]:
     """All rows of one model at one batch size."""
     torch.compiler.reset()
+    example, _ = model.example(batch, torch.Generator().manual_seed(0))
+    inputs = models.to_device(session, example, training=False)
     variants = models.dense_variants(session, model, training=False)
     for structure, scope in itertools.product(structures, scopes):
+        if session.budget.left < 0:
+            session.say(f"{SUITE}: budget spent, {describe(structure)} in {model.name} left out")
+            break
         try:
-            variants += models.sparse_variants(
+            eager, compiled = models.sparse_variants(
                 session, model, structure, density, scope, batch=batch, training=False
             )
         except UserError as error:
             session.say(f"{describe(structure)} in {model.name}: skipped, {error}")
-    example, _ = model.example(batch, torch.Generator().manual_seed(0))
-    inputs = models.to_device(session, example, training=False)
+            continue
+        eager.module.eval()
+        variants += [eager, compiled, *models.exported_variants(session, eager, inputs)]
     with torch.inference_mode():
         return [
             row

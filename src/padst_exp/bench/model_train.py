@@ -71,6 +71,9 @@ def case(
     kinds = list(itertools.product(structures, scopes, (False,)))
     kinds += [(structures[0], scope, True) for scope in scopes]
     for structure, scope, soft in kinds:
+        if session.budget.left < 0:
+            session.say(f"{SUITE}: budget spent, {describe(structure)} in {model.name} left out")
+            break
         try:
             variants += models.sparse_variants(
                 session, model, structure, density, scope, batch=batch, training=True, soft=soft

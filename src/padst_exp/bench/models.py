@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,16 +13,16 @@ from torch import Tensor, nn
 from padst_exp import dispatch
 from padst_exp.bench import dense
 from padst_exp.bench.configurations import Model, describe
-from padst_exp.bench.session import Session
+from padst_exp.bench.session import FEATURES, TRITON, Session
 from padst_exp.engine.backends import describe as describe_backends
 from padst_exp.engine.step import compile_blocks
+from padst_exp.inference import pack, tune
 from padst_exp.permutations import DoublyStochastic, Learner, RandomPermutation
 from padst_exp.sparsify import sparsify
 from padst_exp.structures import Structure
 
 # Tokens that dense weights are packed for; the order depends on them only where they are few.
 PACKED_TOKENS = 4096
-TRITON = "packed, triton"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,27 @@ def sparse_variants(
             learner=learner if soft else None,
         )
         for form, variant in (("eager", module), ("compiled", compiled_twin(module)))
+    ]
+
+
+def exported_variants(session: Session, variant: Variant, inputs: Tensor) -> list[Variant]:
+    """What `padst_exp.export` and `tune` make of an eager sparse model; eager and compiled.
+
+    Empty, and a message, where the kernels they would use have failed their checks.
+    """
+    if session.refused.get((FEATURES, variant.structure, False)) is not None:
+        session.say(f"{variant.name}: not exported, its kernels failed their checks")
+        return []
+    module = copy.deepcopy(variant.module)
+    pack(module)
+    report = tune(module, inputs)
+    layers = Counter(choice.choice for choice in (*report.layers, *report.feature_layers))
+    backends = ", ".join(f"{count} by {name}" for name, count in layers.items())
+    return [
+        replace(
+            variant, form=f"exported, {form}", module=made, backends=f"{report.layout}: {backends}"
+        )
+        for form, made in (("eager", module), ("compiled", compiled_twin(module)))
     ]
 
 

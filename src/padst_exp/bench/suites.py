@@ -1,41 +1,81 @@
-"""From the keys of a run to its files: start a session, run one suite, write what came out."""
+"""From the keys of a run to its files: start a session, run a suite, write what came out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from padst_exp.bench import environment, layers, report, roofline
+from padst_exp.bench import (
+    environment,
+    gpu_all,
+    layers,
+    memory,
+    model_inference,
+    model_train,
+    plots,
+    readme,
+    report,
+    roofline,
+)
 from padst_exp.bench.accuracy import Accuracies
+from padst_exp.bench.report import Row
 from padst_exp.bench.session import Say, Session
 from padst_exp.bench.timing import Budget, Clock
-from padst_exp.config import BenchSchema
+from padst_exp.config import BenchSchema, config_dir
 from padst_exp.dispatch import device_name
 from padst_exp.errors import UserError
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-# Accuracies stand beside the folder of the results, or where the checkout has them.
-TABLES = "results/tables"
 
 
-def run(settings: BenchSchema, say: Say) -> list[Path]:
-    """Run a suite; the files that it left.
+def run(settings: BenchSchema, say: Say) -> Iterator[Path]:
+    """Run a suite; the files that it writes, each as soon as it is there.
+
+    Raises:
+        UserError: the device cannot do what is asked, or a name is unknown.
+    """
+    session = start(settings, say)
+    out = Path(settings.out)
+    label = environment.label(session.device, session.dtype)
+    for suite, rows in _results(settings, session):
+        table = out / f"{suite}-{label}.csv"
+        report.write_csv(table, rows)
+        yield table
+        picture = plots.draw(suite, report.read_csv(table), table.with_suffix(".png"))
+        if picture is not None:
+            yield picture
+        yield readme.write(out)
+
+
+def _results(settings: BenchSchema, session: Session) -> Iterator[tuple[str, list[Row]]]:
+    if settings.suite == gpu_all.SUITE:
+        yield from gpu_all.run(settings, session)
+        return
+    suites = {
+        layers.SUITE: layers.run,
+        model_inference.SUITE: model_inference.run,
+        model_train.SUITE: model_train.run,
+        memory.SUITE: memory.run,
+    }
+    rows = suites[settings.suite](settings, session)
+    if not rows:
+        raise UserError(f"suite: {settings.suite} had nothing to measure, or no time for it")
+    yield settings.suite, rows
+
+
+def start(settings: BenchSchema, say: Say) -> Session:
+    """Choose the device, measure its ceilings.
 
     Raises:
         UserError: the device cannot do what is asked.
     """
-    session = start(settings, say)
-    rows = {"layers": layers.run}[settings.suite](settings, session)
-    out = Path(settings.out)
-    name = f"{settings.suite}-{environment.label(session.device, session.dtype)}"
-    report.write_csv(out / f"{name}.csv", rows)
-    return [out / f"{name}.csv"]
-
-
-def start(settings: BenchSchema, say: Say) -> Session:
-    """Choose the device, measure its ceilings."""
     device = _device(settings)
+    seconds = settings.budget
+    if settings.suite == gpu_all.SUITE:
+        seconds = seconds or gpu_all.SECONDS
+    budget = Budget(seconds)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, settings.dtype or DTYPES[device.type])
@@ -46,8 +86,9 @@ def start(settings: BenchSchema, say: Say) -> Session:
         dtype=dtype,
         environment=environment.environment(device, dtype, settings.clock),
         ceilings=roofline.measure(clock, dtype),
-        accuracies=Accuracies(Path(TABLES)),
-        budget=Budget(settings.budget),
+        # Those of the checkout; an installed package has none.
+        accuracies=Accuracies(config_dir().parent / "results" / "tables"),
+        budget=budget,
         rounds=settings.rounds,
         say=say,
     )
@@ -58,8 +99,11 @@ def _device(settings: BenchSchema) -> torch.device:
     if settings.device == "cuda" and not found:
         raise UserError("device: cuda is not available on this machine; use cpu or auto")
     on_gpu = found and settings.device != "cpu"
-    if settings.suite == "gpu_all" and not on_gpu:
-        raise UserError("suite: gpu_all needs a GPU and there is none; use layers, memory, ...")
+    if settings.suite == gpu_all.SUITE and not on_gpu:
+        raise UserError(
+            "suite: gpu_all needs a GPU, and "
+            + ("device=cpu excludes it" if found else "there is none on this machine")
+        )
     if on_gpu and settings.clock == "cpu":
-        raise UserError("clock: cpu is for CPUs, a GPU is timed with wall")
+        raise UserError("clock: cpu is for device=cpu; a GPU is timed with clock=wall")
     return torch.device("cuda" if on_gpu else "cpu")
