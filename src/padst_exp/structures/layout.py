@@ -89,6 +89,9 @@ class Layout(abc.ABC):
         """Int64 `[O]`, where row r stands among the row groups; None when in natural order."""
         return None
 
+    # Whether units hold one entry each, and ascending ids mean ascending rows.
+    by_row: bool = False
+
     # Where the columns of every tile are one of so many equal groups of inputs, the transpose is
     # of the same family, and the gradient of the input as fast as the product.
     num_column_groups: int | None = None

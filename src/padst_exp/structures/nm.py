@@ -63,6 +63,7 @@ class NMLayout(Layout):
         self, out_features: int, in_features: int, n: int, num_chunks: int, group: int
     ) -> None:
         self.group = min(group, out_features)
+        self.by_row = self.group == 1
         self.num_chunks = num_chunks
         bounds = torch.arange(num_chunks + 1) * in_features // num_chunks
         self.first_column = bounds[:-1]

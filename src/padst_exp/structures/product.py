@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.structures.layout import Layout, scatter_entries
+from padst_kernels.fan_in import FanInIndex, fan_in_index, fan_in_product
 from padst_kernels.gather_gemm import TileIndex, gather_gemm, tile_index
 from padst_kernels.scatter_linear import scatter_linear
 
@@ -17,7 +18,8 @@ Storage = Literal["packed", "masked"]
 Backend = Literal["torch", "triton", "dense"]
 
 # What `fold` derives from the topologies; rebuilt after every change, so never saved.
-_DERIVED = ("input_index", "output_index", "mask", "entries", *TileIndex._fields)
+_FAN_IN = tuple(f"fan_in_{name}" for name in FanInIndex._fields)
+_DERIVED = ("input_index", "output_index", "mask", "entries", *_FAN_IN, *TileIndex._fields)
 
 __all__ = ["Backend", "Product", "Storage", "alike"]
 
@@ -25,10 +27,11 @@ __all__ = ["Backend", "Product", "Storage", "alike"]
 class Product(nn.Module):
     """y = P_out S P_in x for one weight S, or for several whose outputs are concatenated.
 
-    Packed values multiply without a dense weight where the structure has tiles high enough for
-    gathering to pay (`gather_gemm`), or through a dense weight that lives only during a pass
-    (`scatter_linear`). Hard permutations, (P x)[i] = x[index[i]], cost nothing: they are folded
-    into the indices of either. Masked storage is the plain reference for both.
+    Packed values multiply without a dense weight: in tiles where the structure has some high enough
+    for gathering to pay (`gather_gemm`), else entry by entry (`fan_in_product`, on a CPU). Or they
+    go through a dense weight that lives only during a pass (`scatter_linear`). Hard permutations,
+    (P x)[i] = x[index[i]], cost nothing: they are folded into the indices of all of them. Masked
+    storage is the plain reference.
 
     Args:
         layouts: of the weights. Several (Q, K and V) must be `alike`; they then run as one.
@@ -55,9 +58,11 @@ class Product(nn.Module):
 
     def backends(self, device: torch.device) -> list[Backend]:
         """What can compute this product on `device`, the usual choice first."""
-        if self.storage == "masked" or self.layouts[0].tile_shape is None:
+        if self.storage == "masked":
             return ["dense"]
-        return ["torch", "triton", "dense"] if device.type == "cuda" else ["torch", "dense"]
+        if device.type == "cpu":
+            return ["torch", "dense"]
+        return ["dense"] if self.layouts[0].tile_shape is None else ["torch", "triton", "dense"]
 
     def fold(
         self,
@@ -81,7 +86,15 @@ class Product(nn.Module):
             kept = torch.ones_like(entries, dtype=torch.bool)
             self._set("mask", scatter_entries(kept, entries, self.shape))
         elif self.backend == "dense":
-            self._fold_entries(self._entries(units), input_index, output_index)
+            entries = self._moved(self._entries(units), input_index, output_index)
+            # For single entries the index weighs as much as the values do.
+            narrow = self.out_features * self.in_features < 2**31
+            self._set("entries", entries.to(torch.int32) if narrow else entries)
+        elif self.layouts[0].tile_shape is None:
+            entries = self._moved(self._entries(units), input_index, output_index)
+            index = fan_in_index(entries, *self.shape, by_row=self._by_row(output_index))
+            for name, tensor in index._asdict().items():
+                self._set(f"fan_in_{name}", tensor)
         else:
             self._fold_tiles(units, input_index, output_index)
 
@@ -119,9 +132,9 @@ class Product(nn.Module):
             start += layout.shape[0] * layout.shape[1]
         return torch.cat(found)
 
-    def _fold_entries(
+    def _moved(
         self, entries: Tensor, input_index: Tensor | None, output_index: Tensor | None
-    ) -> None:
+    ) -> Tensor:
         """Cell (r, c) of S stands at (inverse(output_index)[r], input_index[c])."""
         num_rows, num_columns = self.shape
         rows, columns = entries // num_columns, entries % num_columns
@@ -130,10 +143,11 @@ class Product(nn.Module):
         if output_index is not None:
             rows = output_index.argsort()[rows.clamp(max=num_rows - 1)]
         outside = entries == num_rows * num_columns
-        entries = torch.where(outside, entries, rows * num_columns + columns)
-        # For single entries the index weighs as much as the values do.
-        narrow = num_rows * num_columns < 2**31
-        self._set("entries", entries.to(torch.int32) if narrow else entries)
+        return torch.where(outside, entries, rows * num_columns + columns)
+
+    def _by_row(self, output_index: Tensor | None) -> bool:
+        """Whether single entries come row by row, whatever the topology."""
+        return output_index is None and all(layout.by_row for layout in self.layouts)
 
     def _fold_tiles(
         self, units: Sequence[Tensor], input_index: Tensor | None, output_index: Tensor | None
@@ -212,7 +226,10 @@ class Product(nn.Module):
             flat = _join([value.flatten() for value in values])
             return scatter_linear(x, flat, self.entries, self.out_features)
         tile_shape = self.layouts[0].tile_shape
-        assert tile_shape is not None
+        if tile_shape is None:
+            entries = FanInIndex(*(getattr(self, name) for name in _FAN_IN))
+            flat = _join([value.flatten() for value in values])
+            return fan_in_product(x, flat, entries, self.out_features)
         tiles = _join([value.reshape(-1, *tile_shape) for value in values])
         index = TileIndex(*(getattr(self, name) for name in TileIndex._fields))
         assert index.columns is not None, "fold was never called"

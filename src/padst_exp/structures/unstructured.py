@@ -25,6 +25,8 @@ class Unstructured(Structure):
 
 
 class _EntryLayout(Layout):
+    by_row = True
+
     def __init__(self, out_features: int, in_features: int, density: float) -> None:
         candidates = torch.tensor([out_features * in_features])
         sizes = torch.ones(1, dtype=torch.int64)
