@@ -142,6 +142,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     empty = torch.empty(0, dtype=dtype)
     x, dy, bias, rows = features(768), features(3072), torch.zeros(3072), index(3072)
+    mean = torch.zeros(6304)
     x_tm, dy_tm = features(768, 6304, "tm"), features(3072, 6304, "tm")
     for height in (16, 32, 64, 128):
         groups = 3072 // height
@@ -152,6 +153,14 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield (
             f"forward nm{height} fm fm epilogue",
             forward(x=x, **nm, rows=rows, bias=bias, gelu=True, residual=dy),
+        )
+        yield (
+            f"forward nm{height} fm fm norm",
+            forward(x=x, **nm, rows=rows, bias=bias, gelu=True, norm=(mean, mean, bias)),
+        )
+        yield (
+            f"forward nm{height} fm fm gelu gradient",
+            forward(x=x, **nm, rows=rows, bias=bias, gelu_gradient=dy),
         )
         in_l1 = gather.Tile(tokens=64, columns=64, warps=4, stages=5, row_blocks=groups)
         yield f"forward nm{height} fm fm in L1", forward(x=x, **nm, rows=rows, tile=in_l1)
@@ -229,6 +238,10 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         block |= {"order": index(num_tiles), "transposed": True}
         yield f"dx block{height} fm fm", forward(x=dy, **block, rows=index(768))
         yield (
+            f"dx block{height} tm tm runs",
+            forward(x=dy_tm, **block, run=height, feature_major=False),
+        )
+        yield (
             f"dw block{height} fm fm",
             partial(
                 gather.launch_weight_gradient,
@@ -243,6 +256,24 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
                 precision=precision,
             ),
         )
+    # Offsets in classes modulo 12: tiles of 64 inputs and 256 outputs.
+    weight = torch.empty(12, 64, 256, dtype=dtype)
+    stride = {"weight": weight, "row_pointer": index(13), "order": index(12)}
+    yield (
+        "forward stride12 fm fm",
+        forward(x=x, **stride, columns=index(12, 64), out_features=3072, rows=rows),
+    )
+    yield (
+        "dx stride12 fm fm",
+        forward(
+            x=dy,
+            **stride,
+            columns=index(12, 256),
+            out_features=768,
+            rows=index(768),
+            transposed=True,
+        ),
+    )
     values, offsets, columns = torch.empty(77, 768, dtype=dtype), index(77), index(768)
     sides = {"by_row": False, "columns": columns, "rows": rows}
     yield (

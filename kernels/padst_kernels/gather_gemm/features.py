@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from padst_kernels.gather_gemm import passes
 from padst_kernels.gather_gemm.index import TileIndex
-from padst_kernels.gather_gemm.layout import empty_features, has_aligned_rows
+from padst_kernels.gather_gemm.layout import aligned_features, empty_features, has_aligned_rows
 from padst_kernels.gather_gemm.op import (
     INDEX_SCHEMA,
     check,
@@ -212,6 +212,8 @@ def _gradients(
     dz = dy
     if ctx.gelu and (needs_dx or needs_dweight or needs_dbias):
         dz = gelu_gradient(dy, x, weight, bias, *fields, backend=ctx.backend)
+    elif ctx.backend == "triton" and not has_aligned_rows(dy):
+        dz = aligned_features(dy.t())  # one copy serves both passes
     if needs_dx:
         dx = input_gradient(dz.t(), weight, *fields, feature_major=True, backend=ctx.backend).t()
     if needs_dweight:

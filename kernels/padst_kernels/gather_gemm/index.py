@@ -57,6 +57,10 @@ class TileIndex(NamedTuple):
         natural = self.transposed_pointer is not None and self.transposed_rows is None
         return self.columns.shape[1] if natural else 1
 
+    def row_run(self, height: int) -> int:
+        """How many neighbouring outputs each aligned run of rows consists of; `height` is V."""
+        return height if self.rows is None else 1
+
 
 def tile_index(
     columns: Tensor,

@@ -135,9 +135,12 @@ def _(x: Tensor, dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
 class _GatherGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        *index_and_features, ctx.backend = rest
-        ctx.save_for_backward(x, weight, *index_and_features[:-1])
-        return _product(x, weight, *index_and_features, backend=ctx.backend)
+        *fields, out_features, ctx.backend = rest
+        if ctx.backend == "triton":
+            # A copy in another layout serves both passes.
+            x = passes.readable(x, TileIndex(*fields).column_run)
+        ctx.save_for_backward(x, weight, *fields)
+        return _product(x, weight, *fields, out_features, backend=ctx.backend)
 
     @staticmethod
     @once_differentiable
@@ -163,6 +166,8 @@ def _gradients(
     weight_gradient: Callable[..., Tensor],
 ) -> tuple[Tensor | None, ...]:
     x, weight, *fields = ctx.saved_tensors
+    if ctx.backend == "triton":
+        dy = passes.readable(dy, TileIndex(*fields).row_run(weight.shape[2]))
     dx = dweight = None
     if ctx.needs_input_grad[0]:
         dx = input_gradient(dy, weight, *fields, feature_major=False, backend=ctx.backend)

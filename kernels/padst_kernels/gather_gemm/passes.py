@@ -76,8 +76,7 @@ def input_gradient(
     if not runs_on_triton(dy, backend):
         dx = cpu.input_gradient(dy, weight, index, index.in_features)
         return aligned_features(dx).t() if feature_major else dx
-    # Rows in natural order are read in runs.
-    run = weight.shape[2] if index.rows is None else 1
+    run = index.row_run(weight.shape[2])
     dy, weight = readable(dy, run), weight.contiguous()
     if index.transposed_columns is None:
         return _input_gradient_by_slots(dy, weight, index, run, feature_major)
@@ -132,7 +131,7 @@ def weight_gradient(
     run = index.column_run
     return kernels.launch_weight_gradient(
         readable(x, run).t(),
-        readable(dy, height if index.rows is None else 1).t(),
+        readable(dy, index.row_run(height)).t(),
         index.columns,
         index.row_pointer,
         index.rows,

@@ -206,7 +206,7 @@ def launch_product(
     num_blocks = num_groups * triton.cdiv(height, block_v)
     if tile is None:
         extent = width * triton.cdiv(len(columns), num_groups)
-        tile = _product_tile(x, extent, block_v, run)
+        tile = _product_tile(x, extent, block_v, run, transposed)
     y_tokens = readable_tokens("y", y)
     other = residual if gelu_gradient is None else gelu_gradient
     if other is not None:
@@ -255,7 +255,7 @@ def are_interpreted() -> bool:
     return not isinstance(_product_kernel, triton.JITFunction)
 
 
-def _product_tile(x: Tensor, width: int, block_v: int, run: int) -> Tile:
+def _product_tile(x: Tensor, width: int, block_v: int, run: int, transposed: bool) -> Tile:
     tokens = min(128, max(16, triton.next_power_of_2(x.shape[1])))
     # 64 columns make 16-byte copies of a weight tile 16 rows high by 128 threads; 4-byte operands
     # fill shared memory twice as fast.
@@ -263,4 +263,6 @@ def _product_tile(x: Tensor, width: int, block_v: int, run: int) -> Tile:
     if x.stride(0) == 1 and run < 8:
         # Every element of a token-major gather is addressed by itself, out of registers.
         tokens, columns = min(tokens, 64), min(columns, 32)
-    return Tile(tokens, columns, warps=8 if tokens * block_v >= 128 * 128 else 4, stages=5)
+    # Under Triton 3.6 a third buffer for transposed tiles this high spills on sm_80.
+    stages = 4 if transposed and block_v >= 128 else 5
+    return Tile(tokens, columns, warps=8 if tokens * block_v >= 128 * 128 else 4, stages=stages)
