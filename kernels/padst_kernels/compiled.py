@@ -22,7 +22,7 @@ COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", f"-I{HEADE
 def compiled(source: Path) -> ctypes.CDLL | None:
     """The shared library of one C++ `source` file, or None where it cannot be had.
 
-    Needs GCC (`CXX`, by default g++) at the first use on a machine: about two seconds. Libraries
+    Needs GCC (`CXX`, by default g++) at the first use on a machine: some seconds. Libraries
     stay in `PADST_CACHE` (else `~/.cache/padst_exp`), by the hash of source, headers, compiler and
     CPU.
     """

@@ -124,7 +124,7 @@ def _library() -> Callable[..., bool] | None:
         return None
     function = library.padst_gather_gemm
     numbers, pointers = [ctypes.c_int64], [ctypes.c_void_p]
-    function.argtypes = numbers * 2 + pointers * 7 + numbers * 7
+    function.argtypes = [*numbers * 2, *pointers * 7, *numbers * 7]
     function.restype = ctypes.c_bool
     return function
 

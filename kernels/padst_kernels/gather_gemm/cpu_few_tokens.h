@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "cpu_index.h"
+#include "cpu_units.h"
 
 namespace {
 
@@ -50,13 +50,13 @@ void few_group(const Index& index, int64_t group, const float* x, const T* weigh
 template <typename T>
 void forward_few(const Index& index, const T* x, const T* weight, int64_t num_tokens, T* y) {
   const int64_t in_features = index.in_features, stride = in_features + 1;
-  float* wide = scratch(0, num_tokens * stride);
+  float* wide = scratch(INPUT, num_tokens * stride);
   for (int64_t t = 0; t < num_tokens; ++t) {
     convert(x + t * in_features, wide + t * stride, in_features);
     wide[t * stride + in_features] = 0;
   }
   const bool direct = !index.positions() && index.num_rows() == index.out_features;
-  T* rows = direct ? y : reinterpret_cast<T*>(scratch(1, num_tokens * index.num_rows()));
+  T* rows = direct ? y : reinterpret_cast<T*>(scratch(OUTPUT, num_tokens * index.num_rows()));
 #pragma omp parallel for schedule(static) if (index.threads_pay(1))
   for (int64_t r = 0; r < index.num_groups; ++r) {
     T* out = rows + r * index.height;

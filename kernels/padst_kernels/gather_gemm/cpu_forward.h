@@ -24,7 +24,7 @@ inline void forward_rows(const Index& index, int64_t group, const typename Unit:
         x += NV * LANES;
       vec in[NV];
 #pragma GCC unroll 3
-      for (int v = 0; v < NV; ++v) in[v] = *reinterpret_cast<const vec*>(row + v * LANES);
+      for (int v = 0; v < NV; ++v) in[v] = load_words(row + v * LANES);
       accumulate<Unit>(sum, in, w, 1);
     }
   }
@@ -34,7 +34,7 @@ inline void forward_rows(const Index& index, int64_t group, const typename Unit:
 template <class Unit, typename T>
 void forward(const Index& index, const T* x, const T* weight, int64_t num_tokens, T* y) {
   const auto* words = Unit::column_words(index, weight);
-  const int64_t group_words = (index.height + Unit::PER - 1) / Unit::PER;
+  const int64_t height = index.height, group_words = (height + Unit::PER - 1) / Unit::PER;
   in_slabs(index, num_tokens, [&](int64_t start, int64_t count, auto vectors) {
     constexpr int NV = decltype(vectors)::value;
     constexpr int64_t stride = NV * LANES;
@@ -48,12 +48,12 @@ void forward(const Index& index, const T* x, const T* weight, int64_t num_tokens
         forward_rows<Unit, decltype(tile)::value, NV>(index, r, rows, words + i,
                                                       group + i / Unit::PER * stride);
       };
-      // The last tile may reach over the row group, into the next word's column or padding.
-      constexpr int ROWS = tile_rows(NV);
+      constexpr int MOST = NV == 1 ? 2 * ROWS : ROWS;
       int64_t i = 0;
-      for (; i + ROWS <= index.height; i += ROWS) run(i, std::integral_constant<int, ROWS>());
-      for (; i + 4 <= index.height; i += 4) run(i, std::integral_constant<int, 4>());
-      for (; i < index.height; i += Unit::PER) run(i, std::integral_constant<int, Unit::PER>());
+      for (; i + MOST <= height; i += MOST) run(i, std::integral_constant<int, MOST>());
+      for (; i + 4 <= height; i += 4) run(i, std::integral_constant<int, 4>());
+      // A pair may reach over the row group, into the next word of columns or padding.
+      for (; i < height; i += Unit::PER) run(i, std::integral_constant<int, Unit::PER>());
     }
     Unit::write_y(index, out, stride, count, y + start * index.out_features);
   });

@@ -15,7 +15,7 @@ inline void dx_rows(const typename Unit::word* dy, const typename Unit::word* we
   for (int64_t j = 0; j < depth; ++j, dy += stride) {
     vec in[NV];
 #pragma GCC unroll 3
-    for (int v = 0; v < NV; ++v) in[v] = *reinterpret_cast<const vec*>(dy + v * LANES);
+    for (int v = 0; v < NV; ++v) in[v] = load_words(dy + v * LANES);
     accumulate<Unit>(sum, in, weight + j, depth);
   }
 #pragma GCC unroll 16
@@ -42,9 +42,10 @@ void input_gradient(const Index& index, const T* dy, const T* weight, int64_t nu
     for (int64_t r = 0; r < index.num_groups; ++r) {
       const auto* rows = Unit::template dy_of_group<NV>(index, r, in);
       for (int64_t n = index.begin(r); n < index.end(r); ++n)
-        in_tiles<tile_rows(NV)>(width, [&](int64_t k, auto tile) {
-          dx_rows<Unit, decltype(tile)::value, NV>(rows, words + (index.tile(n) * width + k) * depth,
-                                  index.columns + n * width + k, depth, out);
+        in_tiles<ROWS>(width, [&](int64_t k, auto tile) {
+          dx_rows<Unit, decltype(tile)::value, NV>(
+              rows, words + (index.tile(n) * width + k) * depth, index.columns + n * width + k,
+              depth, out);
         });
     }
     Unit::write_dx(index, out, stride, count, dx + start * in_features);

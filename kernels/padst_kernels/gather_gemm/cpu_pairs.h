@@ -1,4 +1,5 @@
-// Pairs of bfloat16 numbers, for CPUs that multiply and add two at a time into float32.
+// Pairs of bfloat16 numbers, for CPUs that multiply and add two at a time into float32. They take
+// denormal numbers, below 1e-38, for zero.
 
 #pragma once
 
@@ -132,8 +133,6 @@ struct Pair {
  private:
   typedef uint16_t halves __attribute__((vector_size(LANES * 4)));
 
-  static vec load_words(const word* p) { return *reinterpret_cast<const vec*>(p); }
-  static void store_words(word* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
   static void store_some(bfloat16* p, vec v, int64_t n) {
     if (n == 2 * LANES)
       store_words(reinterpret_cast<word*>(p), v);

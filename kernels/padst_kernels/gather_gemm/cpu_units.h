@@ -13,18 +13,23 @@
 
 namespace {
 
-constexpr int64_t VECTORS = 3;  // vectors of tokens in a slab, and in a register tile
-
-// Rows of a register tile with so many vectors.
-constexpr int tile_rows(int vectors) {
-  return (LANES == 8 ? 4 : 8) * (vectors == 1 ? 2 : 1);
-}
+constexpr int ROWS = LANES == 8 ? 4 : 8;  // rows of a register tile
+constexpr int64_t VECTORS = 3;            // vectors of tokens in a slab, and in a register tile
 
 enum Scratch { INPUT, OUTPUT, EXTRA, WEIGHT };
 
 template <class Unit>
 typename Unit::word* buffer(Scratch which, int64_t size) {
   return reinterpret_cast<typename Unit::word*>(scratch(which, size));
+}
+
+template <typename Word>
+inline vec load_words(const Word* p) {
+  return *reinterpret_cast<const vec*>(p);
+}
+template <typename Word>
+inline void store_words(Word* p, vec v) {
+  *reinterpret_cast<vec*>(p) = v;
 }
 
 // A weight in float32.
@@ -91,7 +96,6 @@ struct Single {
   static void write_y(const Index& index, const word* slab, int64_t stride, int64_t count, T* y) {
     to_tokens(slab, stride, count, index.out_features, index.positions(), y, index.out_features);
   }
-
   template <typename T>
   static void write_dx(const Index& index, const float* slab, int64_t stride, int64_t count,
                        T* dx) {
@@ -131,20 +135,23 @@ template <int MOST, typename Run>
   for (; i < size; i += MOST - 1) run(i, std::integral_constant<int, MOST - 1>());
 }
 
-// Calls run(start, count, vectors) for slabs of tokens, on several threads.
+// Calls run(first token, tokens, vectors) for slabs; several threads share the vectors evenly.
 template <typename Run>
 void in_slabs(const Index& index, int64_t num_tokens, Run run) {
   const int64_t vectors = (num_tokens + LANES - 1) / LANES;
-  const bool parallel = index.threads_pay(num_tokens);
-  const int64_t threads = parallel ? omp_get_max_threads() : 1;
-  const int64_t length = LANES * std::clamp<int64_t>(vectors / threads, 1, VECTORS);
-#pragma omp parallel for schedule(dynamic) if (parallel)
-  for (int64_t start = 0; start < num_tokens; start += length) {
-    const int64_t count = std::min(length, num_tokens - start);
-    switch ((count + LANES - 1) / LANES) {
-      case 1: run(start, count, std::integral_constant<int, 1>()); break;
-      case 2: run(start, count, std::integral_constant<int, 2>()); break;
-      default: run(start, count, std::integral_constant<int, VECTORS>());
+#pragma omp parallel if (index.threads_pay(num_tokens))
+  {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t last = std::min(num_tokens, vectors * (thread + 1) / threads * LANES);
+    for (int64_t start = vectors * thread / threads * LANES; start < last;) {
+      const int64_t count = std::min(VECTORS * LANES, last - start);
+      if (count <= LANES)
+        run(start, count, std::integral_constant<int, 1>());
+      else if (count <= 2 * LANES)
+        run(start, count, std::integral_constant<int, 2>());
+      else
+        run(start, count, std::integral_constant<int, VECTORS>());
+      start += count;
     }
   }
 }

@@ -1,5 +1,5 @@
-// Weight gradient: x of a long slab of tokens is transposed, dy stays token-major. Lanes hold rows
-// of the tile. Sums over tokens are float32, and are rounded once, after the last slab.
+// Weight gradient: lanes hold rows of a tile. Of a long slab of tokens x is transposed, dy split
+// into vectors of rows. Sums over tokens are float32, and are rounded once, after the last slab.
 
 #pragma once
 
@@ -21,7 +21,7 @@ void dw_columns(const typename Unit::word* x, int64_t stride, const int32_t* col
   for (int64_t t = 0; t < num_words; ++t, dy += LANES) {
     vec rows[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) rows[v] = *reinterpret_cast<const vec*>(dy + v * stride * LANES);
+    for (int v = 0; v < NV; ++v) rows[v] = load_words(dy + v * stride * LANES);
 #pragma GCC unroll 24
     for (int i = 0; i < NCOLUMNS; ++i) {
       const vec coefficient = Unit::broadcast(in[i][t]);
@@ -115,7 +115,7 @@ void weight_gradient(const Index& index, const T* x, const T* dy, int64_t num_to
                 return Unit::load_tokens(x_part + j, in_features, i + r, count, n);
               },
               [&](int64_t c, vec v, int64_t) {
-                *reinterpret_cast<vec*>(x_slab + (j + c) * stride + i) = v;
+                store_words(x_slab + (j + c) * stride + i, v);
               });
         std::memset(x_slab + in_features * stride + i, 0, LANES * sizeof(word));
         for (int64_t t = i; t < std::min(words, i + LANES); ++t)
@@ -124,7 +124,7 @@ void weight_gradient(const Index& index, const T* x, const T* dy, int64_t num_to
             const vec rows = Unit::load_tokens(dy_part + o, out_features, t, count, n);
             word* out = dy_slab + t * LANES;
             if (scattered.empty()) {
-              *reinterpret_cast<vec*>(out + o * stride) = rows;
+              store_words(out + o * stride, rows);
               continue;
             }
             word part[LANES];
