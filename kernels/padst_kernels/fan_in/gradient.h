@@ -3,7 +3,6 @@
 #pragma once
 
 #include "slabs.h"
-#include "weight.h"
 
 namespace {
 
@@ -92,7 +91,8 @@ void gradient_slab(const Weight& weight, const T* x, const T* dy, int64_t count,
       Slab::read(dy + o, out_features, count, size, NV * Slab::TOKENS, own, stride);
       for (int64_t r = o; r < o + size; ++r) {
         fetch<false>(dy + o + size, out_features, count,
-                     std::min(GRADIENT_BLOCK, out_features - o - size), r - o, size);
+                     std::min(GRADIENT_BLOCK, out_features - o - size), r - o,
+                     (count + GRADIENT_BLOCK - 1) / GRADIENT_BLOCK);
         const int64_t at = weight.pointer[r];
         gradient_row<Slab, NV>(in, own + (r - o) * stride, weight.columns + at,
                                weight.pointer[r + 1] - at, add, totals + at);

@@ -45,7 +45,7 @@ def fan_in_product(x: Tensor, values: Tensor, index: FanInIndex, out_features: i
             "elements, as many as entries"
         )
     _check("fan_in_product", x, values, len(index.column_pointer) - 1)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # In eager mode a custom operator costs 20 us more a call than an autograd function.
     if torch.compiler.is_compiling():
         y = _product_operator(flat, values, *index, out_features)
@@ -53,7 +53,7 @@ def fan_in_product(x: Tensor, values: Tensor, index: FanInIndex, out_features: i
         y = _FanInProduct.apply(flat, values, *index, out_features)
     else:
         y = passes.product(flat, values, index, out_features)
-    return y.view(*x.shape[:-1], out_features)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def fan_in_linear(x: Tensor, weight: FanIn) -> Tensor:
@@ -67,16 +67,26 @@ def fan_in_linear(x: Tensor, weight: FanIn) -> Tensor:
         `[..., O]`, contiguous. Not differentiable.
 
     Raises:
-        ValueError: shape or dtype of x disagree with the weight, or x needs a gradient.
+        ValueError: shapes or dtypes disagree, or x needs a gradient.
         IndexError: on a CPU, a feature in `weight` does not exist.
     """
     _check("fan_in_linear", x, weight.values, weight.in_features)
+    values, columns, row_pointer, rows = weight[:4]
+    if len(values) != len(columns) or len(row_pointer) != len(rows) + 1:
+        raise ValueError(
+            f"fan_in_linear: {len(values)} values, {len(columns)} columns, {len(rows)} rows and "
+            f"{len(row_pointer)} pointers, expected as many columns as values, one pointer more "
+            "than rows"
+        )
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("fan_in_linear: x requires a gradient, but this is for inference only")
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # In eager mode the operator itself would take as long as a small product.
-    run = _operator if torch.compiler.is_compiling() else _fan_in
-    y = run(x.reshape(-1, x.shape[-1]), *weight[:4], weight.out_features)
-    return y.view(*x.shape[:-1], weight.out_features)
+    if torch.compiler.is_compiling():
+        y = _operator(flat, *weight[:4], weight.out_features)
+    else:
+        y = passes.condensed_product(flat, weight)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.out_features)
 
 
 def _check(name: str, x: Tensor, values: Tensor, in_features: int) -> None:
@@ -87,7 +97,8 @@ def _check(name: str, x: Tensor, values: Tensor, in_features: int) -> None:
         )
 
 
-def _fan_in(
+@torch.library.custom_op("padst::fan_in", mutates_args=())
+def _operator(
     x: Tensor,
     values: Tensor,
     columns: Tensor,
@@ -97,9 +108,6 @@ def _fan_in(
 ) -> Tensor:
     weight = FanIn(values, columns, row_pointer, rows, x.shape[1], out_features)
     return passes.condensed_product(x, weight)
-
-
-_operator = torch.library.custom_op("padst::fan_in", _fan_in, mutates_args=())
 
 
 @_operator.register_fake

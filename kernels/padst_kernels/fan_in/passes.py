@@ -23,16 +23,16 @@ TOKENS = 64
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-# Of each pass in cpu.cpp: how many arguments it has, and which of them are features.
+# Arguments of each pass in cpu.cpp.
 _ARGUMENTS = {"": 8, "dx_": 10, "dvalues_": 7}
-_FEATURES = {"": (3,), "dx_": (3, 6), "dvalues_": (3,)}
 
 
 def product(x: Tensor, values: Tensor, index: FanInIndex, out_features: int) -> Tensor:
     """`[T, O]`, contiguous."""
     sizes = (*x.shape, out_features, out_features, len(index.columns))
     y = x.new_empty(len(x), out_features)
-    if not _run("", (x, values, *index[:3], None), sizes, y):
+    tensors = x.contiguous(), values.contiguous(), *index[:3], None
+    if not _run("", tensors, (index.columns,), sizes, y):
         y = scatter_linear(x, values.flatten(), _entries(*index[:3], x.shape[1]), out_features)
     return y
 
@@ -41,7 +41,8 @@ def input_gradient(dy: Tensor, values: Tensor, index: FanInIndex) -> Tensor:
     """`[T, I]`, contiguous."""
     sizes = len(dy), len(index.column_pointer) - 1, dy.shape[1], dy.shape[1], len(index.slots)
     dx = dy.new_empty(sizes[:2])
-    if not _run("dx_", (dy, values, *index), sizes, dx):
+    tensors = dy.contiguous(), values.contiguous(), *index
+    if not _run("dx_", tensors, (index.columns, index.rows), sizes, dx):
         transposed = _entries(*index[3:], dy.shape[1])
         dx = scatter_linear(dy, values.flatten(), transposed, sizes[1])
     return dx
@@ -51,7 +52,8 @@ def values_gradient(x: Tensor, dy: Tensor, index: FanInIndex) -> Tensor:
     """`[S]`, zero at padding."""
     sizes = len(x), x.shape[1], dy.shape[1], dy.shape[1], len(index.slots)
     dvalues = x.new_empty(len(index.slots))
-    if not _run("dvalues_", (x, dy, *index[:3]), sizes, dvalues):
+    tensors = x.contiguous(), dy.contiguous(), *index[:3]
+    if not _run("dvalues_", tensors, (index.columns,), sizes, dvalues):
         dense = (dy.t() @ x).flatten()
         dvalues = torch.cat([dense, dense.new_zeros(1)])[_entries(*index[:3], x.shape[1])]
     return dvalues
@@ -62,7 +64,8 @@ def condensed_product(x: Tensor, weight: FanIn) -> Tensor:
     values, columns, row_pointer, rows = weight[:4]
     sizes = (*x.shape, weight.out_features, len(rows), len(columns))
     y = x.new_empty(len(x), weight.out_features)
-    if _run("", (x, values, row_pointer, columns, None, rows), sizes, y):
+    tensors = x.contiguous(), values.contiguous(), row_pointer, columns, None, rows
+    if _run("", tensors, (columns,), sizes, y):
         return y
     y.zero_()
     if not len(x) or not len(rows):
@@ -82,16 +85,18 @@ def condensed_product(x: Tensor, weight: FanIn) -> Tensor:
 
 
 def _run(
-    name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], out: Tensor
+    name: str,
+    tensors: tuple[Tensor | None, ...],
+    features: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    out: Tensor,
 ) -> bool:
     """Run one pass of cpu.cpp into `out`; False where there is none for these tensors."""
     library = _library() if out.is_cpu and out.dtype in _NAMES else None
-    features = [tensors[i] for i in _FEATURES[name]]
-    if library is None or any(t is None or t.dtype != torch.uint16 for t in features):
+    if library is None or [t for t in features if t.dtype != torch.uint16]:
         return False
-    dense = [None if t is None else t.contiguous() for t in tensors]
     legal = getattr(library, f"padst_fan_in_{name}{_NAMES[out.dtype]}")(
-        *(None if t is None else t.data_ptr() for t in dense),
+        *[None if t is None else t.data_ptr() for t in tensors],
         (ctypes.c_int64 * 5)(*sizes),
         out.data_ptr(),
     )

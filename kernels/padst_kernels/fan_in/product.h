@@ -6,7 +6,6 @@
 #include <omp.h>
 
 #include "slabs.h"
-#include "weight.h"
 
 namespace {
 
@@ -29,24 +28,28 @@ void product_slab(const Weight& weight, const T* x, const T* values,
     const auto* own =
         ready ? ready + begin : staged<typename Slab::Value>(weight, values, begin, end);
     float* out = scratch(OUTPUT, BLOCK * tokens + LANES);
-    column_vec highest = {};
+    octet_columns highest = {};
     int64_t next = o;
     for (int64_t r = first; r < last; ++r, ++next) {
-      fetch<true>(y + o, out_features, count, size, r - first, last - first);
+      if (tokens > 1)
+        fetch<true>(y + o, out_features, count, size, r - first, (tokens + BLOCK - 1) / BLOCK);
       // Rows without entries are zero.
       for (; next < weight.feature(r); ++next)
         std::memset(out + (next - o) * tokens, 0, tokens * sizeof(float));
-      const int64_t at = weight.pointer[r];
-      Slab::template row<NV>(in, own + (at - begin), weight.columns + at,
-                             weight.pointer[r + 1] - at, weight.num_entries - at,
-                             out + (next - o) * tokens, highest);
+      const int64_t at = weight.pointer[r], size = weight.pointer[r + 1] - at;
+      if (tokens > 1 && !ready) {
+        if (!weight.order) fetch_far(values + at, size);
+        fetch_far(weight.columns + at, size);
+      }
+      Slab::template row<NV>(in, own + (at - begin), weight.columns + at, size,
+                             weight.num_entries - at, out + (next - o) * tokens, highest);
     }
     std::memset(out + (next - o) * tokens, 0, (o + size - next) * tokens * sizeof(float));
     if constexpr (tokens == 1)
       convert(out, y + o, size);
     else
       to_tokens(out, tokens, count, size, nullptr, y + o, out_features);
-    for (int i = 0; i < LANES; ++i)
+    for (int i = 0; i < 8; ++i)
       if (highest[i] >= in_features) weight.legal = false;
   }
 }

@@ -6,10 +6,7 @@
 
 #pragma once
 
-#include <type_traits>
-#include <utility>
-
-#include "simd.h"
+#include "weight.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -19,11 +16,25 @@ namespace {
 // Columns are 16 bits wide, and so stay inside a buffer of this many rows whatever they hold.
 constexpr int64_t MAX_FEATURES = 1 << 16;
 
-typedef half_vec column_vec;
+typedef float octet __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t octet_mask __attribute__((vector_size(32)));
+typedef uint16_t octet_columns __attribute__((vector_size(16), aligned(2), may_alias));
 
-template <int... I>
-inline vec take(const float* x, const uint16_t* columns, std::integer_sequence<int, I...>) {
-  return vec{x[columns[I]]...};
+inline octet load_octet(const float* p) { return *reinterpret_cast<const octet*>(p); }
+inline octet load_octet(const bfloat16* p) {
+  return (octet)(__builtin_convertvector(*reinterpret_cast<const octet_columns*>(p), octet_mask)
+                 << 16);
+}
+inline octet load_octet(const float16* p) {
+  float wide[8];
+  convert(p, wide, 8);
+  return load_octet(wide);
+}
+
+inline float sum_of_lanes(octet v) {
+  v += __builtin_shuffle(v, octet_mask{4, 5, 6, 7, 0, 1, 2, 3});
+  v += __builtin_shuffle(v, octet_mask{2, 3, 0, 1, 6, 7, 4, 5});
+  return v[0] + v[1];
 }
 
 // One token. T is the type of the values.
@@ -37,40 +48,40 @@ struct Token {
     convert(x, slab, num_features);
   }
 
-  // Built from scalar loads: gather instructions are slower on some CPUs, no faster on the others.
-  // The last step reads LANES entries whatever is left, so `readable` of them must exist.
+  // Scalar loads: gather instructions are slower on some CPUs, no faster on the others. Eight at a
+  // time: their columns fit the registers.
+  static octet take(const float* x, const uint16_t* c, octet_columns& highest) {
+    const octet_columns seen = *reinterpret_cast<const octet_columns*>(c);
+    highest = seen > highest ? seen : highest;
+    return octet{x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]};
+  }
+
+  // The last step reads eight entries whatever is left, so `readable` of them must exist.
   template <int NV>
   static void row(const float* slab, const T* values, const uint16_t* columns, int64_t count,
-                  int64_t readable, float* out, column_vec& highest) {
-    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
-    const int64_t whole = count / LANES * LANES, left = count - whole;
-    vec sum = {};
-    const auto see = [&](int64_t k) {
-      const column_vec seen = *reinterpret_cast<const column_vec*>(columns + k);
-      highest = seen > highest ? seen : highest;
-    };
-    for (int64_t k = 0; k < whole; k += LANES) {
-      see(k);
-      sum += take(slab, columns + k, lanes) * load(values + k);
+                  int64_t readable, float* out, octet_columns& highest) {
+    octet sum = {}, other = {};
+    int64_t k = 0;
+    for (; k + 16 <= count; k += 16) {
+      sum += take(slab, columns + k, highest) * load_octet(values + k);
+      other += take(slab, columns + k + 8, highest) * load_octet(values + k + 8);
     }
-    if (whole + LANES <= readable) {
-      ivec lane;
-      for (int i = 0; i < LANES; ++i) lane[i] = i;
-      const ivec inside = lane < static_cast<int32_t>(left);
-      see(whole);
-      sum += (vec)((ivec)take(slab, columns + whole, lanes) & inside) *
-             (vec)((ivec)load(values + whole) & inside);
+    if (k + 8 <= count) {
+      sum += take(slab, columns + k, highest) * load_octet(values + k);
+      k += 8;
+    }
+    if (k + 8 <= readable) {
+      const octet_mask lane = {0, 1, 2, 3, 4, 5, 6, 7};
+      const octet_mask inside = lane < static_cast<int32_t>(count - k);
+      other += (octet)((octet_mask)take(slab, columns + k, highest) & inside) *
+               (octet)((octet_mask)load_octet(values + k) & inside);
     } else {
-      float x[LANES] = {};
-      for (int64_t i = 0; i < left; ++i) {
-        x[i] = slab[columns[whole + i]];
-        highest[i] = std::max<uint16_t>(highest[i], columns[whole + i]);
+      for (; k < count; ++k) {
+        highest[0] = std::max<uint16_t>(highest[0], columns[k]);
+        sum[0] += slab[columns[k]] * widen(values[k]);
       }
-      sum += load(x) * load(values + whole, left);
     }
-    for (int step = LANES / 2; step > 0; step /= 2)
-      for (int i = 0; i < step; ++i) sum[i] += sum[i + step];
-    *out = sum[0];
+    *out = sum_of_lanes(sum + other);
   }
 };
 
@@ -96,7 +107,7 @@ struct Floats {
 
   template <int NV>
   static void row(const float* slab, const float* values, const uint16_t* columns, int64_t count,
-                  int64_t, float* out, column_vec&) {
+                  int64_t, float* out, octet_columns&) {
     constexpr int CHAINS = NV == 1 ? 4 : 2;
     V sum[CHAINS][NV] = {};
     const auto add = [&](V(&to)[NV], int64_t k) {
@@ -193,7 +204,7 @@ struct Pairs {
 
   template <int NV>
   static void row(const float* slab, const bfloat16* values, const uint16_t* columns,
-                  int64_t count, int64_t, float* out, column_vec&) {
+                  int64_t count, int64_t, float* out, octet_columns&) {
     constexpr int64_t stride = NV * LANES;
     constexpr int CHAINS = NV == 1 ? 2 : 1;
     Sum sum[CHAINS][NV] = {};

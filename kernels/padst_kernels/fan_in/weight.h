@@ -36,12 +36,14 @@ struct Weight {
 
   // Pointers and rows are looked at first; an order when it is used, by `place`.
   bool check_rows() const {
-    bool inside = pointer[0] == 0 && pointer[num_rows] <= num_entries;
-    for (int64_t r = 0; r < num_rows; ++r) inside &= pointer[r] <= pointer[r + 1];
-    int32_t last = -1;
-    for (int64_t r = 0; rows && r < num_rows; last = rows[r++])
-      inside &= last < rows[r] && rows[r] < out_features;
-    return inside;
+    // Without a branch, for vectors of rows.
+    int32_t outside = pointer[0] != 0 || pointer[num_rows] > num_entries;
+    for (int64_t r = 0; r < num_rows; ++r) outside |= pointer[r] > pointer[r + 1];
+    if (rows && num_rows) {
+      outside |= rows[0] < 0 || rows[num_rows - 1] >= out_features;
+      for (int64_t r = 1; r < num_rows; ++r) outside |= rows[r - 1] >= rows[r];
+    }
+    return !outside;
   }
   bool check_columns() const {
     uint16_t highest = 0;
@@ -101,13 +103,20 @@ const Value* staged(const Weight& weight, const T* values, int64_t begin, int64_
   return out;
 }
 
-// Fetches part `part` of `parts` of a matrix of `rows` x `columns`.
+// Fetches rows of a matrix, `per_part` of them for each part, so that all `num_rows` come while the
+// parts of something else are computed.
 template <bool WRITE, typename T>
-inline void fetch(const T* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t part,
-                  int64_t parts) {
-  for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r)
-    for (int64_t c = 0; c < columns; c += 64 / sizeof(T))
+inline void fetch(const T* matrix, int64_t stride, int64_t num_rows, int64_t num_columns,
+                  int64_t part, int64_t per_part) {
+  for (int64_t r = part * per_part; r < std::min((part + 1) * per_part, num_rows); ++r)
+    for (int64_t c = 0; c < num_columns; c += 64 / sizeof(T))
       __builtin_prefetch(matrix + r * stride + c, WRITE, 2);
+}
+// Fetches what stands `FAR` places after what is read now.
+template <typename T>
+inline void fetch_far(const T* now, int64_t count) {
+  constexpr int64_t FAR = 1024;
+  for (int64_t k = 0; k < count; k += 64 / sizeof(T)) __builtin_prefetch(now + k + FAR);
 }
 
 }  // namespace
