@@ -222,6 +222,21 @@ def test_graphs_need_a_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["vit", "gpt2"])
+def test_on_a_gpu_triton_is_measured_too(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PADST_CACHE", str(tmp_path))
+    model, inputs = packed(family, "nm-16").cuda(), example(family).cuda()
+    expected = model(inputs)
+    report = tune(model, inputs)
+    torch.testing.assert_close(model(inputs), expected, atol=1e-3, rtol=1e-3)
+    for row in (*report.layers, *report.feature_layers):
+        assert set(row.seconds) == {"torch", "triton", "dense"}
+    assert set(report.seconds) == {"token-major", "feature-major", "dense"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["vit", "gpt2"])
 def test_a_graph_replays_for_its_shape_and_calls_the_model_for_others(family: Family) -> None:
     model = packed(family, "nm-16").cuda()
     inputs, others = example(family, 2).cuda(), example(family, 2).cuda()

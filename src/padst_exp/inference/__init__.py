@@ -1,4 +1,10 @@
-"""Exported models: loading them, measuring what is fastest, running them."""
+"""Exported models: loading them, measuring what is fastest, running them.
+
+model = load("runs/mine/export", device="cuda", dtype=torch.bfloat16)
+print(tune(model, images))          # measured: sparse or dense, layer by layer; which layout
+model = graphed(model, images)      # for small batches on a GPU; or torch.compile(model)
+logits = model(images)
+"""
 
 from padst_exp.inference.graphs import graphed
 from padst_exp.inference.linear import CondensedLinear, PackedLinear, TiledLinear

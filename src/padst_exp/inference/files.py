@@ -62,10 +62,11 @@ def write(
         save_file(own, temporary / WEIGHTS, metadata={"format": "pt"})
         for name, content in {**extra, DESCRIPTION: text}.items():
             (temporary / name).write_text(content)
-        for path in temporary.iterdir():
+        for path in (*temporary.iterdir(), temporary):
             _sync(path)
         temporary.chmod(0o777 & ~_umask())
         _replace(temporary, folder)
+        _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"out: cannot write {folder}: {error}; nothing was changed") from error
     finally:
@@ -225,8 +226,11 @@ def _replace(new: Path, folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
