@@ -104,7 +104,7 @@ def test_a_backend_that_computes_something_else_is_not_chosen(
     def wrong(x: torch.Tensor, *rest: object) -> torch.Tensor:
         return 2 * scatter_linear(x, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("padst_exp.structures.product.scatter_linear", wrong)
+    monkeypatch.setattr("padst_exp.structures.forms.scatter_linear", wrong)
     layout = Block(size=8, balanced=False).layout(32, 32, 0.25)
     arguments = ["torch", "dense"], 4, torch.float32, CPU, False
     decision = backends.training_decision([layout], *arguments)  # type: ignore[arg-type]

@@ -14,11 +14,10 @@ from padst_exp.inference.linear import (
     PackedLinear,
     TiledLinear,
 )
-from padst_exp.layers import SparseLinear, SparseWeight
+from padst_exp.layers import SparseLinear, SparseWeight, permutations
 from padst_exp.permutations import Permutation
-from padst_exp.structures import Product
+from padst_exp.structures import Product, permuted_entries, permuted_tiles
 from padst_kernels.fan_in import condense
-from padst_kernels.gather_gemm import TileIndex
 
 
 @torch.no_grad()
@@ -30,7 +29,13 @@ def pack(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     Returns:
         A description of each new layer by name, in plain data; `files.empty_layer` reads it.
+
+    Raises:
+        ValueError: a permutation is still soft.
     """
+    for name, permutation in permutations(model).items():
+        if permutation.soft:
+            raise ValueError(f"pack: {name} is still soft; call its harden() first")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     described = {}
     for name, layer in layers.items():
@@ -126,42 +131,18 @@ def _packed(
     outputs: list[Tensor | None],
     bias: Tensor | None,
 ) -> PackedLinear:
-    tile_shape = product.layouts[0].tile_shape
+    layouts, tile_shape = product.layouts, product.layouts[0].tile_shape
+    units = [weight.active.long() for weight in weights]
     if tile_shape is None:
         values = torch.cat([weight.packed().flatten() for weight in weights])
-        entries = _permuted_entries(weights, inputs, outputs)
-        return CondensedLinear(condense(values, entries, *product.shape), bias)
-    # Of its own, since the layer's may use a dense weight.
-    folded = Product(product.layouts, "packed", "torch")
-    folded.fold([weight.active.long() for weight in weights], inputs, outputs)
-    index = TileIndex(*(getattr(folded, name) for name in TileIndex._fields))
+        entries = permuted_entries(layouts, units, inputs, outputs)
+        return CondensedLinear(
+            condense(values, entries, product.out_features, product.in_features), bias
+        )
+    index = permuted_tiles(layouts, units, inputs, outputs)
     tiles = torch.cat([weight.packed().reshape(-1, *tile_shape) for weight in weights])
     return TiledLinear(tiles, index, product.out_features, bias)
 
 
-def _permuted_entries(
-    weights: list[SparseWeight], inputs: Tensor | None, outputs: list[Tensor | None]
-) -> Tensor:
-    """Flat positions in P_out S P_in of all weights, row after row; sum of O times I outside."""
-    columns_in = weights[0].layout.shape[1]
-    outside = sum(weight.layout.shape[0] for weight in weights) * columns_in
-    found, start = [], 0
-    for weight, output in zip(weights, outputs, strict=True):
-        num_rows = weight.layout.shape[0]
-        entries = weight.layout.entries(weight.active.long()).flatten()
-        rows, columns = entries // columns_in, entries % columns_in
-        if inputs is not None:
-            columns = inputs[columns]
-        if output is not None:
-            rows = output.argsort()[rows.clamp(max=num_rows - 1)]
-        cells = (rows + start) * columns_in + columns
-        found.append(torch.where(entries == num_rows * columns_in, outside, cells))
-        start += num_rows
-    return torch.cat(found)
-
-
 def _index(permutation: nn.Module | None) -> Tensor | None:
-    if not isinstance(permutation, Permutation):
-        return None
-    assert not permutation.soft, "permutations harden first"
-    return permutation.index
+    return permutation.index if isinstance(permutation, Permutation) else None

@@ -73,8 +73,7 @@ class SparseLinear(nn.Module):
         """Compute each of `parts` with its backend, one of those it has on its device."""
         for product, backend in zip(self.parts(), backends, strict=True):
             if product.backend != backend:
-                product.forget()
-                product.backend = backend
+                product.use_backend(backend)
         self.fold()
 
     @property

@@ -2,6 +2,7 @@
 
 from padst_exp.structures.block import Block
 from padst_exp.structures.diagonal import Diagonal
+from padst_exp.structures.folding import permuted_entries, permuted_tiles
 from padst_exp.structures.layout import Layout, gather_entries, scatter_entries
 from padst_exp.structures.nm import NM
 from padst_exp.structures.product import Backend, Product, Storage, alike
@@ -21,5 +22,7 @@ __all__ = [
     "Unstructured",
     "alike",
     "gather_entries",
+    "permuted_entries",
+    "permuted_tiles",
     "scatter_entries",
 ]

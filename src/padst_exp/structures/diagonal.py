@@ -83,6 +83,9 @@ class BandLayout(Layout):
         short = step.expand(len(units), self.width, -1).flatten(1)
         return (along, short) if num_rows >= num_columns else (short, along)
 
+    def offsets(self, units: Tensor) -> Tensor | None:
+        return units if self.width == 1 else None
+
     def symmetry(self, side: str) -> Tensor | None:
         return None
 

@@ -100,6 +100,10 @@ class Layout(abc.ABC):
         """Int64 `[I]`, where input c stands among the column groups; None when in natural order."""
         return None
 
+    def offsets(self, units: Tensor) -> Tensor | None:
+        """Int64 `[N]`, the offsets of `units` that are single diagonals; None for all others."""
+        return None
+
     def symmetry(self, side: str) -> Tensor | None:
         """Classes of interchangeable features on `side` ("in" or "out"), int64 `[d]`.
 
