@@ -15,10 +15,17 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from padst_exp.bench.configurations import Shape, describe
-from padst_exp.bench.session import FEATURES, TRITON
+from padst_exp.bench.session import FEATURES, SCATTERED, TRITON
 from padst_exp.errors import UserError
-from padst_exp.structures import Diagonal, Layout, Product, Structure, scatter_entries
-from padst_kernels.diagonals import diagonal_linear
+from padst_exp.structures import (
+    Backend,
+    Diagonal,
+    Layout,
+    Product,
+    Structure,
+    permuted_tiles,
+    scatter_entries,
+)
 from padst_kernels.fan_in import condense, fan_in_index, fan_in_linear, fan_in_product
 from padst_kernels.gather_gemm import TileIndex, aligned_features, gather_gemm_features
 from padst_kernels.gather_gemm.cuda import (
@@ -30,7 +37,7 @@ from padst_kernels.gather_gemm.cuda import (
 
 # What two roundings of a result may differ by where a dense product happens to be exact.
 EXACT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-CUDA, DIAGONALS, CONDENSED, FAN_IN = "dX, CUDA", "diagonals, triton", "condensed", "fan_in"
+CUDA, CONDENSED, FAN_IN = "dX, CUDA", "condensed", "fan_in"
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,9 @@ def run(
             yield from _tiles(case)
         else:
             yield from _entries(case)
+            yield from _product(case, "dense", SCATTERED)
         if isinstance(structure, Diagonal) and structure.bundle == 1:
-            yield from _diagonals(case)
+            yield from _product(case, "triton", TRITON)
 
 
 def refused(checks: Sequence[Check], dtype: torch.dtype) -> dict[tuple[str, str, bool], str]:
@@ -132,6 +140,10 @@ class _Case:
 
     def _random(self, *size: int) -> Tensor:
         return torch.randn(*size, generator=self.generator).to(self.device, self.dtype)
+
+    def permutations(self, permuted: bool) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Of inputs and outputs, as `Product.fold` takes them."""
+        return (self.inputs, [self.outputs]) if permuted else (None, [None])
 
     def bias(self) -> Tensor:
         """`[O]`."""
@@ -203,29 +215,33 @@ def _plain(case: _Case, permuted: bool) -> Callable[[torch.dtype], Sequence[Tens
     return plain
 
 
-def _tiles(case: _Case) -> Iterator[Check]:
-    """gather_gemm in both layouts, its epilogues, and dX in CUDA."""
-    for permuted in (False, True):
-        product = Product([case.layout], "packed", "triton")
-        inputs, outputs = (case.inputs, case.outputs) if permuted else (None, None)
-        product.fold([case.units], inputs, [outputs])
-        yield from _token_major(case, product, permuted)
-        index = TileIndex(*(getattr(product, name) for name in TileIndex._fields))
-        yield from _features(case, index, permuted)
-        yield from _cuda(case, index, permuted)
-
-
-def _token_major(case: _Case, product: Product, permuted: bool) -> Iterator[Check]:
+def _product(case: _Case, backend: Backend, kernel: str) -> Iterator[Check]:
     """The product that training uses."""
+    for permuted in (False, True):
+        product = Product([case.layout], "packed", backend)
+        product.fold([case.units], *case.permutations(permuted))
+        yield from _passes(case, product, kernel, permuted)
+
+
+def _passes(case: _Case, product: Product, kernel: str, permuted: bool) -> Iterator[Check]:
     suffix = ", permuted" if permuted else ""
     yield from case.compare(
-        TRITON,
+        kernel,
         [name + suffix for name in PASSES],
         lambda: _differentiated(
             lambda x, values: product(x, [values]), case.x, case.values, case.dy
         ),
         _plain(case, permuted),
     )
+
+
+def _tiles(case: _Case) -> Iterator[Check]:
+    """gather_gemm in both layouts, its epilogues, and dX in CUDA."""
+    yield from _product(case, "triton", TRITON)
+    for permuted in (False, True):
+        index = permuted_tiles([case.layout], [case.units], *case.permutations(permuted))
+        yield from _features(case, index, permuted)
+        yield from _cuda(case, index, permuted)
 
 
 EPILOGUES = ("", "bias", "bias gelu", "bias gelu residual", "norm bias")
@@ -336,22 +352,4 @@ def _entries(case: _Case) -> Iterator[Check]:
         PASSES[:1],
         lambda: [fan_in_linear(case.x, weight)],
         lambda dtype: plain(dtype)[:1],
-    )
-
-
-def _diagonals(case: _Case) -> Iterator[Check]:
-    """Single diagonals by their own kernels."""
-    offsets = case.units.int()
-    yield from case.compare(
-        DIAGONALS,
-        PASSES,
-        lambda: _differentiated(
-            lambda x, values: diagonal_linear(
-                x, values, offsets, case.layout.shape[0], backend="triton"
-            ),
-            case.x,
-            case.values,
-            case.dy,
-        ),
-        _plain(case, False),
     )

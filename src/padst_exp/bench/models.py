@@ -125,12 +125,12 @@ def exported_variants(session: Session, variant: Variant, inputs: Tensor) -> lis
     module = copy.deepcopy(variant.module)
     pack(module)
     report = tune(module, inputs)
-    layers = Counter(choice.choice for choice in (*report.layers, *report.feature_layers))
-    backends = ", ".join(f"{count} by {name}" for name, count in layers.items())
+    chosen = {"token-major": report.layers, "feature-major": report.feature_layers}
+    counts = Counter(choice.choice for choice in chosen.get(report.layout, []))
+    backends = ", ".join(f"{count} by {name}" for name, count in counts.items())
+    how = f"{report.layout}: {backends}" if backends else report.layout
     return [
-        replace(
-            variant, form=f"exported, {form}", module=made, backends=f"{report.layout}: {backends}"
-        )
+        replace(variant, form=f"exported, {form}", module=made, backends=how)
         for form, made in (("eager", module), ("compiled", compiled_twin(module)))
     ]
 

@@ -13,8 +13,8 @@ from padst_exp.bench.timing import Budget, Call, Clock, alternate, usable
 
 Say = Callable[[str], None]
 
-# Forms of a sparse product whose kernels must pass a check before they are timed.
-TRITON, FEATURES = "packed, triton", "features, triton"
+# Forms of a sparse product: what tables and checks call them.
+TRITON, SCATTERED, FEATURES = "packed, triton", "packed, scattered", "features, triton"
 
 # Shortest timing in seconds: long enough for the clock, or for a GPU to settle.
 BLOCK = {"cpu": 3e-3, "cuda": 2e-2}

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from padst_exp.bench import dense, peers
 from padst_exp.bench.configurations import Shape, describe
 from padst_exp.bench.environment import rotation
-from padst_exp.bench.session import Session
+from padst_exp.bench.session import SCATTERED, Session
 from padst_exp.layers import SparseLinear, permutations
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Rule, sparsify
@@ -132,7 +132,7 @@ def _packed(session: Session, layouts: Sequence[Layout], units: Sequence[Tensor]
     entries = sum(layout.num_entries for layout in layouts)
     possible = Product(layouts, "packed").backends(session.device)
     for backend in possible:
-        if backend == "dense" and len(possible) > 1:
+        if backend == "dense" and "torch" in possible:
             continue
         product = Product(layouts, "packed", backend)
         product.fold(units, None, [None] * len(layouts))
@@ -141,7 +141,7 @@ def _packed(session: Session, layouts: Sequence[Layout], units: Sequence[Tensor]
             Side(
                 structure="",
                 # "dense" multiplies by a dense weight that lives during a pass only.
-                form="packed, scattered" if backend == "dense" else f"packed, {backend}",
+                form=SCATTERED if backend == "dense" else f"packed, {backend}",
                 product=lambda x, weight: weight[0](x, weight[1]),
                 weights=[
                     (copy.deepcopy(product), [_values(session, layout) for layout in layouts])

@@ -143,9 +143,10 @@ def usable(calls: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
 
 def captured(call: Call, device: torch.device, repeats: int = 1) -> Call | str:
     """A CUDA graph of `repeats` calls, as one call; or why it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
+    made: list[torch.cuda.CUDAGraph] = []
 
     def capture() -> None:
+        graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -155,6 +156,7 @@ def captured(call: Call, device: torch.device, repeats: int = 1) -> Call | str:
         with torch.cuda.graph(graph):
             for _ in range(repeats):
                 call()
+        made.append(graph)
 
     _, failed = usable({"graph": capture})
-    return failed.get("graph") or graph.replay
+    return failed["graph"] if failed else made[0].replay

@@ -1,0 +1,64 @@
+"""Sessions and models small enough to run every suite within seconds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from padst_exp.bench.accuracy import Accuracies
+from padst_exp.bench.configurations import Model
+from padst_exp.bench.environment import environment
+from padst_exp.bench.roofline import Ceilings
+from padst_exp.bench.session import Session
+from padst_exp.bench.timing import Budget, Clock
+from padst_exp.config import BenchSchema
+
+CPU = torch.device("cpu")
+VIT = Model(
+    "vit",
+    "tiny ViT",
+    {"image_size": 32, "channels": 3, "num_classes": 10},
+    {"dim": 32, "depth": 2, "heads": 2, "patch_size": 16},
+)
+GPT2 = Model(
+    "gpt2",
+    "tiny GPT-2",
+    {"vocab_size": 50, "context_length": 8},
+    {"dim": 32, "depth": 2, "heads": 2},
+)
+
+
+def session(
+    said: list[str] | None = None,
+    refused: Mapping[tuple[str, str, bool], str] | None = None,
+    tables: Path = Path("nowhere"),
+) -> Session:
+    """A session on the CPU that has measured no ceilings."""
+    return Session(
+        clock=Clock(CPU, "cpu"),
+        dtype=torch.float32,
+        environment=environment(CPU, torch.float32, "cpu"),
+        ceilings=Ceilings(bandwidth=1e10, rate=1e11),
+        accuracies=Accuracies(tables),
+        budget=Budget(None),
+        rounds=2,
+        say=(said if said is not None else []).append,
+        refused=refused or {},
+    )
+
+
+def settings(suite: str = "layers") -> BenchSchema:
+    """Keys for tiny layers."""
+    return BenchSchema(
+        suite=suite,
+        device="cpu",
+        threads=1,
+        clock="cpu",
+        sparsities=[0.75],
+        shapes=["48x32"],
+        tokens=[5],
+        structures=["nm-16", "nm-1", "block-8", "diag-1", "unstructured"],
+        sparsity=0.75,
+        scopes=["all", "dense_qkv"],
+        out="results",
+    )

@@ -1,0 +1,125 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bench.bench_cases import session, settings
+from padst_exp.bench import dense, layers, roofline, sides
+from padst_exp.bench.configurations import Shape, structure
+from padst_exp.bench.roofline import BytesTwin
+from padst_exp.bench.sides import Side
+from padst_exp.dispatch import decision
+
+SHAPE = Shape(32, 48)
+
+
+@pytest.fixture(autouse=True)
+def few_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two weights of each side instead of as many as a cache holds."""
+    monkeypatch.setattr(sides, "rotation", lambda size, device: 2)
+    monkeypatch.setattr(roofline, "rotation", lambda size, device: 2)
+    monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path)
+
+
+def weight_of(side: Side, which: int) -> Tensor:
+    """The dense weight `[O, I]` that a side multiplies with."""
+    with torch.no_grad():
+        return side.product(torch.eye(32), side.weights[which]).t()
+
+
+NAMES = ["nm-16", "nm-1", "block-8", "diag-stride-4", "diag-1", "unstructured"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("split", [1, 3])
+def test_every_side_multiplies_with_as_many_weights_as_it_says(name: str, split: int) -> None:
+    shape = Shape(32, 48, split)
+    found = sides.sparse_sides(session(), shape, structure(name), 0.25)
+    found += sides.permuted_sides(session(), shape, structure(name), 0.25)
+    assert found
+    for side in found:
+        if side.permutation != "soft":
+            count = int((weight_of(side, 1) != 0).sum())
+            assert count == side.entries, side.name
+            assert side.density == pytest.approx(count / (32 * 48))
+        assert len(side.weights) == 2
+
+
+def test_dense_sides_agree() -> None:
+    plain, *others = sides.dense_sides(session(), SHAPE)
+    x = torch.randn(5, 32)
+    for side in others:
+        torch.testing.assert_close(
+            side.product(x, side.weights[0]), linear(x, plain.weights[0]), msg=side.name
+        )
+    masked = sides.masked_side(session(), SHAPE, structure("nm-16"), 0.25, plain)
+    assert int((weight_of(masked, 0) != 0).sum()) == 48 * 8
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_onednn_differentiates_as_pytorch_does(compiled: bool) -> None:
+    if not dense.has_onednn(torch.device("cpu"), torch.float32):
+        pytest.skip("no oneDNN")
+    x, dy = torch.randn(7, 33, requires_grad=True), torch.randn(7, 21)
+    weight = torch.randn(21, 33, requires_grad=True)
+    theirs = torch.autograd.grad(linear(x, weight), (x, weight), dy)
+    product = torch.compile(dense.onednn_linear) if compiled else dense.onednn_linear
+    ours = torch.autograd.grad(product(x, weight), (x, weight), dy)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_twin_reads_and_writes_every_byte_once() -> None:
+    twin = BytesTwin(4 * 50, 4 * 70, 4 * 30, backward=True, device=torch.device("cpu"))
+    moves = twin._variants[0]
+    read = sum(len(source) for source, _ in moves if source is not None)
+    written = sum(len(target) for _, target in moves if target is not None)
+    assert read == (50 + 30) + (70 + 30) + (50 + 70)
+    assert written == 70 + 50 + 30
+    twin()
+
+
+def test_every_cell_has_every_side_with_numbers() -> None:
+    said: list[str] = []
+    rows = layers.run(settings(), session(said))
+    cells = {(row["tokens"], row["pass"]) for row in rows}
+    assert cells == {(5, "forward"), (5, "forward+backward"), (0, "conversion")}
+    forms = {(row["structure"], row["form"]) for row in rows}
+    assert {("dense", "eager"), ("dense", "compiled"), ("nm group=16", "packed, torch"),
+            ("unstructured", "torch CSR"), ("block size=8", "torch BSR"),
+            ("nm group=1", "condensed"), ("nm group=16", "masked dense"),
+            ("nm group=16", "fold")} <= forms  # fmt: skip
+    assert any("2:4: skipped, needs a GPU" in line for line in said)
+    for row in rows:
+        assert row["p50_ms"] > 0 and not row["note"], row
+        if row["pass"] != "conversion":
+            assert row["ratio"] > 0 and row["floor_ms"] > 0
+            assert row["ratio_strongest"] <= row["ratio"] * 1.5
+    dispatched = {row["dispatcher"] for row in rows if str(row["form"]).startswith("packed")}
+    assert dispatched and dispatched <= {"torch", "dense", "fan_in"}
+    reference = {row["dense_form"] for row in rows if row["dense_form"]}
+    assert reference <= {"dense, eager", "dense, compiled"}
+    for column in ("device", "instructions", "threads", "torch", "triton", "commit", "dtype",
+                   "density_asked", "density", "scope", "accuracy", "copy_gb_per_s"):  # fmt: skip
+        assert all(column in row for row in rows)
+
+
+def test_refused_kernels_stand_in_the_table_without_a_time() -> None:
+    refused = {("packed, torch", "nm group=16", True): "failed its check: dX"}
+    only = settings()
+    only.structures = ["nm-16"]
+    rows = layers.run(only, session(refused=refused))
+    packed = {row["pass"]: row for row in rows if row["form"] == "packed, torch"}
+    assert packed["forward"]["p50_ms"] and not packed["forward"]["note"]
+    assert packed["forward+backward"]["p50_ms"] == ""
+    assert packed["forward+backward"]["note"] == "failed its check: dX"
+
+
+def test_structures_that_do_not_fit_are_named() -> None:
+    said: list[str] = []
+    only = settings()
+    only.structures, only.shapes = ["diag-stride-32", "nm-16"], ["50x30"]
+    rows = layers.run(only, session(said))
+    assert any(line.startswith("diag stride=32 in 30->50: skipped") for line in said)
+    assert {row["structure"] for row in rows} == {"dense", "nm group=16"}
