@@ -119,8 +119,9 @@ def test_forced_backends() -> None:
     choices = dispatch.forced(net, "dense", CPU)
     assert {choice.backend for choice in choices.values()} == {"dense"}
     torch.testing.assert_close(net(x), before)
-    with pytest.raises(UserError, match=r"^backend: triton needs a GPU"):
-        dispatch.forced(net, "triton", CPU)
+    for backend in ("triton", "cuda"):
+        with pytest.raises(UserError, match=rf"^backend: {backend} needs a GPU"):
+            dispatch.forced(net, backend, CPU)  # type: ignore[arg-type]
 
 
 def test_saved_choices_are_restored_on_the_same_device_only() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.gather_gemm import cuda
+from padst_kernels.gather_gemm import cuda, gather_gemm, kernels, tile_index
 from padst_kernels.gather_gemm.cuda import input_gradient, nvrtc
 from padst_kernels.gather_gemm.kernels import launch_input_gradient
 from padst_kernels.gather_gemm.layout import empty_features
@@ -236,6 +236,27 @@ def test_the_emulation_counts_bank_conflicts(emulator: Emulator, unswizzled: str
     emulator.fault = unswizzled, unswizzled.split()[0][1:]
     input_gradient_of(case, activation(40, 64, case.weight), tile=cuda.Tile(4, 8))
     assert emulator.conflicts > 0
+
+
+@pytest.mark.parametrize("num_tokens", [5, 70])
+def test_the_backend_computes_dx_with_it(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    """Through the whole operator: permuted columns and rows, token-major activations."""
+    columns = torch.stack([torch.randperm(45)[:9] for _ in range(4)])
+    arguments = columns, None, torch.randperm(64)[:61]
+    options = {"height": 16, "num_row_groups": 4, "in_features": 45, "out_features": 61}
+    index = tile_index(*arguments, **options, num_slices=2)
+    x = torch.randn(num_tokens, 45).half().requires_grad_()
+    weight = torch.randn(4, 9, 16).half().requires_grad_()
+    dy = torch.randn(num_tokens, 61).half()
+    y = gather_gemm(x, weight, index, 61, backend="triton")
+    expected = torch.autograd.grad(y, (x, weight), dy)
+    monkeypatch.setattr(kernels, "launch_input_gradient", None)
+    y = gather_gemm(x, weight, index, 61, backend="cuda")
+    for ours, theirs in zip(torch.autograd.grad(y, (x, weight), dy), expected, strict=True):
+        assert ours.is_contiguous() and ours.dtype == theirs.dtype
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
 
 
 def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator) -> None:

@@ -32,6 +32,7 @@ class TileIndex(NamedTuple):
         transposed_rows: `[C * K]`, None when in natural order.
         transposed_pointer: `[C + 1]`.
         transposed_order: `[G]`.
+        slice_entries: `[S, G, K]`, see cuda/; None unless asked for.
     """
 
     columns: Tensor
@@ -45,6 +46,7 @@ class TileIndex(NamedTuple):
     transposed_rows: Tensor | None = None
     transposed_pointer: Tensor | None = None
     transposed_order: Tensor | None = None
+    slice_entries: Tensor | None = None
 
     @property
     def in_features(self) -> int:
@@ -73,6 +75,7 @@ def tile_index(
     out_features: int,
     num_column_groups: int | None = None,
     column_positions: Tensor | None = None,
+    num_slices: int | None = None,
 ) -> TileIndex:
     """Derive the index of tiles that own `columns` and add to row groups `owner`.
 
@@ -91,6 +94,7 @@ def tile_index(
         num_column_groups: C, or None when there is no such partition.
         column_positions: int64 `[I]`, distinct: feature i of x is column k of column group c where
             column_positions[i] = c * K + k. None for the identity.
+        num_slices: S, for backend "cuda", where there are no column groups; None without it.
 
     Raises:
         ValueError: the columns of a tile are not one of the groups.
@@ -116,6 +120,10 @@ def tile_index(
             slots=by_feature.indices,
             tile_rows=tile_rows,
         )
+        if num_slices is not None:
+            from padst_kernels.gather_gemm.cuda import slice_entries
+
+            index = index._replace(slice_entries=slice_entries(columns, in_features, num_slices))
     else:
         place = None
         if column_positions is not None:

@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from padst_kernels.gather_gemm import cpu
+from padst_kernels.gather_gemm import cpu, cuda
 from padst_kernels.gather_gemm.index import TileIndex
 from padst_kernels.gather_gemm.layout import aligned_features, has_aligned_rows
 
-Backend = Literal["torch", "triton"]
+# "cuda" is "triton", but for dX of vector N:M in half precision where the index has slices.
+Backend = Literal["torch", "triton", "cuda"]
 Norm = tuple[Tensor, Tensor, Tensor]
 
 # From here on a token-major activation whose features are read or written singly is transposed
@@ -79,6 +80,8 @@ def input_gradient(
     run = index.row_run(weight.shape[2])
     dy, weight = readable(dy, run), weight.contiguous()
     if index.transposed_columns is None:
+        if backend == "cuda" and _has_tile_kernel(dy, weight, index):
+            return _input_gradient_by_slices(dy, weight, index, feature_major)
         return _input_gradient_by_slots(dy, weight, index, run, feature_major)
     from padst_kernels.gather_gemm import kernels
 
@@ -120,6 +123,23 @@ def _input_gradient_by_slots(
     ).t()
 
 
+def _has_tile_kernel(dy: Tensor, weight: Tensor, index: TileIndex) -> bool:
+    half = dy.dtype in (torch.bfloat16, torch.float16)
+    return half and index.slice_entries is not None and weight.shape[2] in cuda.HEIGHTS
+
+
+def _input_gradient_by_slices(
+    dy: Tensor, weight: Tensor, index: TileIndex, feature_major: bool
+) -> Tensor:
+    """The same with dX as tiles in shared memory."""
+    assert index.tile_rows is not None and index.slice_entries is not None
+    features = dy.t() if has_aligned_rows(dy.t()) else aligned_features(dy)
+    dx = cuda.launch_input_gradient_tile(
+        features, weight, index.tile_rows, index.slice_entries, index.in_features
+    ).t()
+    return dx if feature_major else dx.contiguous()
+
+
 def weight_gradient(
     x: Tensor, dy: Tensor, index: TileIndex, height: int, backend: Backend
 ) -> Tensor:
@@ -149,14 +169,14 @@ def runs_on_triton(x: Tensor, backend: str) -> bool:
         ValueError: they should, but cannot.
     """
     # Triton has no float64 matrix instructions.
-    if backend != "triton" or x.dtype == torch.float64:
+    if backend == "torch" or x.dtype == torch.float64:
         return False
     if not x.is_cuda:
         from padst_kernels.gather_gemm import kernels
 
         if not kernels.are_interpreted():
             raise ValueError(
-                f"backend 'triton' needs a GPU, got a tensor on {x.device}; use 'torch' there"
+                f"backend {backend!r} needs a GPU, got a tensor on {x.device}; use 'torch' there"
             )
     return True
 

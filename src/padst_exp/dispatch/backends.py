@@ -84,17 +84,19 @@ def forced(model: nn.Module, backend: Backend, device: torch.device) -> dict[str
     """Use `backend` wherever a product has it, what it has where not. Measures nothing.
 
     Raises:
-        UserError: "triton" without a GPU.
+        UserError: "triton" or "cuda" without a GPU.
     """
-    if backend == "triton" and device.type != "cuda":
+    if backend in ("triton", "cuda") and device.type != "cuda":
         raise UserError(
-            f"backend: triton needs a GPU, this is {device.type}; use auto, torch or dense"
+            f"backend: {backend} needs a GPU, this is {device.type}; use auto, torch or dense"
         )
     choices = {}
     for name, layer in _layers(model).items():
         for part, product in enumerate(layer.parts()):
             possible = product.backends(device)
-            taken = backend if backend in possible else possible[0]
+            # What only some products have in CUDA, the others have in Triton.
+            wanted = (backend, "triton") if backend == "cuda" else (backend,)
+            taken = next((name for name in wanted if name in possible), possible[0])
             choices[f"{name}.products.{part}"] = Choice(taken, 0, "", {})
     reuse(model, choices)
     return choices

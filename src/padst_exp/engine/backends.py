@@ -16,7 +16,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.settings import Trainer
 
-Backend = Literal["auto", "torch", "triton", "dense"]
+Backend = Literal["auto", "torch", "triton", "cuda", "dense"]
 
 
 def choose_backends(

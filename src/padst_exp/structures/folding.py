@@ -74,8 +74,13 @@ def permuted_tiles(
     units: Sequence[Tensor],
     input_index: Tensor | None,
     output_indices: Sequence[Tensor | None],
+    *,
+    num_slices: int | None = None,
 ) -> TileIndex:
-    """The index of all tiles in P_out S P_in; `layouts` must have tiles, all of one shape."""
+    """The index of all tiles in P_out S P_in; `layouts` must have tiles, all of one shape.
+
+    `num_slices` is that of `tile_index`.
+    """
     in_features, height = layouts[0].shape[1], layouts[0].frame[2]
     columns, owners, positions = [], [], []
     one_per_group, num_groups = True, 0
@@ -110,6 +115,7 @@ def permuted_tiles(
         out_features=len(places),
         num_column_groups=layouts[0].num_column_groups,
         column_positions=_column_positions(layouts[0], input_index, inputs.device),
+        num_slices=num_slices,
     )
 
 

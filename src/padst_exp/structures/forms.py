@@ -18,6 +18,7 @@ from padst_exp.structures.layout import Layout, scatter_entries
 from padst_kernels.diagonals import diagonal_linear
 from padst_kernels.fan_in import FanInIndex, fan_in_index, fan_in_product
 from padst_kernels.gather_gemm import Backend, TileIndex, gather_gemm
+from padst_kernels.gather_gemm.cuda import slices_on
 from padst_kernels.scatter_linear import scatter_linear
 
 
@@ -118,7 +119,13 @@ class Tiles(Form):
         input_index: Tensor | None,
         output_indices: Sequence[Tensor | None],
     ) -> None:
-        index = permuted_tiles(self.layouts, units, input_index, output_indices)
+        num_slices = None
+        if self.backend == "cuda":
+            in_features, height = self.layouts[0].shape[1], self.layouts[0].frame[2]
+            num_slices = slices_on(units[0].device, in_features, height)
+        index = permuted_tiles(
+            self.layouts, units, input_index, output_indices, num_slices=num_slices
+        )
         for name, tensor in index._asdict().items():
             self._set(name, tensor)
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from padst_exp.structures.forms import Diagonals, Entries, Form, Masked, ThroughDense, Tiles
 from padst_exp.structures.layout import Layout
+from padst_kernels.gather_gemm.cuda import slices_on
 
 Storage = Literal["packed", "masked"]
-Backend = Literal["torch", "triton", "dense"]
+Backend = Literal["torch", "triton", "cuda", "dense"]
 
 
 class Product(nn.Module):
@@ -42,7 +43,11 @@ class Product(nn.Module):
             return ["dense"]
         if device.type == "cpu":
             return ["torch", "dense"]
-        if self.layouts[0].tile_shape is not None:
+        layout = self.layouts[0]
+        if layout.tile_shape is not None:
+            slices = slices_on(device, self.in_features, layout.frame[2])
+            if layout.num_column_groups is None and slices is not None:
+                return ["torch", "triton", "cuda", "dense"]
             return ["torch", "triton", "dense"]
         first = torch.zeros(1, dtype=torch.int64)
         diagonals = all(layout.offsets(first) is not None for layout in self.layouts)

@@ -7,6 +7,7 @@ from padst_kernels.gather_gemm.cuda.input_gradient import (
     launch_input_gradient_tile,
     num_slices,
     slice_entries,
+    slices_on,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "launch_input_gradient_tile",
     "num_slices",
     "slice_entries",
+    "slices_on",
 ]

@@ -62,6 +62,14 @@ def num_slices(in_features: int, height: int, shared_memory: int, stages: int | 
     return max(1, math.ceil(in_features / rows))
 
 
+def slices_on(device: torch.device, in_features: int, height: int) -> int | None:
+    """`num_slices` of a device; None where the kernel does not run, or has no such V."""
+    if height not in HEIGHTS or not available(device):
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return num_slices(in_features, height, properties.shared_memory_per_block_optin)
+
+
 def slice_entries(columns: Tensor, in_features: int, num_slices: int) -> Tensor:
     """What each slice of ceil(I / S) inputs reads of each group; derived once per topology.
 
