@@ -98,7 +98,8 @@ def test_representative_kernels_compile_well(arch: int, names: list[str]) -> Non
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_kernel_compiles_well(arch: int, dtype: str) -> None:
-    kernels = compiled(arch, dtype, [])
+    # In float32 only shared memory is asserted, and compiling takes longest.
+    kernels = compiled(arch, dtype, REPRESENTATIVE if dtype == "float32" else [])
     assert not [line for kernel in kernels for line in problems(kernel, arch, dtype)]
 
 
