@@ -99,6 +99,15 @@ def test_autocast_is_obeyed(structure: str) -> None:
     torch.testing.assert_close(found.float(), expected.float(), atol=0.05, rtol=0.05)
 
 
+def test_runs_of_columns_are_still_known_after_loading(tmp_path: Path) -> None:
+    runs: list[tuple[Life, int]] = [("none", 8), ("random", 1)]
+    for life, run in runs:
+        model, _ = sparse_model("vit", "block-8", life)
+        loaded = load(exported(tmp_path / life, model, "vit"))
+        layers = [module for module in loaded.modules() if isinstance(module, TiledLinear)]
+        assert {layer.index().column_run for layer in layers} == {run}
+
+
 def test_the_head_of_gpt2_stays_tied(tmp_path: Path) -> None:
     model, _ = sparse_model("gpt2", "nm-16")
     folder = exported(tmp_path / "export", model, "gpt2")
@@ -146,6 +155,13 @@ def test_gradients_are_refused(structure: str) -> None:
     pack(model)
     with pytest.raises(ValueError, match="inference only"):
         model(example("vit").requires_grad_())
+
+
+def test_soft_permutations_are_refused_before_anything_changes() -> None:
+    model, _ = sparse_model("vit", "nm-16", "soft")
+    with pytest.raises(ValueError, match=r"^pack: blocks\.0\.attn\.qkv\.\S+ is still soft"):
+        pack(model)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def test_compiles_without_a_break() -> None:
