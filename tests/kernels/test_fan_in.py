@@ -132,7 +132,7 @@ def test_threads_change_no_bit() -> None:
 def test_operator_passes_opcheck_and_compiles_whole() -> None:
     weight, dense = make((67, 41, 5, 3), torch.float32)
     x = torch.randn(9, 41)
-    torch.library.opcheck(torch.ops.padst.fan_in.default, (x, *weight[:4], 67))
+    torch.library.opcheck(torch.ops.padst.fan_in.default, (x, *weight[:4], 67, "torch"))
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")

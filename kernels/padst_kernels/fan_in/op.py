@@ -10,7 +10,7 @@ Shape letters: T tokens, I and O features in and out, S entries, N rows that hav
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from padst_kernels.fan_in import passes
 from padst_kernels.fan_in.index import FanIn, FanInIndex
+
+Backend = Literal["torch", "triton"]
 
 
 def fan_in_product(x: Tensor, values: Tensor, index: FanInIndex, out_features: int) -> Tensor:
@@ -56,21 +58,29 @@ def fan_in_product(x: Tensor, values: Tensor, index: FanInIndex, out_features: i
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
-def fan_in_linear(x: Tensor, weight: FanIn) -> Tensor:
+def fan_in_linear(x: Tensor, weight: FanIn, *, backend: Backend = "torch") -> Tensor:
     """y = x @ W^T, zero where W has no entries.
 
     Args:
         x: `[..., I]`, dtype of the values.
         weight: made by `condense`.
+        backend: `"torch"`: a compiled kernel on a CPU, plain PyTorch elsewhere. `"triton"`: the
+            Triton kernel for up to 64 tokens on a GPU; more tokens, and float64, go to `"torch"`
+            all the same.
 
     Returns:
         `[..., O]`, contiguous. Not differentiable.
 
     Raises:
-        ValueError: shapes or dtypes disagree, or x needs a gradient.
+        ValueError: shapes or dtypes disagree, x needs a gradient, or there is no such backend
+            for `x`.
         IndexError: on a CPU, a feature in `weight` does not exist.
     """
     _check("fan_in_linear", x, weight.values, weight.in_features)
+    if backend not in get_args(Backend):
+        raise ValueError(
+            f"fan_in_linear: backend is {backend!r}, expected one of {get_args(Backend)}"
+        )
     values, columns, row_pointer, rows = weight[:4]
     if len(values) != len(columns) or len(row_pointer) != len(rows) + 1:
         raise ValueError(
@@ -83,9 +93,9 @@ def fan_in_linear(x: Tensor, weight: FanIn) -> Tensor:
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # In eager mode the operator itself would take as long as a small product.
     if torch.compiler.is_compiling():
-        y = _operator(flat, *weight[:4], weight.out_features)
+        y = _operator(flat, *weight[:4], weight.out_features, backend)
     else:
-        y = passes.condensed_product(flat, weight)
+        y = passes.condensed_product(flat, weight, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.out_features)
 
 
@@ -105,14 +115,15 @@ def _operator(
     row_pointer: Tensor,
     rows: Tensor,
     out_features: int,
+    backend: str,
 ) -> Tensor:
     weight = FanIn(values, columns, row_pointer, rows, x.shape[1], out_features)
-    return passes.condensed_product(x, weight)
+    return passes.condensed_product(x, weight, backend)
 
 
 @_operator.register_fake
 def _(x: Tensor, values: Tensor, columns: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(len(x), rest[-1])
+    return x.new_empty(len(x), rest[-2])
 
 
 class _FanInProduct(torch.autograd.Function):

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from padst_kernels.compiled import compiled
 from padst_kernels.fan_in.index import FanIn, FanInIndex
+from padst_kernels.gather_gemm.layout import aligned_features
+from padst_kernels.gather_gemm.passes import runs_on_triton
 from padst_kernels.scatter_linear import scatter_linear
 
 # Tokens that plain PyTorch sums at a time: their features stay in a cache.
 TOKENS = 64
+# With more of them the bytes of x and y count, not those of the weight.
+MAX_TRITON_TOKENS = 64
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -59,9 +63,15 @@ def values_gradient(x: Tensor, dy: Tensor, index: FanInIndex) -> Tensor:
     return dvalues
 
 
-def condensed_product(x: Tensor, weight: FanIn) -> Tensor:
+def condensed_product(x: Tensor, weight: FanIn, backend: str) -> Tensor:
     """`[T, O]`, contiguous."""
     values, columns, row_pointer, rows = weight[:4]
+    if runs_on_triton(x, backend) and len(x) <= MAX_TRITON_TOKENS:
+        from padst_kernels.fan_in import kernels
+
+        # A single token is feature-major either way.
+        x = x.contiguous().t() if len(x) <= 1 else aligned_features(x)
+        return kernels.launch_fan_in(x, *weight[:4], weight.out_features).t()
     sizes = (*x.shape, weight.out_features, len(rows), len(columns))
     y = x.new_empty(len(x), weight.out_features)
     tensors = x.contiguous(), values.contiguous(), row_pointer, columns, None, rows
