@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from engine.toy import toy_learner, toy_model
-from padst_exp.engine.optimizers import SGD, AdamW, AgeAwareAdamW, parameter_roles
+from padst_exp.engine.optimizers import SGD, AdamW, AgeAwareAdamW, birth_dtype, parameter_roles
 from padst_exp.errors import UserError
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 0.05}
@@ -24,7 +24,8 @@ def test_a_grown_entry_moves_as_under_a_fresh_adamw(dtype: torch.dtype, toleranc
     with torch.no_grad():
         for tensor in (old, state["exp_avg"], state["exp_avg_sq"]):
             tensor[1] = 0
-    state["birth"] = torch.tensor([[0.0], [float(birth)]], dtype=dtype)
+    state["birth"] = torch.tensor([[0], [1]], dtype=torch.int16)
+    state["births"] = torch.tensor([0.0, birth], dtype=dtype)
 
     original = nn.Parameter(old.detach().clone())
     unaware = torch.optim.AdamW([original], **SETTINGS)
@@ -45,10 +46,19 @@ def test_birth_survives_a_checkpoint() -> None:
     optimizer = AgeAwareAdamW([parameter])
     parameter.grad = torch.ones(2, 3)
     optimizer.step()
-    optimizer.state[parameter]["birth"] = torch.tensor([[0.0], [1.0]])
+    state = optimizer.state[parameter]
+    state["birth"] = torch.tensor([[0], [1]], dtype=torch.int16)
+    state["births"] = torch.tensor([0.0, 1.0])
     other = AgeAwareAdamW([parameter])
     other.load_state_dict(optimizer.state_dict())
-    assert torch.equal(other.state[parameter]["birth"], torch.tensor([[0.0], [1.0]]))
+    for key in ("birth", "births"):
+        assert other.state[parameter][key].dtype == state[key].dtype
+        assert torch.equal(other.state[parameter][key], state[key])
+
+
+def test_more_births_than_two_bytes_can_tell_apart() -> None:
+    assert birth_dtype(torch.zeros(1 << 15)) == torch.int16
+    assert birth_dtype(torch.zeros((1 << 15) + 1)) == torch.int32
 
 
 def test_roles_and_groups() -> None:

@@ -88,7 +88,8 @@ def test_state_moves_with_the_units(storage: str, moments: str) -> None:
         assert ("birth" in state) == (moments == "age")
         if moments == "age":
             birth = as_dense(weight, state["birth"])
-            assert (birth[kept] == 0).all() and (birth[active & ~kept] == 3).all()
+            assert (birth[kept] == 0).all() and (birth[active & ~kept] == 1).all()
+            assert state["births"].tolist() == [0, 3]
         assert state["step"] == 3 and weight.dense_gradient is None
     model(torch.randn(8, 24)).sum().backward()
     optimizer.step()

@@ -78,11 +78,19 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 class AgeAwareAdamW(torch.optim.AdamW):
     """AdamW in which entries that were born late have a bias correction of their own.
 
-    Where the state of a parameter holds `birth` (a tensor broadcastable to the parameter: the
-    step at which an entry was born, 0 for original ones), an entry's step count is step - birth.
-    A grown weight then moves exactly as under a fresh AdamW started at its birth; with the global
-    count its first step would be 3.2 times the learning rate at beta2 = 0.999.
+    Where the state of a parameter holds `birth` (integers, broadcastable to the parameter: which of
+    the steps in its vector `births` an entry was born at, 0 for original ones), an entry's step
+    count is step - births[birth]. A grown weight then moves exactly as under a fresh AdamW started
+    at its birth; with the global count its first step would be 3.2 times the learning rate at
+    beta2 = 0.999.
     """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; torch makes all of it floating point, as the parameters are."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if "birth" in state:
+                state["birth"] = state["birth"].to(birth_dtype(state["births"]))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -100,6 +108,11 @@ class AgeAwareAdamW(torch.optim.AdamW):
             if grown:
                 _correct_bias(grown, [self.state[parameter] for parameter in grown], group)
         return loss
+
+
+def birth_dtype(births: Tensor) -> torch.dtype:
+    """Two bytes an entry tell where in `births` its own is, unless rewirings are very many."""
+    return torch.int16 if len(births) <= 1 << 15 else torch.int32
 
 
 def _correct_bias(
@@ -122,9 +135,9 @@ def _correct_bias(
         return torch._foreach_div(_in_shape(scale, births), denominators)
 
     # As long as the births, so that original entries cancel to exactly zero.
-    born = torch.cat([birth.flatten() for birth in births])
+    born = torch.cat([state["births"][state["birth"].flatten().int()] for state in states])
     counts = [
-        state["step"].to(birth).expand(birth.numel())
+        state["step"].to(state["births"]).expand(birth.numel())
         for state, birth in zip(states, births, strict=True)
     ]
     steps = torch.cat(counts)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from padst_exp.dst import Algorithm, Relayout
 from padst_exp.engine.distributed import World
 from padst_exp.engine.ema import Average
+from padst_exp.engine.optimizers import birth_dtype
 from padst_exp.layers import SparseLinear, SparseWeight, permutations, sparse_weights
 from padst_exp.permutations import Learner, Permutation
 from padst_exp.seeds import stream
@@ -121,13 +122,18 @@ def move_state(
     state = optimizer.state.get(weight.values)
     if not state:
         return
-    if moments == "age" and isinstance(optimizer, torch.optim.Adam) and "birth" not in state:
+    if moments == "age" and isinstance(optimizer, torch.optim.Adam):
         values = weight.values.detach()
-        packed = weight.storage == "packed"
-        state["birth"] = torch.zeros_like(values[:, :1] if packed else values)
+        if "birth" not in state:
+            one_each = values[:, :1] if weight.storage == "packed" else values
+            state["birth"] = torch.zeros_like(one_each, dtype=torch.int16)
+            state["births"] = values.new_zeros(1)
+        state["births"] = torch.cat([state["births"], values.new_full((1,), step)])
+        state["birth"] = state["birth"].to(birth_dtype(state["births"]))
     for key, tensor in state.items():
-        if isinstance(tensor, Tensor) and tensor.ndim > 0:
-            state[key] = weight.move(tensor, relayout, fill=step if key == "birth" else 0.0)
+        if isinstance(tensor, Tensor) and tensor.ndim > 0 and key != "births":
+            fill = len(state["births"]) - 1 if key == "birth" else 0.0
+            state[key] = weight.move(tensor, relayout, fill=fill)
 
 
 def harden(
