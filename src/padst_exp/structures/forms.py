@@ -111,6 +111,9 @@ class Tiles(Form):
 
     def __init__(self, layouts: Sequence[Layout], backend: Backend) -> None:
         super().__init__(layouts)
+        tile_shape = layouts[0].tile_shape
+        assert tile_shape is not None
+        self.tiles_shape = (-1, *tile_shape)
         self.backend: Backend = backend
 
     def fold(
@@ -130,10 +133,10 @@ class Tiles(Form):
             self._set(name, tensor)
 
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
-        tile_shape = self.layouts[0].tile_shape
-        assert tile_shape is not None
-        tiles = _join([value.reshape(-1, *tile_shape) for value in values])
-        index = TileIndex(*(getattr(self, name) for name in TileIndex._fields))
+        tiles = _join([value.view(self.tiles_shape) for value in values])
+        # Attributes of a module are found slowly; with few tokens that shows.
+        buffers = self._buffers
+        index = TileIndex._make([buffers[name] for name in TileIndex._fields])
         return gather_gemm(x, tiles, index, self.out_features, backend=self.backend)
 
 
@@ -155,7 +158,8 @@ class Entries(Form):
             self._set(name, tensor)
 
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
-        index = FanInIndex(*(getattr(self, name) for name in FanInIndex._fields))
+        buffers = self._buffers
+        index = FanInIndex._make([buffers[name] for name in FanInIndex._fields])
         flat = _join([value.flatten() for value in values])
         return fan_in_product(x, flat, index, self.out_features)
 

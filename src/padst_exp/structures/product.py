@@ -86,8 +86,7 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
         """`[..., I]` and values of each S, packed `[N, E]` or masked `[O, I]`, to `[..., O]`."""
-        y: Tensor = self.form(x, values)
-        return y
+        return self.form.forward(x, values)
 
 
 def alike(layouts: Sequence[Layout], storage: Storage) -> bool:
