@@ -84,7 +84,7 @@ bool product(const Weight& weight, const T* x, const T* values, T* y) {
   }
   if (!weight.check_columns()) return false;
   if (weight.num_tokens <= FEW)
-    product_slabs<Floats<FEW>, 1>(weight, x, values, y);
+    product_slabs<FewSlabOf<T>, 1>(weight, x, values, y);
   else
     product_slabs<SlabOf<T>, 2>(weight, x, values, y);
   return weight.legal;

@@ -231,8 +231,76 @@ struct Pairs {
   }
 };
 
+#ifdef __AVX512BF16__
+// Up to eight tokens in bfloat16, 16 bytes. Eight entries are multiplied at a time, in pairs.
+struct Eights {
+  typedef bfloat16 Value;
+  static constexpr int64_t WIDTH = 4, TOKENS = 8;
+
+  static void read(const bfloat16* x, int64_t x_stride, int64_t num_tokens, int64_t num_features,
+                   int64_t, float* slab, int64_t stride) {
+    for (int64_t i = 0; i < num_features; i += LANES)
+      transpose(
+          num_tokens, num_features - i,
+          [&](int64_t r, int64_t n) { return load(x + r * x_stride + i, n); },
+          [&](int64_t c, vec v, int64_t) {
+            const auto tokens = __builtin_convertvector((uvec)v >> 16, half_vec);
+            std::memcpy(slab + (i + c) * stride, &tokens, 16);
+          });
+  }
+
+  // `row(i)` is the slab's row of entry i.
+  template <typename Row>
+  [[gnu::always_inline]] static void add(Row row, __m128i values, __m512& first, __m512& second) {
+    const auto every_other = [&](int i) [[gnu::always_inline]] {
+      __m512i rows = _mm512_castsi128_si512(row(i));
+      rows = _mm512_inserti32x4(rows, row(i + 2), 1);
+      rows = _mm512_inserti32x4(rows, row(i + 4), 2);
+      return _mm512_inserti32x4(rows, row(i + 6), 3);
+    };
+    const __m512i even = every_other(0), odd = every_other(1);
+    const __m512i places = {0, 0, 1ll << 32 | 1, 1ll << 32 | 1,
+                            2ll << 32 | 2, 2ll << 32 | 2, 3ll << 32 | 3, 3ll << 32 | 3};
+    const auto pairs =
+        (__m512bh)_mm512_permutexvar_epi32(places, _mm512_castsi128_si512(values));
+    first = _mm512_dpbf16_ps(first, (__m512bh)_mm512_unpacklo_epi16(even, odd), pairs);
+    second = _mm512_dpbf16_ps(second, (__m512bh)_mm512_unpackhi_epi16(even, odd), pairs);
+  }
+
+  template <int NV>
+  static void row(const float* slab, const bfloat16* values, const uint16_t* columns,
+                  int64_t count, int64_t, float* out, octet_columns&) {
+    const auto load_row = [&](int64_t feature) [[gnu::always_inline]] {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(slab + feature * WIDTH));
+    };
+    __m512 first = _mm512_setzero_ps(), second = first;
+    int64_t k = 0;
+    for (; k + 8 <= count; k += 8)
+      add([&](int i) [[gnu::always_inline]] { return load_row(columns[k + i]); },
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + k)), first, second);
+    const int64_t left = count - k;
+    if (left)
+      add([&](int i) [[gnu::always_inline]] {
+            return i < left ? load_row(columns[k + i]) : _mm_setzero_si128();
+          },
+          _mm_maskz_loadu_epi16((1 << left) - 1, values + k), first, second);
+    const auto halves = [](__m512 v) {
+      return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    };
+    const __m256 a = halves(first), b = halves(second);
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20),
+                                        _mm256_permute2f128_ps(a, b, 0x31)));
+  }
+};
+#else
+typedef Floats<8> Eights;
+#endif
+
 // For all but few tokens.
 template <typename T>
 using SlabOf = std::conditional_t<std::is_same_v<T, bfloat16>, Pairs, Floats<LANES>>;
+// For few, but not for one.
+template <typename T>
+using FewSlabOf = std::conditional_t<std::is_same_v<T, bfloat16>, Eights, Floats<8>>;
 
 }  // namespace
