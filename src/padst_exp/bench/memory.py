@@ -6,6 +6,7 @@ the resident memory of a fresh process grew beyond what it had before the model 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import multiprocessing
@@ -132,11 +133,12 @@ def weigh(session: Session, model: Model, batch: int, side: Side) -> tuple[Usage
     # One block first, for what every process loads once.
     small = replace(model, sizes={**model.sizes, "depth": 1})
     step(session, small, _variant(session, small, 1, side), 1)()
-    gc.collect()
+    _give_back()
     before = _now(session.device)
     variant = _variant(session, model, batch, side)
     optimizers: list[torch.optim.Optimizer] = []
     call = step(session, model, variant, batch, optimizers)
+    _give_back()
     _forget_peak(session.device)
     for _ in range(STEPS):
         call()
@@ -181,6 +183,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def _give_back() -> None:
+    """Return freed memory to the operating system: building a sparse model takes a dense one."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
+
+
 def _now(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -188,7 +198,7 @@ def _now(device: torch.device) -> int:
 
 
 def _forget_peak(device: torch.device) -> None:
-    """Start anew with the peak; building a sparse model takes a dense one."""
+    """Start anew with the peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def run(settings: BenchSchema, say: Say) -> Iterator[Path]:
     Raises:
         UserError: the device cannot do what is asked, or a name is unknown.
     """
+    # Of PyTorch's sparse formats, which are peers here.
+    warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta state")
     session = start(settings, say)
     out = Path(settings.out)
     label = environment.label(session.device, session.dtype)
