@@ -7,7 +7,6 @@
 namespace {
 
 constexpr int64_t GRADIENT_BLOCK = 32;  // features of dy that are transposed at a time
-constexpr int64_t WIDE = 2048;          // gathered features of which a cache holds half the tokens
 constexpr int64_t STORE = 4096;         // gradients that one thread puts in their places
 constexpr int GROUP = LANES < 8 ? LANES : 8;  // entries whose dot products are summed together
 

@@ -85,6 +85,8 @@ bool product(const Weight& weight, const T* x, const T* values, T* y) {
   if (!weight.check_columns()) return false;
   if (weight.num_tokens <= FEW)
     product_slabs<FewSlabOf<T>, 1>(weight, x, values, y);
+  else if (std::is_same_v<T, bfloat16> && weight.in_features > WIDE)
+    product_slabs<WideSlabOf<T>, 2>(weight, x, values, y);
   else
     product_slabs<SlabOf<T>, 2>(weight, x, values, y);
   return weight.legal;

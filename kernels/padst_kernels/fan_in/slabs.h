@@ -15,6 +15,7 @@ namespace {
 
 // Columns are 16 bits wide, and so stay inside a buffer of this many rows whatever they hold.
 constexpr int64_t MAX_FEATURES = 1 << 16;
+constexpr int64_t WIDE = 1536;  // features above which a slab leaves the first-level cache
 
 typedef float octet __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t octet_mask __attribute__((vector_size(32)));
@@ -130,6 +131,7 @@ struct Floats {
 };
 
 // Tokens in bfloat16, a pair in each word: token t low, token t + LANES high.
+template <bool FAR>
 struct Pairs {
   typedef bfloat16 Value;
   static constexpr int64_t WIDTH = LANES, TOKENS = 2 * LANES;
@@ -202,9 +204,22 @@ struct Pairs {
   }
 #endif
 
+  // Rows of a wide slab lie far: they are fetched ahead, while there are columns to read.
   template <int NV>
   static void row(const float* slab, const bfloat16* values, const uint16_t* columns,
-                  int64_t count, int64_t, float* out, octet_columns&) {
+                  int64_t count, int64_t readable, float* out, octet_columns&) {
+    if (FAR && readable >= count + AHEAD)
+      sum_row<NV, true>(slab, values, columns, count, out);
+    else
+      sum_row<NV, false>(slab, values, columns, count, out);
+  }
+
+ private:
+  static constexpr int64_t AHEAD = 18;
+
+  template <int NV, bool FETCH>
+  static void sum_row(const float* slab, const bfloat16* values, const uint16_t* columns,
+                      int64_t count, float* out) {
     constexpr int64_t stride = NV * LANES;
     constexpr int CHAINS = NV == 1 ? 2 : 1;
     Sum sum[CHAINS][NV] = {};
@@ -212,7 +227,12 @@ struct Pairs {
     const auto add_pair = [&](Sum(&to)[NV], int64_t k) {
       const float *row = slab + columns[k] * stride, *next = slab + columns[k + 1] * stride;
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) add_two(to[v], row + v * LANES, next + v * LANES, values + k);
+      for (int v = 0; v < NV; ++v) {
+        if constexpr (FETCH)
+          for (int64_t i = AHEAD - 2; i < AHEAD; ++i)
+            __builtin_prefetch(slab + columns[k + i] * stride + v * LANES);
+        add_two(to[v], row + v * LANES, next + v * LANES, values + k);
+      }
     };
     for (; k + 2 * CHAINS <= count; k += 2 * CHAINS)
 #pragma GCC unroll 2
@@ -298,7 +318,9 @@ typedef Floats<8> Eights;
 
 // For all but few tokens.
 template <typename T>
-using SlabOf = std::conditional_t<std::is_same_v<T, bfloat16>, Pairs, Floats<LANES>>;
+using SlabOf = std::conditional_t<std::is_same_v<T, bfloat16>, Pairs<false>, Floats<LANES>>;
+template <typename T>
+using WideSlabOf = std::conditional_t<std::is_same_v<T, bfloat16>, Pairs<true>, Floats<LANES>>;
 // For few, but not for one.
 template <typename T>
 using FewSlabOf = std::conditional_t<std::is_same_v<T, bfloat16>, Eights, Floats<8>>;
