@@ -71,8 +71,9 @@ def test_onednn_differentiates_as_pytorch_does(compiled: bool) -> None:
 
 
 def test_the_twin_reads_and_writes_every_byte_once() -> None:
-    twin = BytesTwin(4 * 50, 4 * 70, 4 * 30, backward=True, device=torch.device("cpu"))
-    moves = twin._variants[0]
+    passes = ("forward", "dX", "dW")
+    twin = BytesTwin(4 * 50, 4 * 70, 4 * 30, passes=passes, device=torch.device("cpu"))
+    moves = twin.variants[0]
     read = sum(len(source) for source, _ in moves if source is not None)
     written = sum(len(target) for _, target in moves if target is not None)
     assert read == (50 + 30) + (70 + 30) + (50 + 70)
@@ -82,7 +83,7 @@ def test_the_twin_reads_and_writes_every_byte_once() -> None:
 
 def test_every_cell_has_every_side_with_numbers() -> None:
     said: list[str] = []
-    rows = layers.run(settings(), session(said))
+    rows = [row for case in layers.run(settings(), session(said)) for row in case]
     cells = {(row["tokens"], row["pass"]) for row in rows}
     assert cells == {(5, "forward"), (5, "forward+backward"), (0, "conversion")}
     forms = {(row["structure"], row["form"]) for row in rows}
@@ -109,7 +110,7 @@ def test_refused_kernels_stand_in_the_table_without_a_time() -> None:
     refused = {("packed, torch", "nm group=16", True): "failed its check: dX"}
     only = settings()
     only.structures = ["nm-16"]
-    rows = layers.run(only, session(refused=refused))
+    rows = [row for case in layers.run(only, session(refused=refused)) for row in case]
     packed = {row["pass"]: row for row in rows if row["form"] == "packed, torch"}
     assert packed["forward"]["p50_ms"] and not packed["forward"]["note"]
     assert packed["forward+backward"]["p50_ms"] == ""
@@ -120,6 +121,19 @@ def test_structures_that_do_not_fit_are_named() -> None:
     said: list[str] = []
     only = settings()
     only.structures, only.shapes = ["diag-stride-32", "nm-16"], ["50x30"]
-    rows = layers.run(only, session(said))
+    rows = [row for case in layers.run(only, session(said)) for row in case]
     assert any(line.startswith("diag stride=32 in 30->50: skipped") for line in said)
     assert {row["structure"] for row in rows} == {"dense", "nm group=16"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_timed_apart(name: str) -> None:
+    x, dy = torch.randn(5, 32), torch.randn(5, 48)
+    for side in sides.sparse_sides(session(), SHAPE, structure(name), 0.25):
+        if side.trained is None:
+            continue
+        both = layers._pass(side, x, dy, "forward+backward")()
+        dx = layers._pass(side, x, dy, "dX")()
+        dweight = layers._pass(side, x, dy, "dW")()
+        assert isinstance(both, tuple) and isinstance(dx, tuple) and isinstance(dweight, tuple)
+        torch.testing.assert_close((*dx, *dweight), both, msg=side.name)

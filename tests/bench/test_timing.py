@@ -54,9 +54,19 @@ def test_what_cannot_run_is_named() -> None:
     def fails() -> None:
         raise NotImplementedError("no such\nkernel")
 
-    ran, failed = usable({"good": lambda: None, "bad": fails})
-    assert list(ran) == ["good"]
+    waited: list[bool] = []
+    calls = {"good": lambda: None, "bad": fails}
+    ran, failed = usable(calls, lambda: waited.append(True), Budget(None))
+    assert list(ran) == ["good"] and waited == [True]
     assert failed == {"bad": "NotImplementedError: no such kernel"}
+
+
+def test_nothing_new_begins_when_little_time_is_left() -> None:
+    calls = {"first": lambda: None, "second": lambda: None}
+    ran, failed = usable(calls, lambda: None, Budget(0.0))
+    assert list(ran) == ["first"] and failed == {"second": "no time left"}
+    assert not Budget(None).is_below(0.9)
+    assert Budget(100.0).is_below(1.0) and not Budget(100.0).is_below(0.9)
 
 
 def test_no_graph_without_a_gpu() -> None:

@@ -41,7 +41,7 @@ class Plan:
     density: float = 0.1
 
 
-Suite = Callable[[BenchSchema, Session], list[Row]]
+Suite = Callable[[BenchSchema, Session], Iterator[list[Row]]]
 
 # Each suite, its structures, and what it may take of what is left when it begins.
 SUITES: list[tuple[str, Suite, tuple[str, ...], float]] = [
@@ -70,7 +70,13 @@ def run(
             rounds=settings.rounds or ROUNDS,
             structures=settings.structures or list(names),
         )
-        rows = suite(narrowed, session.within(session.budget.part(share)))
+        rows: list[Row] = []
+        try:
+            for case in suite(narrowed, session.within(session.budget.part(share))):
+                rows += case
+        except Exception as error:
+            # An hour on a GPU is rare: what is measured stays, and other suites get their turn.
+            session.say(f"{name}: ended by {type(error).__name__}: {error}")
         if rows:
             yield name, rows
 

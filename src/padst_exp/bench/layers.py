@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -38,10 +38,12 @@ SHAPES = {"cpu": ["vit_b"], "cuda": ["vit_b", "vit_l", "gpt2", "gpt2_medium", "g
 GRAPH_TOKENS = 1024
 MAX_GRAPHED = 16
 GRAPH = ", CUDA graph"
+FORWARD, BOTH, APART = "forward", "forward+backward", ("dX", "dW")
 TWIN = "bytes twin"
+TWINS = {FORWARD: (FORWARD,), BOTH: (FORWARD, *APART), "dX": ("dX",), "dW": ("dW",)}
 
 
-def run(settings: BenchSchema, session: Session) -> list[Row]:
+def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
     """Time every layer at every density and token count; all sides of a cell in turn.
 
     Raises:
@@ -53,16 +55,14 @@ def run(settings: BenchSchema, session: Session) -> list[Row]:
     structures = [configurations.structure(name) for name in names]
     tokens = settings.tokens or TOKENS[kind]
     densities = [round(1 - sparsity, 6) for sparsity in settings.sparsities]
-    rows: list[Row] = []
     cases = list(itertools.product(densities, shapes))
     for done, (density, shape) in enumerate(cases):
         if session.budget.left < 0:
             session.say(f"{SUITE}: budget spent, {len(cases) - done} of {len(cases)} cases left")
             break
         first = done < len(shapes)
-        rows += _case(session, shape, structures, density, tokens, permuted=first)
+        yield _case(session, shape, structures, density, tokens, permuted=first)
         session.say(f"{SUITE}: {shape} at density {density:g}")
-    return rows
 
 
 def _case(
@@ -91,27 +91,31 @@ def _case(
     sides += [] if pair is None else [pair]
 
     rows: list[Row] = []
-    for num_tokens, backward in itertools.product(token_counts, (False, True)):
-        if session.budget.left < 0:
-            session.say(f"{SUITE}: budget spent, {shape} from {num_tokens} tokens on left out")
-            break
-        rows += _cell(session, shape, sides, num_tokens, backward)
+    for num_tokens in token_counts:
+        apart = session.device.type == "cuda" and num_tokens > GRAPH_TOKENS
+        for what in (FORWARD, BOTH, *(APART if apart else ())):
+            if session.budget.left < 0:
+                session.say(f"{SUITE}: budget spent, {shape}, {num_tokens} tokens, {what} left out")
+                continue
+            rows += _cell(session, shape, sides, num_tokens, what)
     for structure in legal:
         rows += _conversions(session, shape, structure, density)
     return rows
 
 
 def _cell(
-    session: Session, shape: Shape, sides: Sequence[Side], num_tokens: int, backward: bool
+    session: Session, shape: Shape, sides: Sequence[Side], num_tokens: int, what: str
 ) -> list[Row]:
-    """Forward, or forward and backward, of all sides on so many tokens."""
+    """One kind of pass of all sides over so many tokens."""
     torch.compiler.reset()  # every cell is a variant, and the number of variants is limited
     device, dtype = session.device, session.dtype
+    backward = what != FORWARD
     sides = [side for side in sides if side.trained is not None or not backward]
     if not backward and any(side.kind == "strong" for side in sides):
         sides.append(packed_dense_side(session, sides[0], num_tokens))
     x = torch.randn(num_tokens, shape.in_features, device=device, dtype=dtype)
     dy = torch.randn(num_tokens, shape.out_features, device=device, dtype=dtype)
+    graphs = device.type == "cuda" and num_tokens <= GRAPH_TOKENS
     calls: dict[str, Call] = {}
     forms: dict[str, tuple[Side, str]] = {}
     passes: dict[str, int] = {}
@@ -123,22 +127,20 @@ def _cell(
             if reason is not None:
                 refused[side.name] = reason
                 continue
-            calls[side.name] = _pass(side, x, dy if backward else None)
-            if device.type == "cuda" and num_tokens <= GRAPH_TOKENS:
-                graph = _graph(session, side, calls[side.name])
-                if graph is not None:
-                    name = f"{side.name}{GRAPH}"
-                    calls[name], passes[name] = graph
-                    forms[name] = side, GRAPH
-        twins = _twins(session, shape, sides, num_tokens, backward)
-        samples, failed = session.alternate(
-            {**calls, **twins}, rounds=ROUNDS[device.type], passes=passes
-        )
+            calls[side.name] = _pass(side, x, dy, what)
+            graph = _graph(session, side, calls[side.name]) if graphs else None
+            if graph is not None:
+                name = f"{side.name}{GRAPH}"
+                calls[name], passes[name] = graph
+                forms[name] = side, GRAPH
+        # First, since nothing has a floor without them.
+        calls = {**_twins(session, shape, sides, num_tokens, what, graphs), **calls}
+        samples, failed = session.alternate(calls, rounds=ROUNDS[device.type], passes=passes)
     lines = {
         name: Line(
             case=str(shape),
             tokens=num_tokens,
-            what="forward+backward" if backward else "forward",
+            what=what,
             structure=side.structure,
             form=side.form + suffix,
             scope="all",
@@ -146,7 +148,7 @@ def _cell(
             density_asked=side.density_asked,
             density=side.density,
             side=side.kind,
-            floor=_floor(session, side, num_tokens, backward, samples),
+            floor=_floor(session, side, num_tokens, what, samples),
             dispatcher=_choice(session, side, num_tokens),
         )
         for name, (side, suffix) in forms.items()
@@ -154,16 +156,32 @@ def _cell(
     return timing_rows(session, SUITE, lines, samples, {**failed, **refused})
 
 
-def _pass(side: Side, x: Tensor, dy: Tensor | None) -> Call:
-    """One pass over the next weight in turn; backward too where `dy` is given."""
-    rotation, product, trained = itertools.cycle(side.weights), side.product, side.trained
-    if dy is None:
+def _pass(side: Side, x: Tensor, dy: Tensor, what: str) -> Call:
+    """One pass over the next weight in turn."""
+    product, trained = side.product, side.trained
+    if what == FORWARD:
+        rotation = itertools.cycle(side.weights)
         return lambda: product(x, next(rotation))
     assert trained is not None
-    leaf = x.detach().requires_grad_()
+    leaf = x.detach().requires_grad_(what != "dW")
     for weight in side.weights:
         for tensor in trained(weight):
-            tensor.requires_grad_()
+            tensor.requires_grad_(what != "dX")
+    if what in APART:
+        graphs: list[tuple[Tensor, list[Tensor]]] = []
+        turns = itertools.cycle(range(2))
+
+        def apart() -> Sequence[Tensor]:
+            if not graphs:
+                # So many tokens leave nothing of a weight in the cache; two are enough.
+                for weight in side.weights[:2]:
+                    wanted = [leaf] if what == "dX" else list(trained(weight))
+                    graphs.append((product(leaf, weight), wanted))
+            y, wanted = graphs[next(turns)]
+            return torch.autograd.grad(y, wanted, dy, retain_graph=True)
+
+        return apart
+    rotation = itertools.cycle(side.weights)
 
     def both() -> Sequence[Tensor]:
         weight = next(rotation)
@@ -183,31 +201,36 @@ def _graph(session: Session, side: Side, call: Call) -> tuple[Call, int] | None:
 
 
 def _twins(
-    session: Session, shape: Shape, sides: Sequence[Side], num_tokens: int, backward: bool
+    session: Session,
+    shape: Shape,
+    sides: Sequence[Side],
+    num_tokens: int,
+    what: str,
+    graphs: bool,
 ) -> dict[str, Call]:
     """What reads and writes as many bytes as a dense weight, and as the sparse ones, need."""
     size = session.dtype.itemsize
     weight = size * shape.in_features * shape.out_features
     activations = size * num_tokens * shape.in_features, size * num_tokens * shape.out_features
-    densities = {round(side.density_asked, 6) for side in sides}
-    return {
-        f"{TWIN} {density}": BytesTwin(
-            *activations, round(density * weight), backward=backward, device=session.device
+    twins: dict[str, Call] = {}
+    for density in {round(side.density_asked, 6) for side in sides}:
+        twin = BytesTwin(
+            *activations, round(density * weight), passes=TWINS[what], device=session.device
         )
-        for density in densities
-    }
+        graph = captured(twin, session.device) if graphs else ""
+        twins[f"{TWIN} {density}"] = twin if isinstance(graph, str) else graph
+    return twins
 
 
 def _floor(
-    session: Session,
-    side: Side,
-    num_tokens: int,
-    backward: bool,
-    samples: Mapping[str, list[float]],
-) -> float:
+    session: Session, side: Side, num_tokens: int, what: str, samples: Mapping[str, list[float]]
+) -> float | None:
     """Seconds of the bytes twin, or of the arithmetic at the rate of the fastest dense product."""
-    moved = float(np.median(samples[f"{TWIN} {round(side.density_asked, 6)}"]))
-    operations = 2 * num_tokens * side.entries * (3 if backward else 1)
+    twin = samples.get(f"{TWIN} {round(side.density_asked, 6)}")
+    if twin is None:
+        return None
+    moved = float(np.median(twin))
+    operations = 2 * num_tokens * side.entries * len(TWINS[what])
     return max(moved, operations / session.ceilings.rate)
 
 

@@ -10,7 +10,7 @@ import ctypes
 import gc
 import itertools
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ class Usage:
     peak: int
 
 
-def run(settings: BenchSchema, session: Session) -> list[Row]:
+def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
     """Weigh a step of every model; every side in a process of its own.
 
     Raises:
@@ -63,15 +63,13 @@ def run(settings: BenchSchema, session: Session) -> list[Row]:
     chosen = configurations.models(settings.models or MODELS)
     names = settings.structures or configurations.MODEL_STRUCTURES
     structures = [configurations.structure(name) for name in names]
-    rows: list[Row] = []
     for model in chosen:
         for batch in settings.batches or BATCHES[session.device.type][model.is_language]:
             if session.budget.left < 0:
                 session.say(f"{SUITE}: budget spent, {model.name} at batch {batch} left")
                 continue
-            rows += case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
+            yield case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
             session.say(f"{SUITE}: {model.name} at batch {batch}")
-    return rows
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -22,14 +22,14 @@ from padst_exp.structures import Structure
 SUITE = "model_inference"
 ROUNDS = 5
 MODELS = ["vit", "vit_large", "gpt2", "gpt2_medium"]
-BATCHES = {"cpu": {False: [1, 16], True: [1]}, "cuda": {False: [1, 256], True: [1, 16]}}
+BATCHES = {"cpu": {False: [1, 16], True: [1]}, "cuda": {False: [256, 1], True: [16, 1]}}
 # Dense products throttle a GPU's clocks, which takes them a while.
 BLOCK = {"cpu": 3e-3, "cuda": 1.0}
 GRAPH = ", CUDA graph"
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
-def run(settings: BenchSchema, session: Session) -> list[Row]:
+def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
     """Time every model at every batch size; all structures and scopes of one in turn.
 
     Raises:
@@ -43,14 +43,12 @@ def run(settings: BenchSchema, session: Session) -> list[Row]:
         for model in chosen
         for batch in settings.batches or BATCHES[session.device.type][model.is_language]
     ]
-    rows: list[Row] = []
     for done, (model, batch) in enumerate(cases):
         if session.budget.left < 0:
             session.say(f"{SUITE}: budget spent, {len(cases) - done} of {len(cases)} cases left")
             break
-        rows += case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
+        yield case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
         session.say(f"{SUITE}: {model.name} at batch {batch}")
-    return rows
 
 
 def case(

@@ -7,7 +7,7 @@ phase also the penalty of the soft permutations, their own optimizer and their p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ BLOCK = {"cpu": 3e-3, "cuda": 1.0}
 PROGRESS = 0.3
 
 
-def run(settings: BenchSchema, session: Session) -> list[Row]:
+def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
     """Time a step of every model; all structures, scopes and phases of one in turn.
 
     Raises:
@@ -47,14 +47,12 @@ def run(settings: BenchSchema, session: Session) -> list[Row]:
         for model in chosen
         for batch in settings.batches or BATCHES[session.device.type][model.is_language]
     ]
-    rows: list[Row] = []
     for done, (model, batch) in enumerate(cases):
         if session.budget.left < 0:
             session.say(f"{SUITE}: budget spent, {len(cases) - done} of {len(cases)} cases left")
             break
-        rows += case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
+        yield case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
         session.say(f"{SUITE}: {model.name} at batch {batch}")
-    return rows
 
 
 def case(
@@ -68,8 +66,8 @@ def case(
     """All rows of one model at one batch size. The soft phase is that of the first structure."""
     torch.compiler.reset()
     variants = models.dense_variants(session, model, training=True)
-    kinds = list(itertools.product(structures, scopes, (False,)))
-    kinds += [(structures[0], scope, True) for scope in scopes]
+    kinds = [(structures[0], scope, soft) for scope in scopes for soft in (False, True)]
+    kinds += [(*kind, False) for kind in itertools.product(structures[1:], scopes)]
     for structure, scope, soft in kinds:
         if session.budget.left < 0:
             session.say(f"{SUITE}: budget spent, {describe(structure)} in {model.name} left out")

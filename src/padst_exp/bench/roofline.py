@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,12 +70,18 @@ class BytesTwin:
         inputs: bytes of x.
         outputs: bytes of y.
         weight: bytes of the weight and its indices.
-        backward: dX and dW too.
+        passes: of "forward", "dX" and "dW".
         device: where.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, weight: int, *, backward: bool, device: torch.device
+        self,
+        inputs: int,
+        outputs: int,
+        weight: int,
+        *,
+        passes: Sequence[str],
+        device: torch.device,
     ) -> None:
         def words(size: int) -> Tensor:
             return torch.zeros(max(1, size // 4), dtype=torch.int32, device=device)
@@ -82,25 +89,23 @@ class BytesTwin:
         x, y = words(inputs), words(outputs)
         weights = [words(weight) for _ in range(rotation(weight, device))]
         # Views are made now: for a single token making them would take as long as the bytes.
-        self._variants = []
+        self.variants: list[list[tuple[Tensor | None, Tensor | None]]] = []
+        dy, dx = words(outputs), words(inputs)
         for one in weights:
-            moves = _moves([x, one], y)
-            if backward:
-                dy, dx, dweight = words(outputs), words(inputs), one
-                moves += _moves([dy, one], dx) + _moves([x, dy], dweight)
-            self._variants.append(moves)
+            moved = {"forward": ([x, one], y), "dX": ([dy, one], dx), "dW": ([x, dy], one)}
+            self.variants.append([move for name in passes for move in _moves(*moved[name])])
         self._next = 0
 
     def __call__(self) -> None:
         """All passes once."""
-        for read, write in self._variants[self._next]:
+        for read, write in self.variants[self._next]:
             if read is not None and write is not None:
                 write.copy_(read)
             elif read is not None:
                 torch.amax(read, 0)
             elif write is not None:
                 write.zero_()
-        self._next = (self._next + 1) % len(self._variants)
+        self._next = (self._next + 1) % len(self.variants)
 
 
 def _moves(reads: list[Tensor], write: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:

@@ -68,14 +68,18 @@ class Session:
         passes: Mapping[str, int] | None = None,
     ) -> tuple[dict[str, list[float]], dict[str, str]]:
         """Seconds of each call that runs, see `timing.alternate`; why others do not."""
-        ran, failed = usable(calls)
+        ran, failed = usable(calls, self.clock.wait, self.budget)
         for name, reason in failed.items():
             self.say(f"{name}: skipped, {reason}")
+        rounds = self.rounds or rounds
+        block = BLOCK[self.device.type] if block is None else block
+        # Every timing comes after as long a call that is not timed, at worst.
+        fair = max(0.0, self.budget.left) / (2 * rounds * max(1, len(ran)))
         samples = alternate(
             ran,
             self.clock,
-            rounds=self.rounds or rounds,
-            block=BLOCK[self.device.type] if block is None else block,
+            rounds=rounds,
+            block=min(block, max(fair, BLOCK[self.device.type])),
             budget=self.budget,
             passes=passes,
         )

@@ -130,6 +130,7 @@ def sparse_sides(
 def _packed(session: Session, layouts: Sequence[Layout], units: Sequence[Tensor]) -> list[Side]:
     sides = []
     entries = sum(layout.num_entries for layout in layouts)
+    shared = {id(layout): layout for layout in layouts}
     possible = Product(layouts, "packed").backends(session.device)
     for backend in possible:
         if backend == "dense" and "torch" in possible:
@@ -144,7 +145,10 @@ def _packed(session: Session, layouts: Sequence[Layout], units: Sequence[Tensor]
                 form=SCATTERED if backend == "dense" else f"packed, {backend}",
                 product=lambda x, weight: weight[0](x, weight[1]),
                 weights=[
-                    (copy.deepcopy(product), [_values(session, layout) for layout in layouts])
+                    (
+                        copy.deepcopy(product, {**shared}),
+                        [_values(session, layout) for layout in layouts],
+                    )
                     for _ in range(rotation(size, session.device))
                 ],
                 trained=lambda weight: weight[1],
@@ -263,8 +267,9 @@ def permuted_sides(
         )
         # A soft matrix is several times as large as the weight; a few of them are beyond the cache.
         count = rotation(size, session.device)
-        layers = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
         layouts = [layout for product in first.parts() for layout in product.layouts]
+        shared = {id(layout): layout for layout in layouts}
+        layers = [first, *(copy.deepcopy(first, {**shared}) for _ in range(count - 1))]
         entries = sum(layout.num_entries for layout in layouts)
         sides.append(
             Side(

@@ -62,7 +62,7 @@ def _results(settings: BenchSchema, session: Session) -> Iterator[tuple[str, lis
         model_train.SUITE: model_train.run,
         memory.SUITE: memory.run,
     }
-    rows = suites[settings.suite](settings, session)
+    rows = [row for case in suites[settings.suite](settings, session) for row in case]
     if not rows:
         raise UserError(f"suite: {settings.suite} had nothing to measure, or no time for it")
     yield settings.suite, rows

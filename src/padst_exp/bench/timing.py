@@ -17,6 +17,8 @@ LONG = 0.1
 MAX_REPEATS = 10_000
 # Rounds that a spent budget still grants.
 MIN_ROUNDS = 3
+# Share of a budget that is kept for timing what could be made ready before.
+RESERVED = 0.35
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,21 @@ class Budget:
     """
 
     def __init__(self, seconds: float | None) -> None:
-        self._end = math.inf if seconds is None else time.monotonic() + seconds
+        self.seconds = math.inf if seconds is None else seconds
+        self._end = time.monotonic() + self.seconds
 
     @property
     def left(self) -> float:
         """Seconds, negative once overspent."""
         return self._end - time.monotonic()
 
+    def is_below(self, share: float) -> bool:
+        """Whether less than a `share` of it is left."""
+        return self.left < (0 if math.isinf(self.seconds) else share * self.seconds)
+
     def part(self, share: float) -> Budget:
         """A budget of a `share` of what is left."""
-        return Budget(None if math.isinf(self._end) else max(0.0, share * self.left))
+        return Budget(None if math.isinf(self.seconds) else max(0.0, share * self.left))
 
 
 def alternate(
@@ -126,12 +133,26 @@ def fastest(samples: Mapping[str, list[float]], names: list[str]) -> str:
     return min(names, key=lambda name: float(np.median(samples[name])))
 
 
-def usable(calls: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
-    """Call each once; those that ran, and for the others why not, in one line."""
-    ran, failed = {}, {}
+def usable(
+    calls: Mapping[str, Call], wait: Call, budget: Budget
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Call each once; those that ran, and for the others why not, in one line.
+
+    Args:
+        calls: by name, in the order of their importance: the first call of each may compile, and
+            none begins when little of the budget is left.
+        wait: for the device, whose errors come late.
+        budget: in seconds.
+    """
+    ran: dict[str, Call] = {}
+    failed: dict[str, str] = {}
     for name, call in calls.items():
+        if ran and budget.is_below(RESERVED):
+            failed[name] = "no time left"
+            continue
         try:
             call()
+            wait()
         except Exception as error:
             # Whatever a library or a compiler raises: that it cannot run is the result.
             message = " ".join(str(error).split())
@@ -158,5 +179,5 @@ def captured(call: Call, device: torch.device, repeats: int = 1) -> Call | str:
                 call()
         made.append(graph)
 
-    _, failed = usable({"graph": capture})
+    _, failed = usable({"graph": capture}, lambda: None, Budget(None))
     return failed["graph"] if failed else made[0].replay
