@@ -63,15 +63,14 @@ def packed(family: Family, structure: str) -> Any:
 def test_fast_layers_stay_sparse(
     family: Family, structure: str, stopwatch: Callable[..., Stopwatch]
 ) -> None:
-    watch = stopwatch("torch", "condensed", "token-major")
+    watch = stopwatch("torch", "token-major")
     model, inputs = packed(family, structure), example(family)
     expected = model(inputs)
     names = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     report = tune(model, inputs)
     torch.testing.assert_close(model(inputs), expected)
     assert [row.name for row in report.layers] == names and len(names) == 8
-    kind = "torch" if structure == "nm-16" else "condensed"
-    assert {row.choice for row in report.layers} == {kind}
+    assert {row.choice for row in report.layers} == {"torch"}
     assert {row.speedup for row in report.layers} == {2.0}
     assert {row.tokens for row in report.layers} == {30 if family == "vit" else 27}
     assert report.layout == "token-major" and report.speedup == 2.0
@@ -80,7 +79,7 @@ def test_fast_layers_stay_sparse(
     tiled = structure == "nm-16"
     assert len(watch.measured) == 4 + (8 if tiled else 0) + 1
     assert ("feature-major" in report.seconds) == tiled == (not report.note)
-    assert f"{names[0]}: {kind}, 2.00x dense" in str(report)
+    assert f"{names[0]}: torch, 2.00x dense" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["speedup"] == 2.0
 
 

@@ -40,6 +40,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.uint16: "*u16",
 }
 _OPTIONS = ("num_warps", "num_stages")
 

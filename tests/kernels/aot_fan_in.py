@@ -11,8 +11,6 @@ import torch
 from padst_kernels.fan_in import kernels
 from padst_kernels.gather_gemm.layout import empty_features
 
-aot._TYPES[torch.uint16] = "*u16"
-
 
 def main(arch: int, dtype: torch.dtype) -> None:
     like = torch.empty(0, dtype=dtype)

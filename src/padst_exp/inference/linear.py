@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from padst_kernels.fan_in import FanIn, condense, fan_in_linear
-from padst_kernels.gather_gemm import Backend, TileIndex, gather_gemm
+from padst_kernels.gather_gemm import TileIndex, gather_gemm
 
 
 class PackedLinear(nn.Module, abc.ABC):
     """y = W x + b, for inference: x `[..., I]` to `[..., O]`, in the dtype of W or of autocast.
 
     Weights are parameters that need no gradient, so that `to` moves and casts them.
+
+    Attributes:
+        backend: of the kernel that multiplies.
 
     Raises:
         ValueError: x requires a gradient while gradients are on.
@@ -32,6 +36,7 @@ class PackedLinear(nn.Module, abc.ABC):
         self, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int
     ) -> None:
         super().__init__()
+        self.backend: Literal["torch", "triton"] = "torch"
         self.in_features, self.out_features = in_features, out_features
         self.weight = _constant(weight)
         self.bias = None if bias is None else _constant(bias)
@@ -75,9 +80,6 @@ class TiledLinear(PackedLinear):
         index: made by `tile_index` for these tiles; only what the forward pass reads is kept.
         out_features: O.
         bias: `[O]`, or None.
-
-    Attributes:
-        backend: of `gather_gemm`.
     """
 
     columns: Tensor
@@ -91,7 +93,6 @@ class TiledLinear(PackedLinear):
     ) -> None:
         tiles = weight if index.order is None else weight.index_select(0, index.order)
         super().__init__(tiles, bias, index.in_features, out_features)
-        self.backend: Backend = "torch"
         self.register_buffer("columns", index.columns)
         self.register_buffer("rows", index.rows)
         self.register_buffer("row_pointer", index.row_pointer)
@@ -198,7 +199,8 @@ class CondensedLinear(PackedLinear):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         index = self.columns, self.row_pointer, self.rows
-        return fan_in_linear(x, FanIn(weight, *index, self.in_features, self.out_features))
+        condensed = FanIn(weight, *index, self.in_features, self.out_features)
+        return fan_in_linear(x, condensed, backend=self.backend)
 
     def dense_weight(self) -> Tensor:
         rows = self.rows.long().repeat_interleave(self.row_pointer.diff().long())

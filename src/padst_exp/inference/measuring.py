@@ -8,6 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from padst_exp.inference.features import (
     TiledFeatureLinear,
 )
 from padst_exp.inference.linear import PackedLinear, TiledLinear
-from padst_kernels.gather_gemm import Backend
 
 # Alike layers are multiplied in turn, up to so many bytes of dense weights: more than a cache
 # holds, as when a whole model runs.
@@ -34,7 +34,7 @@ class LayerChoice:
 
     Args:
         name: of its module.
-        choice: "torch" or "triton" (tiles), "condensed" (single entries) or "dense".
+        choice: "torch" or "triton", what computes the packed weight, or "dense".
         tokens: that it multiplies in one forward pass of the example.
         dtype: of the product, e.g. "bfloat16".
         seconds: that each candidate takes for them.
@@ -185,19 +185,16 @@ Form = Callable[[Tensor], Tensor]
 
 def _forms(layers: list[PackedLinear], twins: list[nn.Linear]) -> dict[str, list[Form]]:
     forms: dict[str, list[Form]] = {"dense": [*twins]}
-    if not isinstance(layers[0], TiledLinear):
-        return {**forms, "condensed": [*layers]}
     for backend in _backends(layers[0].weight.device):
         forms[backend] = []
         for layer in layers:
             form = copy.copy(layer)
-            assert isinstance(form, TiledLinear)
             form.backend = backend
             forms[backend].append(form)
     return forms
 
 
-def _backends(device: torch.device) -> tuple[Backend, ...]:
+def _backends(device: torch.device) -> tuple[Literal["torch", "triton"], ...]:
     return ("torch", "triton") if device.type == "cuda" else ("torch",)
 
 

@@ -103,7 +103,7 @@ def tune(model: nn.Module, example: Tensor, *, compiled: bool = False) -> Report
         layer = layers[name]
         if choice.choice == "dense":
             model.set_submodule(name, twins[name])
-        elif isinstance(layer, TiledLinear):
+        else:
             layer.backend = "triton" if choice.choice == "triton" else "torch"
 
     forms = {"token-major": model, "dense": dense}
