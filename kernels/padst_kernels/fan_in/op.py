@@ -20,6 +20,7 @@ from padst_kernels.fan_in import passes
 from padst_kernels.fan_in.index import FanIn, FanInIndex
 
 Backend = Literal["torch", "triton"]
+BACKENDS = get_args(Backend)
 
 
 def fan_in_product(x: Tensor, values: Tensor, index: FanInIndex, out_features: int) -> Tensor:
@@ -77,10 +78,8 @@ def fan_in_linear(x: Tensor, weight: FanIn, *, backend: Backend = "torch") -> Te
         IndexError: on a CPU, a feature in `weight` does not exist.
     """
     _check("fan_in_linear", x, weight.values, weight.in_features)
-    if backend not in get_args(Backend):
-        raise ValueError(
-            f"fan_in_linear: backend is {backend!r}, expected one of {get_args(Backend)}"
-        )
+    if backend not in BACKENDS:
+        raise ValueError(f"fan_in_linear: backend is {backend!r}, expected one of {BACKENDS}")
     values, columns, row_pointer, rows = weight[:4]
     if len(values) != len(columns) or len(row_pointer) != len(rows) + 1:
         raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ TOKENS = 64
 MAX_TRITON_TOKENS = 64
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+_Sizes = ctypes.c_int64 * 5
 
 # Arguments of each pass in cpu.cpp.
 _ARGUMENTS = {"": 8, "dx_": 10, "dvalues_": 7}
@@ -102,13 +105,11 @@ def _run(
     out: Tensor,
 ) -> bool:
     """Run one pass of cpu.cpp into `out`; False where there is none for these tensors."""
-    library = _library() if out.is_cpu and out.dtype in _NAMES else None
-    if library is None or [t for t in features if t.dtype != torch.uint16]:
+    function = _functions().get((name, out.dtype)) if out.is_cpu else None
+    if function is None or [t for t in features if t.dtype != torch.uint16]:
         return False
-    legal = getattr(library, f"padst_fan_in_{name}{_NAMES[out.dtype]}")(
-        *[None if t is None else t.data_ptr() for t in tensors],
-        (ctypes.c_int64 * 5)(*sizes),
-        out.data_ptr(),
+    legal = function(
+        *[None if t is None else t.data_ptr() for t in tensors], _Sizes(*sizes), out.data_ptr()
     )
     if not legal:
         raise IndexError(f"fan_in: an index is out of range for activations {sizes[:2]}")
@@ -130,11 +131,13 @@ def _entries(pointer: Tensor, columns: Tensor, order: Tensor | None, in_features
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _functions() -> dict[tuple[str, torch.dtype], Callable[..., bool]]:
+    """The passes of cpu.cpp by name and dtype; none without a compiler."""
     library = compiled(Path(__file__).with_name("cpu.cpp"))
-    if library is not None:
-        for name, dtype in itertools.product(_ARGUMENTS, _NAMES.values()):
-            function = getattr(library, f"padst_fan_in_{name}{dtype}")
-            function.argtypes = [ctypes.c_void_p] * _ARGUMENTS[name]
-            function.restype = ctypes.c_bool
-    return library
+    functions = {}
+    for name, dtype in itertools.product(_ARGUMENTS, _NAMES) if library is not None else ():
+        function = getattr(library, f"padst_fan_in_{name}{_NAMES[dtype]}")
+        function.argtypes = [ctypes.c_void_p] * _ARGUMENTS[name]
+        function.restype = ctypes.c_bool
+        functions[name, dtype] = function
+    return functions
