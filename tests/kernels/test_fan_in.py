@@ -9,7 +9,14 @@ from torch import Tensor
 from padst_kernels.fan_in import FanIn, condense, fan_in_linear, passes
 
 # Outputs, inputs, entries in each row that has any, rows without entries.
-SHAPES = [(67, 41, 5, 0), (67, 41, 41, 3), (33, 300, 17, 30), (1, 3, 1, 0), (48, 64, 8, 47)]
+SHAPES = [
+    (67, 41, 5, 0),
+    (67, 41, 41, 3),
+    (33, 300, 17, 30),
+    (1, 3, 1, 0),
+    (48, 64, 8, 47),
+    (48, 64, 8, 48),
+]
 FLOORS = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 

@@ -80,12 +80,11 @@ def fan_in_linear(x: Tensor, weight: FanIn, *, backend: Backend = "torch") -> Te
     _check("fan_in_linear", x, weight.values, weight.in_features)
     if backend not in BACKENDS:
         raise ValueError(f"fan_in_linear: backend is {backend!r}, expected one of {BACKENDS}")
-    values, columns, row_pointer, rows = weight[:4]
-    if len(values) != len(columns) or len(row_pointer) != len(rows) + 1:
+    values, columns, pointers, rows = [tensor.numel() for tensor in weight[:4]]
+    if values != columns or pointers != rows + 1:
         raise ValueError(
-            f"fan_in_linear: {len(values)} values, {len(columns)} columns, {len(rows)} rows and "
-            f"{len(row_pointer)} pointers, expected as many columns as values, one pointer more "
-            "than rows"
+            f"fan_in_linear: {values} values, {columns} columns, {rows} rows and {pointers} "
+            "pointers, expected as many columns as values, one pointer more than rows"
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("fan_in_linear: x requires a gradient, but this is for inference only")

@@ -69,20 +69,23 @@ def values_gradient(x: Tensor, dy: Tensor, index: FanInIndex) -> Tensor:
 def condensed_product(x: Tensor, weight: FanIn, backend: str) -> Tensor:
     """`[T, O]`, contiguous."""
     values, columns, row_pointer, rows = weight[:4]
-    if runs_on_triton(x, backend) and len(x) <= MAX_TRITON_TOKENS:
+    num_tokens, in_features = x.shape
+    num_rows = rows.numel()
+    if not num_rows or not num_tokens:
+        return x.new_zeros(num_tokens, weight.out_features)
+    if runs_on_triton(x, backend) and num_tokens <= MAX_TRITON_TOKENS:
         from padst_kernels.fan_in import kernels
 
         # A single token is feature-major either way.
-        x = x.contiguous().t() if len(x) <= 1 else aligned_features(x)
+        x = x.contiguous().t() if num_tokens <= 1 else aligned_features(x)
         return kernels.launch_fan_in(x, *weight[:4], weight.out_features).t()
-    sizes = (*x.shape, weight.out_features, len(rows), len(columns))
-    y = x.new_empty(len(x), weight.out_features)
+    y = x.new_empty(num_tokens, weight.out_features)
+    # numel: len of a tensor takes longer than all the rest.
+    sizes = num_tokens, in_features, weight.out_features, num_rows, columns.numel()
     tensors = x.contiguous(), values.contiguous(), row_pointer, columns, None, rows
     if _run("", tensors, (columns,), sizes, y):
         return y
     y.zero_()
-    if not len(x) or not len(rows):
-        return y
     columns = columns.int()
     for part, out in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
         sums = torch.nn.functional.embedding_bag(
