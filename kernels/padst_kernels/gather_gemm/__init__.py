@@ -1,6 +1,6 @@
 """Grouped gather GEMM: every structure whose rows share their inputs in groups."""
 
-from padst_kernels.gather_gemm.features import gather_gemm_features
+from padst_kernels.gather_gemm.fused import gather_gemm_fused
 from padst_kernels.gather_gemm.index import TileIndex, tile_index
 from padst_kernels.gather_gemm.layout import aligned_features, empty_features
 from padst_kernels.gather_gemm.op import gather_gemm
@@ -13,7 +13,7 @@ __all__ = [
     "aligned_features",
     "empty_features",
     "gather_gemm",
-    "gather_gemm_features",
+    "gather_gemm_fused",
     "gather_gemm_reference",
     "tile_index",
 ]

@@ -215,5 +215,6 @@ def _epilogue(
     if gelu:
         y = torch.nn.functional.gelu(y)
     if gelu_gradient is not None:
-        y = torch.ops.aten.gelu_backward(gelu_gradient, y)
+        # Contiguous, as the first operand decides how the result lies.
+        y = torch.ops.aten.gelu_backward(gelu_gradient.contiguous(), y)
     return y if residual is None else y + residual

@@ -27,7 +27,7 @@ from padst_exp.structures import (
     scatter_entries,
 )
 from padst_kernels.fan_in import condense, fan_in_index, fan_in_linear, fan_in_product
-from padst_kernels.gather_gemm import TileIndex, aligned_features, gather_gemm_features
+from padst_kernels.gather_gemm import TileIndex, aligned_features, gather_gemm_fused
 from padst_kernels.gather_gemm.cuda import (
     available,
     launch_input_gradient_tile,
@@ -262,7 +262,7 @@ def _features(case: _Case, index: TileIndex, permuted: bool) -> Iterator[Check]:
             norm = wide.mean(1), rstd, case.weight(torch.float32, permuted).sum(1)
 
         def product(x: Tensor, values: Tensor) -> Tensor:
-            return gather_gemm_features(
+            return gather_gemm_fused(
                 x,
                 values.reshape(-1, *tile_shape),
                 index,

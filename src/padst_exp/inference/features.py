@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from padst_exp.inference.linear import PackedLinear, TiledLinear
-from padst_kernels.gather_gemm import Backend, TileIndex, passes
+from padst_kernels.gather_gemm import Backend, TileIndex, gather_gemm_fused
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -105,14 +105,22 @@ class TiledFeatureLinear(FeatureLinear):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None
     ) -> Tensor:
-        index = (getattr(self, name) for name in TileIndex._fields)
-        mean, rstd = statistics or (None, None)
-        product = _operator if torch.compiler.is_compiling() else _product
-        y = product(
-            x, self.weight, self.bias, residual, mean, rstd, self.row_sums,
-            *index, self.out_features,
-            gelu=self.gelu == "exact", feature_major=self.feature_major, backend=self.backend,
-        )  # fmt: skip
+        index = TileIndex(*(getattr(self, name) for name in TileIndex._fields))
+        norm = None
+        if statistics is not None and self.row_sums is not None:
+            norm = (*statistics, self.row_sums)
+        y = gather_gemm_fused(
+            x.t(),
+            self.weight,
+            index,
+            self.out_features,
+            backend=self.backend,
+            bias=self.bias,
+            gelu=self.gelu == "exact",
+            residual=None if residual is None else residual.t(),
+            norm=norm,
+            feature_major=self.feature_major,
+        ).t()
         return self._activate(y) if self.gelu == "tanh" else y
 
 
@@ -142,53 +150,3 @@ class DenseFeatureLinear(FeatureLinear):
             y = (rstd[:, None] * (y - mean[:, None] * self.row_sums)).to(y.dtype)
         y = self._activate(y + self.bias)
         return y if residual is None else y + residual
-
-
-def _product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    row_sums: Tensor | None,
-    *rest: Any,
-    gelu: bool,
-    feature_major: bool,
-    backend: Backend,
-) -> Tensor:
-    # gather_gemm_features has these epilogues too, but only for feature-major activations.
-    norm = None
-    if mean is not None and rstd is not None and row_sums is not None:
-        norm = (mean, rstd, row_sums)
-    return passes.product(
-        x,
-        weight,
-        TileIndex(*rest[:-1]),
-        rest[-1],
-        backend,
-        feature_major=feature_major,
-        bias=bias,
-        gelu=gelu,
-        residual=residual,
-        norm=norm,
-    )
-
-
-_FIELDS = ", ".join(f"Tensor? {name}" for name in TileIndex._fields)
-
-_operator = torch.library.custom_op(
-    "padst::inference_product",
-    _product,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? rstd, "
-    f"Tensor? row_sums, {_FIELDS}, SymInt out_features, *, bool gelu, bool feature_major, "
-    "str backend) -> Tensor",
-)
-
-
-@_operator.register_fake
-def _(x: Tensor, *rest: Any, gelu: bool, feature_major: bool, backend: Backend) -> Tensor:
-    if feature_major:
-        return x.new_empty(rest[-1], len(x)).t()
-    return x.new_empty(len(x), rest[-1])

@@ -1,7 +1,7 @@
-"""Grouped gather GEMM of feature-major activations, with epilogues, differentiable.
+"""Grouped gather GEMM with what surrounds it in a block, between activations of either layout.
 
 Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile.
-Feature-major activations are views whose padding every saved tensor keeps, see layout.py.
+Activations are `[features, T]` views, see layout.py; every saved tensor keeps its padding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from padst_kernels.gather_gemm import passes
 from padst_kernels.gather_gemm.index import TileIndex
-from padst_kernels.gather_gemm.layout import aligned_features, empty_features, has_aligned_rows
+from padst_kernels.gather_gemm.layout import empty_features, has_aligned_rows
 from padst_kernels.gather_gemm.op import (
     INDEX_SCHEMA,
     check,
@@ -27,7 +27,7 @@ from padst_kernels.gather_gemm.op import (
 from padst_kernels.gather_gemm.passes import Backend, Norm
 
 
-def gather_gemm_features(
+def gather_gemm_fused(
     x: Tensor,
     weight: Tensor,
     index: TileIndex,
@@ -38,6 +38,7 @@ def gather_gemm_features(
     gelu: bool = False,
     residual: Tensor | None = None,
     norm: Norm | None = None,
+    feature_major: bool = True,
 ) -> Tensor:
     """y = residual + gelu(bias + W x), W being the weight that `gather_gemm` multiplies with.
 
@@ -45,7 +46,7 @@ def gather_gemm_features(
 
     Args:
         x: floating point `[I, T]`, feature-major and aligned, as `aligned_features` and
-            `empty_features` make it.
+            `empty_features` make it, or token-major: the `t()` of a contiguous `[T, I]`.
         weight: `[G, K, V]`, dtype of x.
         index: int32, made by `tile_index`.
         out_features: O.
@@ -56,16 +57,17 @@ def gather_gemm_features(
         norm: LayerNorm of x without its affine part, folded in behind the product as
             rstd * (W x - mean * row_sums): mean `[T]` and rstd `[T]` of the tokens and sums `[O]`
             of the rows of W, float32. Without gradients only.
+        feature_major: layout of y.
 
     Returns:
-        `[O, T]`, feature-major and aligned, dtype of x. Differentiable in `x`, `weight`, `bias` and
-        `residual`.
+        `[O, T]`, dtype of x, feature-major and aligned or token-major. Differentiable in `x`,
+        `weight`, `bias` and `residual`; the gradient of x lies like x.
 
     Raises:
-        ValueError: shapes or dtypes disagree, an activation is not aligned, there is no such
-            backend for `x`, or a gradient is asked for together with `norm`.
+        ValueError: shapes or dtypes disagree, an activation is neither aligned nor token-major,
+            there is no such backend for `x`, or a gradient is asked for together with `norm`.
     """
-    name = "gather_gemm_features"
+    name = "gather_gemm_fused"
     check(name, x, x.shape[0], weight, index, backend)
     num_tokens = x.shape[1]
     mean, rstd, row_sums = norm or (None, None, None)
@@ -79,21 +81,22 @@ def gather_gemm_features(
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name}: {what} is {tuple(tensor.shape)}, expected {shape}")
     for what, tensor in (("x", x), ("residual", residual)):
-        if tensor is not None and not has_aligned_rows(tensor):
+        if not (tensor is None or has_aligned_rows(tensor) or tensor.t().is_contiguous()):
             raise ValueError(
                 f"{name}: {what} has strides {tensor.stride()}, expected feature-major rows that "
-                "start on multiples of 16 elements, as aligned_features makes them"
+                "start on multiples of 16 elements, as aligned_features makes them, or token-major"
             )
     if norm is not None and torch.is_grad_enabled():
         given = (x, weight, bias, residual, *norm)
         if any(tensor is not None and tensor.requires_grad for tensor in given):
             raise ValueError(f"{name}: norm has no gradient; use torch.no_grad()")
     tensors = x, weight, bias, residual, mean, rstd, row_sums
+    how: dict[str, Any] = {"gelu": gelu, "feature_major": feature_major, "backend": backend}
     if torch.compiler.is_compiling():
-        return _operator(*tensors, *index, out_features, gelu=gelu, backend=backend)
+        return _operator(*tensors, *index, out_features, **how)
     if torch.is_grad_enabled():
-        return _GatherGemmFeatures.apply(*tensors, *index, out_features, gelu, backend)
-    return _product(*tensors, *index, out_features, gelu=gelu, backend=backend)
+        return _GatherGemmFused.apply(*tensors, *index, out_features, how)
+    return _product(*tensors, *index, out_features, **how)
 
 
 def _product(
@@ -106,6 +109,7 @@ def _product(
     row_sums: Tensor | None,
     *rest: Any,
     gelu: bool,
+    feature_major: bool,
     backend: Backend,
 ) -> Tensor:
     norm = None
@@ -117,7 +121,7 @@ def _product(
         TileIndex(*rest[:-1]),
         rest[-1],
         backend,
-        feature_major=True,
+        feature_major=feature_major,
         bias=bias,
         gelu=gelu,
         residual=None if residual is None else residual.t(),
@@ -126,7 +130,13 @@ def _product(
 
 
 def _gelu_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *fields: Any, backend: Backend
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *fields: Any,
+    feature_major: bool,
+    backend: Backend,
 ) -> Tensor:
     """dy `[O, T]` times the derivative of GELU at bias + W x."""
     return passes.product(
@@ -135,7 +145,7 @@ def _gelu_gradient(
         TileIndex(*fields),
         len(dy),
         backend,
-        feature_major=True,
+        feature_major=feature_major,
         bias=bias,
         gelu_gradient=dy.t(),
     ).t()
@@ -144,44 +154,44 @@ def _gelu_gradient(
 # As operators that torch.compile takes as they are.
 
 _operator = torch.library.custom_op(
-    "padst::gather_gemm_features",
+    "padst::gather_gemm_fused",
     _product,
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? rstd, "
-    f"Tensor? row_sums, {INDEX_SCHEMA}, SymInt out_features, *, bool gelu, str backend) -> Tensor",
+    f"Tensor? row_sums, {INDEX_SCHEMA}, SymInt out_features, *, bool gelu, "
+    "bool feature_major, str backend) -> Tensor",
 )
 _gelu_gradient_operator = torch.library.custom_op(
     "padst::gather_gemm_gelu_gradient",
     _gelu_gradient,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor x, Tensor weight, Tensor? bias, {INDEX_SCHEMA}, *, str backend) "
-    "-> Tensor",
+    schema=f"(Tensor dy, Tensor x, Tensor weight, Tensor? bias, {INDEX_SCHEMA}, *, "
+    "bool feature_major, str backend) -> Tensor",
 )
 
 
 @_operator.register_fake
-def _(x: Tensor, *rest: Any, gelu: bool, backend: Backend) -> Tensor:
-    return empty_features(rest[-1], x.shape[1], x)
+def _(x: Tensor, *rest: Any, gelu: bool, feature_major: bool, backend: Backend) -> Tensor:
+    return empty_features(rest[-1], x.shape[1], x, feature_major)
 
 
 @_gelu_gradient_operator.register_fake
-def _(dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
-    return empty_features(len(dy), dy.shape[1], dy)
+def _(dy: Tensor, *rest: Any, feature_major: bool, backend: Backend) -> Tensor:
+    return empty_features(len(dy), dy.shape[1], dy, feature_major)
 
 
-class _GatherGemmFeatures(torch.autograd.Function):
+class _GatherGemmFused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors_and_features, ctx.gelu, ctx.backend = arguments
+        *tensors_and_features, ctx.how = arguments
         x, weight, bias = arguments[:3]
         ctx.save_for_backward(x, weight, bias, *tensors_and_features[7:-1])
-        return _product(*tensors_and_features, gelu=ctx.gelu, backend=ctx.backend)
+        return _product(*tensors_and_features, **ctx.how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _gradients(ctx, dy, _gelu_gradient, input_gradient, weight_gradient)
-        return *gradients, None, None
+        return *_gradients(ctx, dy, _gelu_gradient, input_gradient, weight_gradient), None
 
 
 def _setup_context(
@@ -189,7 +199,7 @@ def _setup_context(
 ) -> None:
     x, weight, bias = inputs[:3]
     ctx.save_for_backward(x, weight, bias, *inputs[7:-1])
-    ctx.gelu, ctx.backend = keyword_only_inputs["gelu"], keyword_only_inputs["backend"]
+    ctx.how = keyword_only_inputs
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -207,17 +217,22 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight, bias and residual; None for all that follows."""
     x, weight, bias, *fields = ctx.saved_tensors
+    backend, feature_major = ctx.how["backend"], ctx.how["feature_major"]
     dx = dweight = dbias = None
     needs_dx, needs_dweight, needs_dbias, needs_dresidual = ctx.needs_input_grad[:4]
     dz = dy
-    if ctx.gelu and (needs_dx or needs_dweight or needs_dbias):
-        dz = gelu_gradient(dy, x, weight, bias, *fields, backend=ctx.backend)
-    elif ctx.backend == "triton" and not has_aligned_rows(dy):
-        dz = aligned_features(dy.t())  # one copy serves both passes
+    if ctx.how["gelu"] and (needs_dx or needs_dweight or needs_dbias):
+        dz = gelu_gradient(
+            dy, x, weight, bias, *fields, feature_major=feature_major, backend=backend
+        )
+    elif backend != "torch":
+        # A copy in another layout serves both passes.
+        dz = passes.readable(dy.t(), TileIndex(*fields).row_run(weight.shape[2])).t()
     if needs_dx:
-        dx = input_gradient(dz.t(), weight, *fields, feature_major=True, backend=ctx.backend).t()
+        like_x = has_aligned_rows(x)
+        dx = input_gradient(dz.t(), weight, *fields, feature_major=like_x, backend=backend).t()
     if needs_dweight:
-        dweight = weight_gradient(x.t(), dz.t(), *fields, weight.shape[2], backend=ctx.backend)
+        dweight = weight_gradient(x.t(), dz.t(), *fields, weight.shape[2], backend=backend)
     if needs_dbias:
         dbias = dz.sum(1, dtype=bias.dtype)
     dresidual = dy if needs_dresidual else None

@@ -1,10 +1,10 @@
-"""Feature-major `gather_gemm_features` of both backends against dense float64."""
+"""`gather_gemm_fused` of both backends, in both layouts, against dense float64."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.gather_gemm import aligned_features, gather_gemm_features, kernels
+from padst_kernels.gather_gemm import aligned_features, gather_gemm_fused, kernels
 from padst_kernels.gather_gemm.layout import has_aligned_rows
 from tile_cases import CASES, DEVICE, Case, blocks, relative_error, vector_nm
 
@@ -14,14 +14,22 @@ BACKENDS = ["torch", "triton"]
 EPILOGUES = ["", "bias", "gelu", "bias gelu residual", "residual"]
 
 
-def activation(num_features: int, num_tokens: int) -> Tensor:
+LAYOUTS = ["feature-major", "token-major"]
+
+
+def activation(num_features: int, num_tokens: int, layout: str = "feature-major") -> Tensor:
     """Standard normal, with NaN in the padding."""
-    x = kernels.empty_features(num_features, num_tokens, torch.empty(0, device=DEVICE))
+    like, feature_major = torch.empty(0, device=DEVICE), layout == "feature-major"
+    x = kernels.empty_features(num_features, num_tokens, like, feature_major)
     return x.copy_(torch.randn(num_features, num_tokens))
 
 
 def exact(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double().requires_grad_()
+
+
+def lies(x: Tensor, layout: str) -> bool:
+    return has_aligned_rows(x) if layout == "feature-major" else x.t().is_contiguous()
 
 
 def finish(y: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None) -> Tensor:
@@ -35,20 +43,33 @@ def finish(y: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None) 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("num_tokens", [5, 67])
 def test_equals_the_dense_product(backend: str, name: str, epilogue: str, num_tokens: int) -> None:
-    case = CASES[name](epilogue != "")
+    compare(CASES[name](epilogue != ""), backend, epilogue, num_tokens, *LAYOUTS[:1] * 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("reads", LAYOUTS)
+@pytest.mark.parametrize("num_tokens", [1, 67])
+def test_layouts_mix(backend: str, name: str, reads: str, num_tokens: int) -> None:
+    compare(CASES[name](True), backend, "bias gelu residual", num_tokens, reads, "token-major")
+
+
+def compare(
+    case: Case, backend: str, epilogue: str, num_tokens: int, reads: str, writes: str
+) -> None:
     out_features, in_features = case.shape
-    x = activation(in_features, num_tokens).requires_grad_()
+    x = activation(in_features, num_tokens, reads).requires_grad_()
     bias = residual = None
     if "bias" in epilogue:
         bias = torch.randn(out_features, device=DEVICE, requires_grad=True)
     if "residual" in epilogue:
-        residual = activation(out_features, num_tokens).requires_grad_()
+        residual = activation(out_features, num_tokens, writes).requires_grad_()
     gelu = "gelu" in epilogue
-    y = gather_gemm_features(
+    y = gather_gemm_fused(
         x, case.weight, case.index, out_features, backend=backend, bias=bias, gelu=gelu,
-        residual=residual,
+        residual=residual, feature_major=writes == "feature-major",
     )  # fmt: skip
-    assert y.shape == (out_features, num_tokens) and has_aligned_rows(y)
+    assert y.shape == (out_features, num_tokens) and lies(y, writes)
 
     inputs = [x, case.weight, *(t for t in (bias, residual) if t is not None)]
     exact_bias, exact_residual = (None if t is None else exact(t) for t in (bias, residual))
@@ -63,7 +84,7 @@ def test_equals_the_dense_product(backend: str, name: str, epilogue: str, num_to
         theirs = torch.autograd.grad(
             expected, [t for t in exact_inputs if t is not None], exact(dy), retain_graph=True
         )
-        assert has_aligned_rows(ours[0])
+        assert lies(ours[0], reads)
         ours = (ours[0], case.inside(ours[1]), *ours[2:])
         for actual, truth in zip(ours, theirs, strict=True):
             assert relative_error(actual, truth.double().cpu()) < 1e-5
@@ -80,7 +101,7 @@ def test_folds_layer_norm(backend: str, gelu: bool) -> None:
     dense = case.dense().detach()
     norm = mean, (variance + 1e-6).rsqrt(), dense.sum(1).float().to(DEVICE)
     with torch.no_grad():
-        y = gather_gemm_features(
+        y = gather_gemm_fused(
             x, case.weight, case.index, 44, backend=backend, bias=bias, gelu=gelu,
             residual=residual, norm=norm,
         )  # fmt: skip
@@ -88,7 +109,7 @@ def test_folds_layer_norm(backend: str, gelu: bool) -> None:
     expected = finish(dense @ normal, exact(bias), gelu, exact(residual))
     assert relative_error(y, expected) < 1e-5
     with pytest.raises(ValueError, match="norm has no gradient"):
-        gather_gemm_features(x, case.weight, case.index, 44, backend=backend, norm=norm)
+        gather_gemm_fused(x, case.weight, case.index, 44, backend=backend, norm=norm)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 16, 21])
@@ -108,14 +129,14 @@ def test_refuses_what_is_not_aligned(backend: str) -> None:
     arguments = case.weight, case.index, 44
     for wrong in (x.clone(memory_format=torch.contiguous_format), activation(45, 21)[:, 1:6]):
         with pytest.raises(ValueError, match="x has strides"):
-            gather_gemm_features(wrong, *arguments, backend=backend)
+            gather_gemm_fused(wrong, *arguments, backend=backend)
     loose = residual.clone(memory_format=torch.contiguous_format)
     with pytest.raises(ValueError, match="residual has strides"):
-        gather_gemm_features(x, *arguments, backend=backend, residual=loose)
+        gather_gemm_fused(x, *arguments, backend=backend, residual=loose)
     with pytest.raises(ValueError, match=r"residual is \(44, 4\), expected \(44, 5\)"):
-        gather_gemm_features(x, *arguments, backend=backend, residual=residual[:, :4])
+        gather_gemm_fused(x, *arguments, backend=backend, residual=residual[:, :4])
     with pytest.raises(ValueError, match=r"bias is \(45,\), expected \(44,\)"):
-        gather_gemm_features(x, *arguments, backend=backend, bias=torch.zeros(45))
+        gather_gemm_fused(x, *arguments, backend=backend, bias=torch.zeros(45))
 
 
 def test_saves_neither_y_nor_what_stands_before_gelu() -> None:
@@ -128,36 +149,37 @@ def test_saves_neither_y_nor_what_stands_before_gelu() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        gather_gemm_features(x, case.weight, case.index, 44, backend="triton", gelu=True)
+        gather_gemm_fused(x, case.weight, case.index, 44, backend="triton", gelu=True)
     assert [t.shape for t in saved if t.is_floating_point()] == [x.shape, case.weight.shape]
     assert has_aligned_rows(saved[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_operators_pass_opcheck(backend: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operators_pass_opcheck(backend: str, layout: str) -> None:
     case = blocks((40, 67), 8, True)
-    x = activation(67, 5).nan_to_num_().requires_grad_()
+    how = {"feature_major": layout == "feature-major", "backend": backend}
+    x = activation(67, 5, layout).nan_to_num_().requires_grad_()
     dy, residual = activation(40, 5), activation(40, 5)
     bias = torch.randn(40, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.padst.gather_gemm_features.default,
+        torch.ops.padst.gather_gemm_fused.default,
         (x, case.weight, bias, residual, None, None, None, *case.index, 40),
-        {"gelu": True, "backend": backend},
+        {"gelu": True, **how},
     )
     torch.library.opcheck(
         torch.ops.padst.gather_gemm_gelu_gradient.default,
         (dy, x.detach(), case.weight.detach(), bias, *case.index),
-        {"backend": backend},
+        how,
     )
 
 
 def mlp(x: Tensor, up: Case, down: Case, bias: Tensor, weights: list[Tensor]) -> Tensor:
-    features = aligned_features(x)
-    hidden = gather_gemm_features(
-        features, weights[0], up.index, 40, backend="triton", bias=bias, gelu=True
+    hidden = gather_gemm_fused(
+        aligned_features(x), weights[0], up.index, 40, backend="triton", bias=bias, gelu=True
     )
-    y = gather_gemm_features(
-        hidden, weights[1], down.index, 67, backend="triton", residual=features
+    y = gather_gemm_fused(
+        hidden, weights[1], down.index, 67, backend="triton", residual=x.t(), feature_major=False
     )
     return y.t()
 
