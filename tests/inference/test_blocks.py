@@ -117,26 +117,6 @@ def test_compiles_without_a_break() -> None:
         torch.testing.assert_close(compiled(inputs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_operator_is_sound() -> None:
-    from torch.library import opcheck
-
-    model, _ = sparse_model("vit", "nm-16", "random")
-    pack(model)
-    layer: Any = model.get_submodule("blocks.0.mlp.fc1")
-    norm = nn.LayerNorm(64)
-    with torch.no_grad():
-        features = TiledFeatureLinear(layer, "torch", Around(norm=norm, gelu="exact"))
-    x = torch.randn(64, 32).t()
-    index = [getattr(features, name) for name in layer.index()._fields]
-    for feature_major in (True, False):
-        opcheck(
-            torch.ops.padst.inference_product,
-            (x, features.weight, features.bias, None, x.mean(1), x.std(1), features.row_sums,
-             *index, layer.out_features),
-            {"gelu": True, "feature_major": feature_major, "backend": "torch"},
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("structure", "message"),
     [("unstructured", "no layer of its blocks has tiles"), ("block-4", "no layer of its blocks")],

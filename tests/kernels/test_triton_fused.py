@@ -167,6 +167,12 @@ def test_operators_pass_opcheck(backend: str, layout: str) -> None:
         (x, case.weight, bias, residual, None, None, None, *case.index, 40),
         {"gelu": True, **how},
     )
+    norm = (torch.randn(5, device=DEVICE), torch.rand(5, device=DEVICE), bias)
+    torch.library.opcheck(
+        torch.ops.padst.gather_gemm_fused.default,
+        (x.detach(), case.weight.detach(), bias, residual, *norm, *case.index, 40),
+        {"gelu": False, **how},
+    )
     torch.library.opcheck(
         torch.ops.padst.gather_gemm_gelu_gradient.default,
         (dy, x.detach(), case.weight.detach(), bias, *case.index),
