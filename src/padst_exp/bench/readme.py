@@ -86,6 +86,12 @@ def _unique(rows: Rows, *keys: str) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
 
 
+def _cells(rows: Rows, keys: Sequence[str]) -> list[tuple[str, ...]]:
+    """All that `keys` take, those with the first key alike side by side."""
+    firsts = [first for (first,) in _unique(rows, keys[0])]
+    return sorted(_unique(rows, *keys), key=lambda cell: firsts.index(cell[0]))
+
+
 def _ratio(row: dict[str, str]) -> str:
     """Against the usual dense side, and against the fastest where that is another."""
     if not row["ratio"]:
@@ -98,100 +104,108 @@ def _ratio(row: dict[str, str]) -> str:
 
 def _layers(rows: Rows) -> list[str]:
     timed = [row for row in rows if row["pass"] != "conversion"]
-    text = []
-    for (what,) in _unique(timed, "pass"):
-        own = [row for row in timed if row["pass"] == what]
-        cells = _unique(own, "case", "tokens")
-        dense = [row for row in own if row["structure"] == "dense"]
-        for (density,) in _unique([row for row in own if row not in dense], "density_asked"):
-            text.append(f"### {what}, density {density}\n")
-            head = ["layer, tokens", *(f"{case}, {tokens}" for case, tokens in cells)]
-            sparse = [row for row in own if row["density_asked"] == density and row not in dense]
-            lines = [_milliseconds(sparse, cells)]
-            lines += [_line(dense, key, cells) for key in _unique(dense, *_SIDE)]
-            lines += [_line(sparse, key, cells) for key in _unique(sparse, *_SIDE)]
-            text.append(table(head, lines))
-    return [*text, *_slower(timed), *_floors(timed), *_conversions(rows), *_accuracies(timed)]
+    dense = [row for row in timed if row["structure"] == "dense"]
+    sparse = [row for row in timed if row not in dense]
+    packed = [row for row in sparse if row["form"].startswith(("packed", "condensed"))]
+    text = ["### At a glance: from the slowest to the fastest of these layers\n"]
+    for (density,) in _unique(packed, "density_asked"):
+        own = [row for row in packed if row["density_asked"] == density]
+        text.append(_ranges(f"density {density}, tokens", own, _PASS, "ratio"))
+    text += [*_slower(timed), *_accuracies(timed)]
+    for density, case in _unique(sparse, "density_asked", "case"):
+        own = [r for r in sparse if (r["density_asked"], r["case"]) == (density, case)]
+        head, lines = _layer([row for row in dense if row["case"] == case], own)
+        summary = f"<summary>Every side: {case}, density {density}</summary>"
+        text.append(f"<details>{summary}\n\n{table(head, lines)}\n</details>\n")
+    return [*text, *_floors(packed), *_conversions(rows)]
 
 
 _SIDE = ("structure", "form", "permutation")
+_PASS = ("pass", "tokens")
 
 
-def _name(side: tuple[str, ...]) -> str:
+def _layer(dense: Rows, sparse: Rows) -> tuple[list[str], list[list[str]]]:
+    """Every side of one layer at one density."""
+    cells = _cells(sparse, _PASS)
+    milliseconds: Cells = {
+        (row["pass"], row["tokens"]): row["dense_ms"] for row in sparse if row["dense_ms"]
+    }
+    usual = "the faster of eager and compiled dense, ms"
+    lines = [[usual, *(milliseconds.get(cell, "") for cell in cells)]]
+    for rows in (dense, sparse):
+        for side in _unique(rows, *_SIDE):
+            own = [row for row in rows if tuple(row[key] for key in _SIDE) == side]
+            ratios: Cells = {(row["pass"], row["tokens"]): _ratio(row) for row in own}
+            lines.append([_name(side), *(ratios.get(cell, "") for cell in cells)])
+    return ["tokens", *(" ".join(cell) for cell in cells)], lines
+
+
+def _name(side: Sequence[str]) -> str:
     structure, form, permutation = side
     return f"{structure}, {form}" + (
         "" if permutation == "none" else f", {permutation} permutation"
     )
 
 
-def _line(
-    rows: Rows, side: tuple[str, ...], cells: Sequence[tuple[str, ...]], value: str = ""
-) -> list[str]:
-    found: Cells = {
-        (row["case"], row["tokens"]): row[value] if value else _ratio(row)
-        for row in rows
-        if tuple(row[key] for key in _SIDE) == side
-    }
-    return [_name(side), *(found.get(cell, "") for cell in cells)]
+def _ranges(name: str, rows: Rows, keys: tuple[str, ...], value: str) -> str:
+    """A line for each side, a column for each cell of `keys`: lowest to highest `value`."""
+    cells = _cells(rows, keys)
+    lines = []
+    for side in _unique(rows, *_SIDE):
+        own = [row for row in rows if tuple(row[key] for key in _SIDE) == side]
+        found = [[r[value] for r in own if tuple(r[k] for k in keys) == cell] for cell in cells]
+        lines.append([_name(side), *(_range([float(v) for v in all_ if v]) for all_ in found)])
+    return table([name, *(" ".join(cell) for cell in cells)], lines)
 
 
-def _milliseconds(rows: Rows, cells: Sequence[tuple[str, ...]]) -> list[str]:
-    """How long the usual dense side takes."""
-    found: Cells = {
-        (row["case"], row["tokens"]): row["dense_ms"] for row in rows if row["dense_ms"]
-    }
-    return ["the faster of eager and compiled dense, ms", *(found.get(c, "") for c in cells)]
+def _range(values: Sequence[float]) -> str:
+    ends = [f"{value:.3g}" for value in (min(values), max(values))] if values else [""]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _slower(rows: Rows) -> list[str]:
     """Where sparse is slower than dense, and what training takes there."""
-    slow = [row for row in rows if row["ratio"] and float(row["ratio"]) < 1 and row["dispatcher"]]
+    ours = [row for row in rows if row["form"].startswith(("packed", "condensed", "layer"))]
+    slow = [row for row in ours if row["ratio"] and float(row["ratio"]) < 1]
     if not slow:
         return []
     lines = []
-    for key in _unique(slow, "structure", "form", "pass", "dispatcher"):
-        own = [r for r in slow if (r["structure"], r["form"], r["pass"], r["dispatcher"]) == key]
+    for *side, what, chosen in _unique(slow, *_SIDE, "pass", "dispatcher"):
+        alike = [row for row in ours if [row[k] for k in (*_SIDE, "pass")] == [*side, what]]
+        own = [row for row in alike if row in slow and row["dispatcher"] == chosen]
         ratios = [float(row["ratio"]) for row in own]
-        total = sum(
-            (r["structure"], r["form"], r["pass"]) == key[:3] and bool(r["ratio"]) for r in rows
+        where = "; ".join(
+            f"{tokens}: {', '.join(r['case'] for r in own if r['tokens'] == tokens)}"
+            for (tokens,) in _unique(own, "tokens")
         )
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        lines.append([f"{key[0]}, {key[1]}", key[2], f"{len(own)} of {total}", spread, key[3]])
+        count = f"{len(own)} of {len(alike)}; tokens {where}"
+        lines.append([_name(side), what, count, _range(ratios), chosen])
     head = ["slower than dense", "pass", "cells", "ratio", "the dispatcher trains it by"]
-    return ["### Slower than dense\n", table(head, lines)]
+    explained = (
+        "Layers with `torch` are trained by it all the same: to train them by a dense product, "
+        "their values would first have to be put into a dense weight, which takes longer.\n"
+    )
+    return ["### Slower than dense\n", explained, table(head, lines)]
 
 
-def _floors(rows: Rows) -> list[str]:
+def _floors(packed: Rows) -> list[str]:
     """How near the products that training uses come to their floor."""
-    text = []
-    packed = [row for row in rows if row["form"].startswith(("packed", "condensed"))]
-    for what, density in _unique(packed, "pass", "density_asked")[:2]:
-        own = [r for r in packed if (r["pass"], r["density_asked"]) == (what, density)]
-        cells = _unique(own, "case", "tokens")
-        lines = [_line(own, key, cells, "floor_share") for key in _unique(own, *_SIDE)]
-        head = ["floor / time", *(f"{case}, {tokens}" for case, tokens in cells)]
-        text += [f"### Share of the floor: {what}, density {density}\n", table(head, lines)]
+    text = ["### Share of the floor: floor / time\n"] if packed else []
+    for (density,) in _unique(packed, "density_asked")[:1]:
+        own = [row for row in packed if row["density_asked"] == density]
+        text.append(_ranges(f"density {density}, tokens", own, _PASS, "floor_share"))
     return text
 
 
 def _conversions(rows: Rows) -> list[str]:
     """What a rewiring and a condensation cost."""
     own = [row for row in rows if row["pass"] == "conversion"]
-    cells = _unique(own, "case", "density_asked")
-    lines = []
-    for key in _unique(own, "structure", "form"):
-        found: Cells = {
-            (r["case"], r["density_asked"]): r["p50_ms"]
-            for r in own
-            if (r["structure"], r["form"]) == key
-        }
-        lines.append([f"{key[0]}, {key[1]}", *(found.get(cell, "") for cell in cells)])
-    head = ["layer, density", *(f"{case}, {density}" for case, density in cells)]
     explained = (
         "Milliseconds after a rewiring (`fold`: the indices of the product) and once for "
         "inference (`condense`). A hard permutation is folded with them and costs nothing later.\n"
     )
-    return ["### Conversions\n", explained, table(head, lines)] if own else []
+    conversions = _ranges("density", own, ("density_asked",), "p50_ms")
+    return ["### Conversions\n", explained, conversions] if own else []
 
 
 def _accuracies(rows: Rows) -> list[str]:
