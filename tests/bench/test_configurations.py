@@ -58,13 +58,21 @@ def test_accuracy_is_looked_up_by_configuration(tmp_path: Path) -> None:
         "shakespeare,0,demo,perplexity,30\ndigits,2,demo,top1,\n"
     )
     (tmp_path / "structures.csv").write_text(
-        "dataset,model,structure,density,seed,metric,value\n"
-        "fashion_mnist,vit,block size=32,0.0972,0,top1,80.04\n"
+        "dataset,model,structure,density,permutation,seed,metric,value\n"
+        "fashion_mnist,vit,block size=32,0.0972,DoublyStochastic,0,top1,80.04\n"
+        "fashion_mnist,vit,unstructured,0.1,NoPermutation,0,top1,84.1\n"
+        # A run that the demos' table has too.
+        "digits,vit,nm group=16,0.1009,DoublyStochastic,1,top1,98\n"
     )
     (tmp_path / "framework.csv").write_text("what,ratio\nmemory,0.1\n")
     found = Accuracies(tmp_path)
-    assert found.of("nm group=16", 0.1, "all") == "97.5% top-1 on digits (demo, 2 runs)"
-    assert found.of("block size=16", 0.2, "all") == "30.0 perplexity on shakespeare (demo, 1 runs)"
+    assert found.of("nm group=16", 0.1, "all") == (
+        "97.5% top-1 on digits (demo, learned permutations, 2 seeds)"
+    )
+    assert found.of("block size=16", 0.2, "all") == (
+        "30.0 perplexity on shakespeare (demo, learned permutations, 1 seed)"
+    )
+    assert found.of("unstructured", 0.1, "all") == "84.1% top-1 on fashion_mnist (demo, 1 seed)"
     assert found.of("block size=32", 0.1, "all").startswith("80.0% top-1 on fashion_mnist")
     for other in (
         ("nm group=16", 0.05, "all"),

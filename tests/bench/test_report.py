@@ -6,7 +6,7 @@ import pytest
 
 from bench.bench_cases import session
 from padst_exp.bench import __main__ as command
-from padst_exp.bench import plots, readme, report, roofline, sides
+from padst_exp.bench import environment, plots, readme, report, roofline, sides
 from padst_exp.bench.report import Line, timing_rows
 from padst_exp.dispatch import decision
 
@@ -108,6 +108,7 @@ def test_the_command_measures_and_writes(
     monkeypatch.setattr(roofline, "last_level_cache", lambda device: 1 << 16)
     monkeypatch.setitem(roofline.GEMM, "cpu", 64)
     monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(environment, "device_name", lambda device: "AMD EPYC (2 of them)")
     out = tmp_path / "kernels"
     status = run(
         ["suite=layers", "device=cpu", "shapes=[48x32]", "tokens=[3]", "sparsities=[0.75]",
@@ -115,9 +116,10 @@ def test_the_command_measures_and_writes(
     )  # fmt: skip
     assert status == 0, capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == [
-        "README.md", "layers-cpu-float32.csv", "layers-cpu-float32.png",
+        "README.md", "layers-amd-epyc-2-of-them-float32.csv",
+        "layers-amd-epyc-2-of-them-float32.png",
     ]  # fmt: skip
-    with (out / "layers-cpu-float32.csv").open() as file:
+    with (out / "layers-amd-epyc-2-of-them-float32.csv").open() as file:
         read = list(csv.DictReader(file))
     assert {row["structure"] for row in read} == {"dense", "nm group=16"}
     assert all(row["threads"] == "1" and row["clock"] == "wall" for row in read)

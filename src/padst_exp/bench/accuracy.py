@@ -25,8 +25,10 @@ TOLERANCE = 0.15
 class _Result(NamedTuple):
     structure: str
     density: float
+    permuted: bool
     dataset: str
     metric: str
+    seed: str
     value: float
 
 
@@ -52,16 +54,18 @@ class Accuracies:
             density: of the sparse layers.
             scope: "all", or another one, at which nothing was measured.
         """
-        values: dict[tuple[str, str], list[float]] = defaultdict(list)
+        # By seed: a run can stand in more than one table.
+        values: dict[tuple[str, str, bool], dict[str, float]] = defaultdict(dict)
         for result in self._results:
             near = abs(result.density - density) <= TOLERANCE * density
             if scope == "all" and result.structure == structure and near:
-                values[result.dataset, result.metric].append(result.value)
-        texts = [
-            f"{statistics.mean(found):.1f}{UNITS.get(metric, f' {metric}')} on {dataset} "
-            f"(demo, {len(found)} runs)"
-            for (dataset, metric), found in sorted(values.items())
-        ]
+                values[result.dataset, result.metric, result.permuted][result.seed] = result.value
+        texts = []
+        for (dataset, metric, permuted), found in sorted(values.items()):
+            mean = f"{statistics.mean(found.values()):.1f}{UNITS.get(metric, f' {metric}')}"
+            how = "learned permutations, " if permuted else ""
+            seeds = "1 seed" if len(found) == 1 else f"{len(found)} seeds"
+            texts.append(f"{mean} on {dataset} (demo, {how}{seeds})")
         return "; ".join(texts) or NOT_MEASURED
 
 
@@ -71,8 +75,11 @@ def _read(row: dict[str, str]) -> _Result | None:
         return None
     if row.get("structure") and row.get("density"):
         structure, density = row["structure"], float(row["density"])
+        permuted = row.get("permutation") != "NoPermutation"
     elif row.get("model") == "demo" and row["dataset"] in DEMOS:
-        structure, density = DEMOS[row["dataset"]]
+        (structure, density), permuted = DEMOS[row["dataset"]], True
     else:
         return None
-    return _Result(structure, density, row["dataset"], row["metric"], float(row["value"]))
+    value = float(row["value"])
+    seed = row.get("seed", "")
+    return _Result(structure, density, permuted, row["dataset"], row["metric"], seed, value)

@@ -35,11 +35,9 @@ def environment(device: torch.device, dtype: torch.dtype, clock: str) -> dict[st
 
 
 def label(device: torch.device, dtype: torch.dtype) -> str:
-    """Part of a file name: `cpu-float32`, or `cpu-2-threads-float32`, or `nvidia-h200-bfloat16`."""
-    name = "cpu"
-    if device.type == "cuda":
-        name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    elif torch.get_num_threads() > 1:
+    """Part of a file name, such as `nvidia-h200-bfloat16` or `amd-epyc-2-threads-float32`."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    if device.type == "cpu" and torch.get_num_threads() > 1:
         name += f"-{torch.get_num_threads()}-threads"
     return f"{name}-{str(dtype).removeprefix('torch.')}"
 

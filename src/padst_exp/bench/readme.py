@@ -22,8 +22,9 @@ Made from the CSV files beside it by `python -m padst_exp.bench suite=...`; noth
   there is. On CPUs that is oneDNN called directly, since PyTorch multiplies single precision by
   MKL, which leaves half of an AMD core unused. One number where both are the same.
 - Weights rotate through more memory than the last-level cache holds, as inside a model.
-- Accuracy is looked up in results/tables by structure, density and scope, and belongs to the small
-  demo models that were trained there, not to the model that is timed.
+- Accuracy is looked up in results/tables by structure, density and sparse layers, and belongs to
+  the small demo models that were trained there, not to the model that is timed. Sides have their
+  permutations folded in (`hard`) where those models learned some.
 - The floor is a twin that reads and writes the same bytes and computes nothing, or the arithmetic
   at the rate of the fastest dense product, whichever takes longer; measured in the same run.
 """
@@ -209,8 +210,9 @@ def _conversions(rows: Rows) -> list[str]:
 
 
 def _accuracies(rows: Rows) -> list[str]:
-    found = _unique([r for r in rows if r["accuracy"]], "structure", "density_asked", "accuracy")
-    head = ["structure", "density", "accuracy with all block linears so"]
+    own = [row for row in rows if row["accuracy"]]
+    found = _unique(own, "structure", "scope", "density_asked", "accuracy")
+    head = ["structure", "sparse layers", "density", "accuracy"]
     return ["### Accuracy of these configurations\n", table(head, found)] if found else []
 
 
@@ -229,16 +231,15 @@ def _models(rows: Rows) -> list[str]:
                 row["p50_ms"],
                 _ratio(row),
                 row["dispatcher"],
-                row["accuracy"],
             ]
             for row in own
         ]
         head = [
             "structure", "sparse layers", "permutations", "form", "density", "ms", "dense / this",
-            "products by", "accuracy",
+            "products by",
         ]  # fmt: skip
         text.append(table(head, lines))
-    return text
+    return [*text, *_accuracies(rows)]
 
 
 def _memory(rows: Rows) -> list[str]:
@@ -254,17 +255,16 @@ def _memory(rows: Rows) -> list[str]:
                 *(f"{int(row[f'{size}_bytes']) / 1e6:,.1f}" for size in sizes),
                 row["kept_share"],
                 row["peak_share"],
-                row["accuracy"],
             ]
             for row in rows
             if (row["case"], row["batch"]) == (case, batch)
         ]
         head = [
             "structure", "sparse layers", "permutations", "density",
-            *(f"{size}, MB" for size in sizes), "kept / dense", "peak / dense", "accuracy",
+            *(f"{size}, MB" for size in sizes), "kept / dense", "peak / dense",
         ]  # fmt: skip
         text += [f"### {case}, batch {batch}\n", table(head, lines)]
-    return text
+    return [*text, *_accuracies(rows)]
 
 
 def _checks(rows: Rows) -> list[str]:
