@@ -55,10 +55,13 @@ smoke: $(STAMP)  ## train a few steps and evaluate, in a throw-away folder
 demo: $(STAMP)  ## train a sparse ViT on real data that needs no download
 	$(PYTHON) -m padst_exp.train model=vit structure=nm sparsity=0.9
 
-bench: $(STAMP)  ## measure what has a limit, about 15 minutes on 2 cores
+bench: $(STAMP)  ## measure what has a limit, about an hour on 2 cores
 	$(PYTHON) scripts/bench_startup.py
 	$(PYTHON) scripts/bench_framework.py
 	$(PYTHON) scripts/bench_accuracy.py
+	$(PYTHON) scripts/bench_structures.py
+	for suite in layers model_inference model_train memory; do \
+		$(PYTHON) -m padst_exp.bench suite=$$suite || exit; done
 
 ci: lint types test smoke  ## what a change must pass
 

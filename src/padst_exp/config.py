@@ -206,7 +206,7 @@ class BenchSchema:
                     raise UserError(f"{key}: expected at least 1, got {count}")
         if self.clock == "cpu" and self.threads > 1:
             raise UserError("clock: cpu counts the time of one thread; set threads=1 or clock=wall")
-        if self.budget is not None and self.budget <= 0:
+        if self.budget is not None and not self.budget > 0:  # nor NaN
             raise UserError(f"budget: expected seconds, got {self.budget}")
 
 

@@ -138,6 +138,7 @@ def test_the_command_measures_and_writes(
         (["suite=layers", "scopes=[some]"], "scopes: expected all or dense_qkv, got 'some'"),
         (["suite=layers", "threads=2", "clock=cpu"], "clock: cpu counts the time of one thread"),
         (["suite=layers", "budget=0"], "budget: expected seconds, got 0"),
+        (["suite=layers", "budget=nan"], "budget: expected seconds, got nan"),
         (["suite=gpu_all", "device=cpu"], "suite: gpu_all needs a GPU, and "),
         ([], "suite: missing, set it on the command line"),
     ],
