@@ -266,6 +266,8 @@ def test_names_shapes_and_dtypes_that_disagree() -> None:
         gather_gemm(case.x[:, :32], case.weight, case.index, 21)
     with pytest.raises(ValueError, match=r"x is torch\.float32"):
         gather_gemm(case.x, case.weight.double(), case.index, 21)
+    with pytest.raises(ValueError, match="out_features is 25, the index has 24 rows"):
+        gather_gemm(case.x, case.weight, case.index, 25)
 
 
 def test_an_index_out_of_range_is_an_error_not_a_crash(backend: str) -> None:

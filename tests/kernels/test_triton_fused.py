@@ -137,6 +137,21 @@ def test_refuses_what_is_not_aligned(backend: str) -> None:
         gather_gemm_fused(x, *arguments, backend=backend, residual=residual[:, :4])
     with pytest.raises(ValueError, match=r"bias is \(45,\), expected \(44,\)"):
         gather_gemm_fused(x, *arguments, backend=backend, bias=torch.zeros(45))
+    with pytest.raises(ValueError, match=r"residual is torch\.float16, expected torch\.float32"):
+        gather_gemm_fused(x, *arguments, backend=backend, residual=residual.half())
+    norm = torch.zeros(5), torch.zeros(5), torch.zeros(44, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"row_sums is torch\.float64, expected torch\.float32"):
+        gather_gemm_fused(x, *arguments, backend=backend, norm=[t.to(DEVICE) for t in norm])
+
+
+def test_rows_that_share_memory_are_not_aligned() -> None:
+    # One row of memory, 32 elements long, as 45 rows: no padding follows them.
+    assert not has_aligned_rows(torch.randn(32).expand(45, 32))
+    assert not has_aligned_rows(torch.randn(64).as_strided((3, 21), (16, 1)))
+    assert has_aligned_rows(torch.randn(96).as_strided((3, 21), (32, 1)))
+    case = vector_nm(False)
+    with pytest.raises(ValueError, match="x has strides"):
+        gather_gemm_fused(torch.randn(21).expand(45, 21), case.weight, case.index, 44)
 
 
 def test_saves_neither_y_nor_what_stands_before_gelu() -> None:

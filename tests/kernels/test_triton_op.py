@@ -93,6 +93,29 @@ def test_says_where_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> Non
         passes.product(torch.zeros(1, 45), case.weight, case.index, 44, "triton")
 
 
+def test_float32_is_as_precise_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    launch = kernels.launch_product
+
+    def launch_product(*args: object, precision: str, **options: object) -> Tensor:
+        asked.append(precision)
+        return launch(*args, **options)
+
+    monkeypatch.setattr(kernels, "launch_product", launch_product)
+    case, matmul = vector_nm(False), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    x = torch.randn(5, 45, device=DEVICE)
+    try:
+        for matmul.fp32_precision in ("tf32", "ieee"):
+            gather_gemm(x, case.weight, case.index, 44, backend="triton")
+            gather_gemm(x.half(), case.weight.half(), case.index, 44, backend="triton")
+        torch.set_float32_matmul_precision("high")
+        gather_gemm(x, case.weight, case.index, 44, backend="triton")
+    finally:
+        matmul.fp32_precision = before
+    assert asked == ["tf32", "ieee", "ieee", "ieee", "tf32"]
+
+
 @pytest.mark.parametrize("name", ["nm", "blocks8"])
 def test_operators_pass_opcheck(name: str) -> None:
     case = CASES[name](True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from padst_kernels.calls import needs_operator
 from padst_kernels.gather_gemm.passes import (
     MIN_RUN,
     Backend,
@@ -47,10 +48,10 @@ def diagonal_linear(
             kernels, for tensors on a GPU; float64 goes to `"torch"` all the same.
 
     Returns:
-        `[..., O]`, dtype of x. Differentiable in `x` and `values`.
+        `[..., O]`, dtype of x. Differentiable in `x` and `values`, once and in reverse mode.
 
     Raises:
-        ValueError: shapes or dtypes disagree, or there is no such backend for `x`.
+        ValueError: shapes, dtypes or devices disagree, or there is no such backend for `x`.
     """
     in_features = x.shape[-1]
     if backend not in get_args(Backend):
@@ -62,15 +63,20 @@ def diagonal_linear(
             f"diagonal_linear: x is {x.dtype}, expected the dtype of values {values.dtype}"
         )
     for name, tensor, shape in (
-        ("values", values, (len(offsets), min(in_features, out_features))),
+        ("values", values, (offsets.shape[0], min(in_features, out_features))),
+        ("offsets", offsets, offsets.shape),
         ("columns", columns, (in_features,)),
         ("rows", rows, (out_features,)),
     ):
-        if tensor is not None and tensor.shape != shape:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
             raise ValueError(f"diagonal_linear: {name} is {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != x.device:
+            raise ValueError(f"diagonal_linear: {name} is on {tensor.device}, x on {x.device}")
     flat, by_row = x.reshape(-1, in_features), out_features < in_features
     arguments = flat, values, offsets, columns, rows, out_features
-    if torch.compiler.is_compiling():
+    if needs_operator(x, values):
         y = _operator(*arguments, by_row, backend)
     elif torch.is_grad_enabled():
         y = _DiagonalLinear.apply(*arguments, by_row, backend)
@@ -164,12 +170,12 @@ _values_gradient_operator = torch.library.custom_op(
 
 @_operator.register_fake
 def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(len(x), rest[3])
+    return x.new_empty(x.shape[0], rest[3])
 
 
 @_values_gradient_operator.register_fake
 def _(x: Tensor, dy: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(len(offsets), min(x.shape[1], dy.shape[1]))
+    return x.new_empty(offsets.shape[0], min(x.shape[1], dy.shape[1]))
 
 
 class _DiagonalLinear(torch.autograd.Function):

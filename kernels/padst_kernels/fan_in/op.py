@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from padst_kernels.calls import needs_operator
 from padst_kernels.fan_in import passes
 from padst_kernels.fan_in.index import FanIn, FanInIndex
 
@@ -36,21 +37,22 @@ def fan_in_product(x: Tensor, values: Tensor, index: FanInIndex, out_features: i
         out_features: O.
 
     Returns:
-        `[..., O]`, contiguous, dtype of x. Differentiable in `x` and `values` (zero at padding).
+        `[..., O]`, contiguous, dtype of x. Differentiable in `x` and `values` (zero at padding),
+        once and in reverse mode.
 
     Raises:
-        ValueError: shapes or dtypes disagree.
+        ValueError: shapes, dtypes or devices disagree.
         IndexError: on a CPU, a feature in `index` does not exist.
     """
-    if values.numel() != len(index.columns):
+    columns = index.columns
+    if values.numel() != columns.numel():
         raise ValueError(
-            f"fan_in_product: values is {tuple(values.shape)}, expected {len(index.columns)} "
+            f"fan_in_product: values is {tuple(values.shape)}, expected {columns.numel()} "
             "elements, as many as entries"
         )
-    _check("fan_in_product", x, values, len(index.column_pointer) - 1)
+    _check("fan_in_product", x, values, columns, index.column_pointer.numel() - 1)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    # In eager mode a custom operator costs 20 us more a call than an autograd function.
-    if torch.compiler.is_compiling():
+    if needs_operator(flat, values):
         y = _product_operator(flat, values, *index, out_features)
     elif torch.is_grad_enabled():
         y = _FanInProduct.apply(flat, values, *index, out_features)
@@ -73,11 +75,11 @@ def fan_in_linear(x: Tensor, weight: FanIn, *, backend: Backend = "torch") -> Te
         `[..., O]`, contiguous. Not differentiable.
 
     Raises:
-        ValueError: shapes or dtypes disagree, x needs a gradient, or there is no such backend
-            for `x`.
+        ValueError: shapes, dtypes or devices disagree, x needs a gradient, or there is no such
+            backend for `x`.
         IndexError: on a CPU, a feature in `weight` does not exist.
     """
-    _check("fan_in_linear", x, weight.values, weight.in_features)
+    _check("fan_in_linear", x, weight.values, weight.columns, weight.in_features)
     if backend not in BACKENDS:
         raise ValueError(f"fan_in_linear: backend is {backend!r}, expected one of {BACKENDS}")
     values, columns, pointers, rows = [tensor.numel() for tensor in weight[:4]]
@@ -89,19 +91,22 @@ def fan_in_linear(x: Tensor, weight: FanIn, *, backend: Backend = "torch") -> Te
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("fan_in_linear: x requires a gradient, but this is for inference only")
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    # In eager mode the operator itself would take as long as a small product.
-    if torch.compiler.is_compiling():
+    if needs_operator(flat, weight.values):
         y = _operator(flat, *weight[:4], weight.out_features, backend)
     else:
         y = passes.condensed_product(flat, weight, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.out_features)
 
 
-def _check(name: str, x: Tensor, values: Tensor, in_features: int) -> None:
+def _check(name: str, x: Tensor, values: Tensor, columns: Tensor, in_features: int) -> None:
     if x.shape[-1] != in_features or x.dtype != values.dtype:
         raise ValueError(
             f"{name}: x is {tuple(x.shape)} {x.dtype}, expected {in_features} features of "
             f"{values.dtype}"
+        )
+    if not x.device == values.device == columns.device:
+        raise ValueError(
+            f"{name}: x is on {x.device}, values on {values.device}, columns on {columns.device}"
         )
 
 
@@ -121,7 +126,7 @@ def _operator(
 
 @_operator.register_fake
 def _(x: Tensor, values: Tensor, columns: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(len(x), rest[-2])
+    return x.new_empty(x.shape[0], rest[-2])
 
 
 class _FanInProduct(torch.autograd.Function):
@@ -164,7 +169,7 @@ def _product_operator(
 
 @_product_operator.register_fake
 def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(len(x), rest[-1])
+    return x.new_empty(x.shape[0], rest[-1])
 
 
 @torch.library.custom_op("padst::fan_in_input_gradient", mutates_args=())
@@ -184,7 +189,7 @@ def _input_gradient_operator(
 
 @_input_gradient_operator.register_fake
 def _(dy: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return dy.new_empty(len(dy), len(FanInIndex(*rest).column_pointer) - 1)
+    return dy.new_empty(dy.shape[0], FanInIndex(*rest).column_pointer.shape[0] - 1)
 
 
 @torch.library.custom_op("padst::fan_in_values_gradient", mutates_args=())
@@ -204,7 +209,7 @@ def _values_gradient_operator(
 
 @_values_gradient_operator.register_fake
 def _(x: Tensor, dy: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(len(FanInIndex(*rest).columns))
+    return x.new_empty(FanInIndex(*rest).columns.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -36,8 +36,8 @@ _ARGUMENTS = {"": 8, "dx_": 10, "dvalues_": 7}
 
 def product(x: Tensor, values: Tensor, index: FanInIndex, out_features: int) -> Tensor:
     """`[T, O]`, contiguous."""
-    sizes = (*x.shape, out_features, out_features, len(index.columns))
-    y = x.new_empty(len(x), out_features)
+    sizes = (*x.shape, out_features, out_features, index.columns.numel())
+    y = x.new_empty(sizes[0], out_features)
     tensors = x.contiguous(), values.contiguous(), *index[:3], None
     if not _run("", tensors, (index.columns,), sizes, y):
         y = scatter_linear(x, values.flatten(), _entries(*index[:3], x.shape[1]), out_features)
@@ -46,7 +46,13 @@ def product(x: Tensor, values: Tensor, index: FanInIndex, out_features: int) -> 
 
 def input_gradient(dy: Tensor, values: Tensor, index: FanInIndex) -> Tensor:
     """`[T, I]`, contiguous."""
-    sizes = len(dy), len(index.column_pointer) - 1, dy.shape[1], dy.shape[1], len(index.slots)
+    sizes = (
+        dy.shape[0],
+        index.column_pointer.numel() - 1,
+        dy.shape[1],
+        dy.shape[1],
+        index.slots.numel(),
+    )
     dx = dy.new_empty(sizes[:2])
     tensors = dy.contiguous(), values.contiguous(), *index
     if not _run("dx_", tensors, (index.columns, index.rows), sizes, dx):
@@ -57,8 +63,8 @@ def input_gradient(dy: Tensor, values: Tensor, index: FanInIndex) -> Tensor:
 
 def values_gradient(x: Tensor, dy: Tensor, index: FanInIndex) -> Tensor:
     """`[S]`, zero at padding."""
-    sizes = len(x), x.shape[1], dy.shape[1], dy.shape[1], len(index.slots)
-    dvalues = x.new_empty(len(index.slots))
+    sizes = x.shape[0], x.shape[1], dy.shape[1], dy.shape[1], index.slots.numel()
+    dvalues = x.new_empty(index.slots.numel())
     tensors = x.contiguous(), dy.contiguous(), *index[:3]
     if not _run("dvalues_", tensors, (index.columns,), sizes, dvalues):
         dense = (dy.t() @ x).flatten()

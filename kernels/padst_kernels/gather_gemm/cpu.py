@@ -34,7 +34,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
     """`[T, O]`, contiguous."""
-    y = x.new_empty(len(x), out_features)
+    y = x.new_empty(x.shape[0], out_features)
     if not _run_compiled(_PRODUCT, x, weight, y, index, x, y, weight):
         tiles = weight if index.order is None else weight.index_select(0, index.order)
         for part, out in zip(_split(x), _split(y), strict=True):
@@ -44,7 +44,7 @@ def product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> T
 
 def input_gradient(dy: Tensor, weight: Tensor, index: TileIndex, in_features: int) -> Tensor:
     """`[T, I]`, contiguous."""
-    dx = dy.new_empty(len(dy), in_features)
+    dx = dy.new_empty(dy.shape[0], in_features)
     if not _run_compiled(_INPUT_GRADIENT, dy, weight, dx, index, dx, dy, weight):
         num_rows, height = _num_rows(weight.shape, index), weight.shape[2]
         tiles = weight if index.order is None else weight.index_select(0, index.order)
@@ -106,7 +106,7 @@ def _run_compiled(
         num_tiles,
         width,
         height,
-        num_tiles if row_pointer is None else len(row_pointer) - 1,
+        num_tiles if row_pointer is None else row_pointer.shape[0] - 1,
     )
     if not legal:
         raise IndexError(

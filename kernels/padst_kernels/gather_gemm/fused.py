@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from padst_kernels.calls import needs_operator
 from padst_kernels.gather_gemm import passes
 from padst_kernels.gather_gemm.index import TileIndex
 from padst_kernels.gather_gemm.layout import empty_features, has_aligned_rows
@@ -53,7 +54,7 @@ def gather_gemm_fused(
         backend: as in `gather_gemm`.
         bias: `[O]`, any floating point.
         gelu: apply the exact (erf) GELU.
-        residual: `[O, T]`, like x.
+        residual: `[O, T]`, dtype of x, either layout.
         norm: LayerNorm of x without its affine part, folded in behind the product as
             rstd * (W x - mean * row_sums): mean `[T]` and rstd `[T]` of the tokens and sums `[O]`
             of the rows of W, float32. Without gradients only.
@@ -61,25 +62,32 @@ def gather_gemm_fused(
 
     Returns:
         `[O, T]`, dtype of x, feature-major and aligned or token-major. Differentiable in `x`,
-        `weight`, `bias` and `residual`; the gradient of x lies like x.
+        `weight`, `bias` and `residual`, once and in reverse mode; the gradient of x lies like x.
 
     Raises:
-        ValueError: shapes or dtypes disagree, an activation is neither aligned nor token-major,
-            there is no such backend for `x`, or a gradient is asked for together with `norm`.
+        ValueError: shapes, dtypes or devices disagree, an activation is neither aligned nor
+            token-major, there is no such backend for `x`, or a gradient is asked for together with
+            `norm`.
     """
     name = "gather_gemm_fused"
-    check(name, x, x.shape[0], weight, index, backend)
+    check(name, x, x.shape[0], weight, index, out_features, backend)
     num_tokens = x.shape[1]
     mean, rstd, row_sums = norm or (None, None, None)
-    for what, tensor, shape in (
-        ("bias", bias, (out_features,)),
-        ("residual", residual, (out_features, num_tokens)),
-        ("mean", mean, (num_tokens,)),
-        ("rstd", rstd, (num_tokens,)),
-        ("row_sums", row_sums, (out_features,)),
+    for what, tensor, shape, dtype in (
+        ("bias", bias, (out_features,), None),
+        ("residual", residual, (out_features, num_tokens), x.dtype),
+        ("mean", mean, (num_tokens,), torch.float32),
+        ("rstd", rstd, (num_tokens,), torch.float32),
+        ("row_sums", row_sums, (out_features,), torch.float32),
     ):
-        if tensor is not None and tensor.shape != shape:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
             raise ValueError(f"{name}: {what} is {tuple(tensor.shape)}, expected {shape}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name}: {what} is {tensor.dtype}, expected {dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: {what} is on {tensor.device}, x on {x.device}")
     for what, tensor in (("x", x), ("residual", residual)):
         if not (tensor is None or has_aligned_rows(tensor) or tensor.t().is_contiguous()):
             raise ValueError(
@@ -92,7 +100,7 @@ def gather_gemm_fused(
             raise ValueError(f"{name}: norm has no gradient; use torch.no_grad()")
     tensors = x, weight, bias, residual, mean, rstd, row_sums
     how: dict[str, Any] = {"gelu": gelu, "feature_major": feature_major, "backend": backend}
-    if torch.compiler.is_compiling():
+    if needs_operator(x, weight):
         return _operator(*tensors, *index, out_features, **how)
     if torch.is_grad_enabled():
         return _GatherGemmFused.apply(*tensors, *index, out_features, how)
@@ -143,7 +151,7 @@ def _gelu_gradient(
         x.t(),
         weight,
         TileIndex(*fields),
-        len(dy),
+        dy.shape[0],
         backend,
         feature_major=feature_major,
         bias=bias,
@@ -177,7 +185,7 @@ def _(x: Tensor, *rest: Any, gelu: bool, feature_major: bool, backend: Backend) 
 
 @_gelu_gradient_operator.register_fake
 def _(dy: Tensor, *rest: Any, feature_major: bool, backend: Backend) -> Tensor:
-    return empty_features(len(dy), dy.shape[1], dy, feature_major)
+    return empty_features(dy.shape[0], dy.shape[1], dy, feature_major)
 
 
 class _GatherGemmFused(torch.autograd.Function):
@@ -225,9 +233,8 @@ def _gradients(
         dz = gelu_gradient(
             dy, x, weight, bias, *fields, feature_major=feature_major, backend=backend
         )
-    elif backend != "torch":
-        # A copy in another layout serves both passes.
-        dz = passes.readable(dy.t(), TileIndex(*fields).row_run(weight.shape[2])).t()
+    else:
+        dz = passes.shared(dy.t(), TileIndex(*fields).row_run(weight.shape[2]), backend).t()
     if needs_dx:
         like_x = has_aligned_rows(x)
         dx = input_gradient(dz.t(), weight, *fields, feature_major=like_x, backend=backend).t()

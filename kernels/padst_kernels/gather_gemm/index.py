@@ -51,7 +51,7 @@ class TileIndex(NamedTuple):
     @property
     def in_features(self) -> int:
         """I."""
-        return len(self.column_pointer) - 1
+        return self.column_pointer.shape[0] - 1
 
     @property
     def column_run(self) -> int:

@@ -33,19 +33,25 @@ def aligned_features(x: Tensor) -> Tensor:
     Returns:
         `[I, T]` view of `[I, LD]`, LD the next multiple of 16. Differentiable.
     """
-    padding = _padded(len(x)) - len(x)
+    num_tokens = x.shape[0]
+    padding = _padded(num_tokens) - num_tokens
     if padding == 0:
         return x.t().clone(memory_format=torch.contiguous_format)
-    return torch.nn.functional.pad(x.t(), (0, padding))[:, : len(x)]
+    return torch.nn.functional.pad(x.t(), (0, padding))[:, :num_tokens]
 
 
 def has_aligned_rows(x: Tensor) -> bool:
-    """Whether `x` is feature-major and all rows start on multiples of 16 elements of its memory."""
+    """Whether `x` is feature-major and all rows start on multiples of 16 elements of its memory.
+
+    Rows of an expanded tensor share one start, and no padding follows them.
+    """
     if x.numel() == 0:
         return True
     # Dynamo cannot follow an offset; kernels look at the address.
     offset = 0 if torch.compiler.is_compiling() else x.storage_offset()
-    return bool(x.stride(1) == 1 and x.stride(0) % ALIGNMENT == 0 and offset % ALIGNMENT == 0)
+    stride = x.stride(0)
+    starts_aligned = stride % ALIGNMENT == 0 and offset % ALIGNMENT == 0
+    return bool(x.stride(1) == 1 and starts_aligned and stride >= x.shape[1])
 
 
 def readable_tokens(name: str, x: Tensor) -> int:

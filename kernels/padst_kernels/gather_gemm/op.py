@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from padst_kernels.calls import needs_operator
 from padst_kernels.gather_gemm import passes
 from padst_kernels.gather_gemm.index import TileIndex
 from padst_kernels.gather_gemm.layout import empty_features
@@ -40,15 +41,16 @@ def gather_gemm(
             Triton kernels, for tensors on a GPU; float64 goes to `"torch"` all the same.
 
     Returns:
-        `[..., O]`, dtype of x. Differentiable in `x` and `weight`.
+        `[..., O]`, dtype of x. Differentiable in `x` and `weight`, once and in reverse mode.
 
     Raises:
-        ValueError: shapes or dtypes disagree, or there is no such backend for `x`.
+        ValueError: shapes, dtypes or devices disagree, or there is no such backend for `x`.
     """
-    check("gather_gemm", x, x.shape[-1], weight, index, backend)
+    check("gather_gemm", x, x.shape[-1], weight, index, out_features, backend)
     flat = x.reshape(-1, x.shape[-1])
-    # In eager mode a custom operator costs 20 us more a call than an autograd function.
-    if torch.compiler.is_compiling():
+    if needs_operator(flat, weight):
+        # Out here, so that backward has the copy too.
+        flat = passes.shared(flat, index.column_run, backend)
         y = _operator(flat, weight, *index, out_features, backend=backend)
     elif torch.is_grad_enabled():
         y = _GatherGemm.apply(flat, weight, *index, out_features, backend)
@@ -58,20 +60,35 @@ def gather_gemm(
 
 
 def check(
-    name: str, x: Tensor, num_features: int, weight: Tensor, index: TileIndex, backend: str
+    name: str,
+    x: Tensor,
+    num_features: int,
+    weight: Tensor,
+    index: TileIndex,
+    out_features: int,
+    backend: str,
 ) -> None:
     """Raise a ValueError where the arguments of an operation `name` disagree."""
     if backend not in get_args(Backend):
         raise ValueError(f"{name}: backend is {backend!r}, expected one of {get_args(Backend)}")
-    if weight.shape[:2] != index.columns.shape:
+    columns, pointer = index.columns, index.row_pointer
+    num_tiles, width, height = weight.shape
+    if columns.shape != (num_tiles, width):
         raise ValueError(
-            f"{name}: columns is {tuple(index.columns.shape)}, expected the first two sizes of "
+            f"{name}: columns is {tuple(columns.shape)}, expected the first two sizes of "
             f"weight {tuple(weight.shape)}"
         )
+    num_rows = (num_tiles if pointer is None else pointer.shape[0] - 1) * height
+    if out_features > num_rows:
+        raise ValueError(f"{name}: out_features is {out_features}, the index has {num_rows} rows")
     if num_features != index.in_features:
         raise ValueError(f"{name}: x is {tuple(x.shape)}, expected {index.in_features} features")
     if x.dtype != weight.dtype:
         raise ValueError(f"{name}: x is {x.dtype}, expected the dtype of weight {weight.dtype}")
+    if not x.device == weight.device == columns.device:
+        raise ValueError(
+            f"{name}: x is on {x.device}, weight on {weight.device}, the index on {columns.device}"
+        )
 
 
 def _product(x: Tensor, weight: Tensor, *rest: Any, backend: Backend = "torch") -> Tensor:
@@ -119,12 +136,12 @@ weight_gradient_operator = torch.library.custom_op(
 
 @_operator.register_fake
 def _(x: Tensor, weight: Tensor, *rest: Any, backend: Backend = "torch") -> Tensor:
-    return x.new_empty(len(x), rest[-1])
+    return x.new_empty(x.shape[0], rest[-1])
 
 
 @input_gradient_operator.register_fake
 def _(dy: Tensor, weight: Tensor, *fields: Any, feature_major: bool, backend: Backend) -> Tensor:
-    return empty_features(TileIndex(*fields).in_features, len(dy), dy, feature_major).t()
+    return empty_features(TileIndex(*fields).in_features, dy.shape[0], dy, feature_major).t()
 
 
 @weight_gradient_operator.register_fake
@@ -136,9 +153,7 @@ class _GatherGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         *fields, out_features, ctx.backend = rest
-        if ctx.backend == "triton":
-            # A copy in another layout serves both passes.
-            x = passes.readable(x, TileIndex(*fields).column_run)
+        x = passes.shared(x, TileIndex(*fields).column_run, ctx.backend)
         ctx.save_for_backward(x, weight, *fields)
         return _product(x, weight, *fields, out_features, backend=ctx.backend)
 
@@ -166,8 +181,7 @@ def _gradients(
     weight_gradient: Callable[..., Tensor],
 ) -> tuple[Tensor | None, ...]:
     x, weight, *fields = ctx.saved_tensors
-    if ctx.backend == "triton":
-        dy = passes.readable(dy, TileIndex(*fields).row_run(weight.shape[2]))
+    dy = passes.shared(dy, TileIndex(*fields).row_run(weight.shape[2]), ctx.backend)
     dx = dweight = None
     if ctx.needs_input_grad[0]:
         dx = input_gradient(dy, weight, *fields, feature_major=False, backend=ctx.backend)

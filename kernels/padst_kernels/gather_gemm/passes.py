@@ -65,7 +65,7 @@ def product(
         residual=None if residual is None else readable(residual, 1).t(),
         norm=norm,
         feature_major=feature_major or transposes,
-        precision=_precision(),
+        precision=_precision(x),
     ).t()
     return y.contiguous() if transposes else y
 
@@ -98,7 +98,7 @@ def input_gradient(
         transposed=True,
         run=run,
         feature_major=feature_major or transposes,
-        precision=_precision(),
+        precision=_precision(dy),
     ).t()
     return dx.contiguous() if transposes else dx
 
@@ -119,7 +119,7 @@ def _input_gradient_by_slots(
         index.in_features,
         run=run,
         feature_major=feature_major,
-        precision=_precision(),
+        precision=_precision(dy),
     ).t()
 
 
@@ -158,7 +158,7 @@ def weight_gradient(
         height,
         order=index.order,
         run=run,
-        precision=_precision(),
+        precision=_precision(x),
     )
 
 
@@ -168,8 +168,7 @@ def runs_on_triton(x: Tensor, backend: str) -> bool:
     Raises:
         ValueError: they should, but cannot.
     """
-    # Triton has no float64 matrix instructions.
-    if backend == "torch" or x.dtype == torch.float64:
+    if not _prefers_triton(x, backend):
         return False
     if not x.is_cuda:
         from padst_kernels.gather_gemm import kernels
@@ -181,13 +180,26 @@ def runs_on_triton(x: Tensor, backend: str) -> bool:
     return True
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def _prefers_triton(x: Tensor, backend: str) -> bool:
+    # Triton has no float64 matrix instructions.
+    return backend != "torch" and x.dtype != torch.float64
+
+
+def _precision(x: Tensor) -> str:
+    # Not allow_tf32, which raises once fp32_precision was set to TF32.
+    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
 
 
 def pays_to_transpose(x: Tensor) -> bool:
     """Whether token-major `x`, read or written feature by feature, is better transposed first."""
-    return len(x) >= MIN_TRANSPOSED_TOKENS
+    return x.shape[0] >= MIN_TRANSPOSED_TOKENS
+
+
+def shared(x: Tensor, run: int, backend: str) -> Tensor:
+    """`x`, or the copy of it that every pass would make."""
+    return readable(x, run) if _prefers_triton(x, backend) else x
 
 
 def readable(x: Tensor, run: int) -> Tensor:
