@@ -25,6 +25,11 @@ RULES = {
         Rule("transformer.h.*.mlp.c_proj"),
     ],
 }
+TILED = [
+    name
+    for name, structure in STRUCTURES.items()
+    if structure.layout(64, 64, 0.3).tile_shape is not None
+]
 TARGETS = {"vit": "padst_exp.models.vision.vit", "gpt2": "padst_exp.models.language.gpt2"}
 ARGUMENTS = {
     "vit": {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from inference.small_models import RULES, Family, dense_model, example, sparse_model
+from inference.small_models import RULES, TILED, Family, dense_model, example, sparse_model
 from padst_exp.inference import pack
 from padst_exp.inference.convert import feature_stack, stack_name
 from padst_exp.inference.features import (
@@ -21,8 +21,6 @@ from padst_exp.permutations import RandomPermutation
 from padst_exp.sparsify import sparsify
 from padst_kernels.gather_gemm import Backend
 from structure_cases import STRUCTURES
-
-TILED = ["block-8", "block-8-balanced", "nm-16", "diag-stride"]
 
 
 def tiled(backend: Backend) -> Any:

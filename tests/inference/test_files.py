@@ -88,22 +88,38 @@ def test_a_full_disk_changes_nothing(
     assert os.listdir(folder.parent) == ["export"]
 
 
+@pytest.mark.parametrize("failing", [1, 2])
 def test_an_export_that_cannot_take_its_place_leaves_the_old_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace, calls = os.replace, []
 
-    def second_fails(source: Path, target: Path) -> None:
+    def one_fails(source: Path, target: Path) -> None:
         calls.append(target)
-        if len(calls) == 2:
+        if len(calls) == failing:
             raise OSError(5, "Input/output error")
         replace(source, target)
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(os, "replace", second_fails)
+    monkeypatch.setattr(os, "replace", one_fails)
     with pytest.raises(UserError, match="nothing was changed"):
         files.write(folder, {"w": torch.ones(2)}, {}, extra={}, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert os.listdir(folder.parent) == ["export"]
+
+
+def test_a_link_stays_and_leads_to_the_new_export(folder: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    (links / "elsewhere").mkdir(parents=True)
+    for target in (folder, links / "elsewhere"):
+        link = links / f"to-{target.name}"
+        link.symlink_to(target)
+        files.write(link, {"w": torch.ones(2)}, {"new": 1}, extra={}, overwrite=True)
+        assert link.is_symlink()
+        assert json.loads((target / "model.json").read_text())["new"] == 1
+    assert os.listdir(tmp_path / "export") == os.listdir(links / "elsewhere")
+    assert sorted(os.listdir(links)) == ["elsewhere", "to-elsewhere", "to-export"]
+    assert sorted(os.listdir(tmp_path)) == ["export", "links"]
 
 
 def set_format(description: dict[str, Any]) -> None:
@@ -134,6 +150,30 @@ def set_features(description: dict[str, Any]) -> None:
     description["layers"]["blocks.0.mlp.fc1"]["in_features"] = 3
 
 
+def remove_config(description: dict[str, Any]) -> None:
+    del description["config"]
+
+
+def list_layers(description: dict[str, Any]) -> None:
+    description["layers"] = []
+
+
+def list_shared(description: dict[str, Any]) -> None:
+    description["shared"] = []
+
+
+def set_model(description: dict[str, Any]) -> None:
+    description["model"] = "x"
+
+
+def remove_parts(description: dict[str, Any]) -> None:
+    del description["layers"]["blocks.0.mlp.fc1"]["parts"]
+
+
+def set_ratio(description: dict[str, Any]) -> None:
+    description["model"]["arguments"]["mlp_ratio"] = -1.0
+
+
 def deepen(description: dict[str, Any]) -> None:
     description["model"]["arguments"]["depth"] = 3
 
@@ -144,7 +184,13 @@ def deepen(description: dict[str, Any]) -> None:
         (set_format, "model.json: export format 99, this version reads 1"),
         (set_target, r"model.json: its model 'os.system' is none of padst_exp.models"),
         (set_argument, "model.json: its model cannot be built: .*colour"),
-        (remove_layers, "model.json: damaged, it has no layers"),
+        (remove_layers, "model.json: damaged, layers: Field required"),
+        (remove_config, "model.json: damaged, config: Field required"),
+        (list_layers, "model.json: damaged, layers: Input should be a valid dictionary"),
+        (list_shared, "model.json: damaged, shared: Input should be a valid dictionary"),
+        (set_model, "model.json: damaged, model: Input should be a valid dictionary"),
+        (remove_parts, r"model.json: damaged, layers\.blocks\.0\.mlp\.fc1\.parts: Field required"),
+        (set_ratio, "model.json: its model cannot be built: "),
         (set_heads, r"model.json: its model cannot be built: model.heads"),
         (rename_layer, r"model.safetensors: damaged at layer blocks\.7\.fc"),
         (set_features, r"model.safetensors: damaged at layer blocks\.0\.mlp\.fc1: columns has"),
@@ -236,17 +282,9 @@ def test_damaged_indices_of_single_entries_are_refused(key: str, tmp_path: Path)
         load(folder)
 
 
-def test_a_model_of_ones_own(folder: Path) -> None:
-    inputs = example("vit")
-    expected = load(folder)(inputs)
-    edit(folder, set_target)
-    loaded = load(folder, model=dense_model("vit", 64, 2))
-    torch.testing.assert_close(loaded(inputs), expected)
-
-
 def test_a_dense_export_loads_too(tmp_path: Path) -> None:
     plain = dense_model("vit", 64, 2)
-    description = {"model": constructor("vit", 64, 2), "layers": {}}
+    description = {"model": constructor("vit", 64, 2), "layers": {}, "config": ""}
     files.write(tmp_path / "e", plain.state_dict(), description, extra={}, overwrite=False)
     inputs = example("vit")
     torch.testing.assert_close(load(tmp_path / "e")(inputs), plain(inputs).detach())

@@ -8,14 +8,20 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from inference.small_models import Family, Life, constructor, dense_model, example, sparse_model
+from inference.small_models import (
+    TILED,
+    Family,
+    Life,
+    constructor,
+    dense_model,
+    example,
+    sparse_model,
+)
 from padst_exp.inference import CondensedLinear, PackedLinear, TiledLinear, load, pack
 from padst_exp.inference.files import write
 from padst_exp.inference.packing import dense_state
 from padst_exp.layers import SparseLinear, permutations
 from structure_cases import STRUCTURES
-
-TILED = {"block-8", "block-8-balanced", "nm-16", "diag-stride"}
 
 
 def exported(
@@ -25,7 +31,12 @@ def exported(
     for permutation in permutations(model).values():
         permutation.harden()
     layers = pack(model)
-    description = {"model": constructor(family, dim, heads), "layers": layers, **changes}
+    description = {
+        "model": constructor(family, dim, heads),
+        "layers": layers,
+        "config": "",
+        **changes,
+    }
     write(folder, model.state_dict(), description, extra={}, overwrite=False)
     return folder
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from padst_exp.inference.linear import PackedLinear, TiledLinear
+from padst_exp.inference.linear import PackedLinear, TiledLinear, describe_tiles
 from padst_kernels.gather_gemm import Backend, TileIndex, gather_gemm_fused
 
 Statistics = tuple[Tensor, Tensor]
@@ -105,14 +105,13 @@ class TiledFeatureLinear(FeatureLinear):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None
     ) -> Tensor:
-        index = TileIndex(*(getattr(self, name) for name in TileIndex._fields))
         norm = None
         if statistics is not None and self.row_sums is not None:
             norm = (*statistics, self.row_sums)
         y = gather_gemm_fused(
             x.t(),
             self.weight,
-            index,
+            self.index(),
             self.out_features,
             backend=self.backend,
             bias=self.bias,
@@ -122,6 +121,13 @@ class TiledFeatureLinear(FeatureLinear):
             feature_major=self.feature_major,
         ).t()
         return self._activate(y) if self.gelu == "tanh" else y
+
+    def extra_repr(self) -> str:
+        return describe_tiles(self.weight, self.index(), self.backend)
+
+    def index(self) -> TileIndex:
+        """What `gather_gemm_fused` needs."""
+        return TileIndex(*(getattr(self, name) for name in TileIndex._fields))
 
 
 class DenseFeatureLinear(FeatureLinear):

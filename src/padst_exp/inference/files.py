@@ -9,12 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from padst_exp.errors import UserError
 from padst_exp.inference.linear import ConcatenatedLinear, CondensedLinear, TiledLinear
@@ -26,6 +28,44 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 # Nothing else that a file names is ever called.
 CONSTRUCTORS = "padst_exp.models."
+
+
+class Constructor(TypedDict):
+    """What builds the dense model: `build`s target and all its arguments."""
+
+    _target_: str
+    arguments: dict[str, Any]
+
+
+class Part(TypedDict):
+    """One product: a `TiledLinear` or a `CondensedLinear`."""
+
+    kind: Literal["tiles", "entries"]
+    out_features: int
+
+
+class Layer(TypedDict):
+    """A packed layer; several parts are one `ConcatenatedLinear`."""
+
+    in_features: int
+    density: float
+    parts: list[Part]
+
+
+class Description(TypedDict):
+    """What is read of `model.json`; the rest is for people.
+
+    Args:
+        model: the dense model.
+        layers: the packed layers in it by module name.
+        shared: names of tensors that are stored under another name, and that name.
+        config: YAML of the training.
+    """
+
+    model: Constructor
+    layers: dict[str, Layer]
+    shared: dict[str, str]
+    config: str
 
 
 def write(
@@ -50,6 +90,7 @@ def write(
         UserError: the folder exists and may not be replaced, or the disk is full.
     """
     require_free(folder, overwrite=overwrite)
+    folder = folder.resolve()  # a link stays and leads to the new one
     own, shared = _without_shared(state)
     text = json.dumps({"format": FORMAT, **description, "shared": shared}, indent=2) + "\n"
     try:
@@ -89,7 +130,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"out: {folder} also holds {foreign[0]}, which would be lost; remove it")
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> Description:
     """What `write` stored as description.
 
     Raises:
@@ -105,10 +146,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else None
         raise UserError(f"{path}: export format {found}, this version reads {FORMAT}")
-    missing = {"model", "layers", "shared"} - description.keys()
-    if missing:
-        raise UserError(f"{path}: damaged, it has no {min(missing)}")
-    return description
+    try:
+        return TypeAdapter(Description).validate_python(description, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: damaged, {where}: {first['msg']}") from error
 
 
 def read_state(folder: Path, shared: Mapping[str, str]) -> dict[str, Tensor]:
@@ -129,14 +172,14 @@ def read_state(folder: Path, shared: Mapping[str, str]) -> dict[str, Tensor]:
     return state
 
 
-def construct(model: Mapping[str, Any], path: Path) -> nn.Module:
+def construct(model: Constructor, path: Path) -> nn.Module:
     """The dense model that a description names, on the meta device.
 
     Raises:
         UserError: it is not one of ours, or its arguments do not fit.
     """
-    target, arguments = model.get("_target_"), model.get("arguments", {})
-    if not isinstance(target, str) or not target.startswith(CONSTRUCTORS):
+    target = model["_target_"]
+    if not target.startswith(CONSTRUCTORS):
         raise UserError(
             f"{path}: its model {target!r} is none of {CONSTRUCTORS}*, which alone are called for "
             "a file; build it yourself and give it to load(..., model=...)"
@@ -145,14 +188,13 @@ def construct(model: Mapping[str, Any], path: Path) -> nn.Module:
     try:
         constructor = getattr(importlib.import_module(module_name), name)
         with torch.device("meta"):
-            return constructor(**arguments)
-    except (ImportError, AttributeError, TypeError, UserError) as error:
-        raise UserError(f"{path}: its model cannot be built: {error}") from error
+            return constructor(**model["arguments"])
+    except Exception as error:  # constructors fail in any way when called with anything
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: its model cannot be built: {reason}") from error
 
 
-def empty_layer(
-    described: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str
-) -> nn.Module:
+def empty_layer(described: Layer, state: Mapping[str, Tensor], prefix: str) -> nn.Module:
     """A layer as `packing.describe` described it, with the tensors of `state` under `prefix`.
 
     Raises:
@@ -170,7 +212,7 @@ def empty_layer(
 
 
 def _part(
-    described: Mapping[str, Any], in_features: int, state: Mapping[str, Tensor], prefix: str
+    described: Part, in_features: int, state: Mapping[str, Tensor], prefix: str
 ) -> TiledLinear | CondensedLinear:
     weight, columns = state[f"{prefix}weight"], state[f"{prefix}columns"]
     rows, row_pointer = state.get(f"{prefix}rows"), state.get(f"{prefix}row_pointer")
@@ -215,7 +257,7 @@ def _replace(new: Path, folder: Path) -> None:
         os.replace(new, folder)
         return
     # No system call exchanges two folders everywhere: for a moment the old one has another name.
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    old = new.with_name(f"{new.name}.old")
     os.replace(folder, old)
     try:
         os.replace(new, folder)

@@ -168,7 +168,7 @@ class TiledLinear(PackedLinear):
             raise ValueError("rows do not name every feature once")
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, tiles={tuple(self.weight.shape)}, backend={self.backend}"
+        return f"{super().extra_repr()}, {describe_tiles(self.weight, self.index(), self.backend)}"
 
 
 class CondensedLinear(PackedLinear):
@@ -218,7 +218,8 @@ class CondensedLinear(PackedLinear):
             raise ValueError("rows do not ascend")
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, entries={len(self.weight)}, rows={len(self.rows)}"
+        own = f"entries={len(self.weight)}, rows={len(self.rows)}, backend={self.backend}"
+        return f"{super().extra_repr()}, {own}"
 
 
 class ConcatenatedLinear(nn.Module):
@@ -234,6 +235,14 @@ class ConcatenatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def describe_tiles(weight: Tensor, index: TileIndex, backend: str) -> str:
+    """All that the speed of a product of tiles depends on, but for its input."""
+    return (
+        f"tiles={tuple(weight.shape)}, "
+        f"column_run={index.column_run}, permuted_rows={index.rows is not None}, backend={backend}"
+    )
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

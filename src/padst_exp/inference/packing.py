@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from padst_exp.inference.files import Layer
 from padst_exp.inference.linear import (
     ConcatenatedLinear,
     CondensedLinear,
@@ -21,7 +21,7 @@ from padst_kernels.fan_in import condense
 
 
 @torch.no_grad()
-def pack(model: nn.Module) -> dict[str, dict[str, Any]]:
+def pack(model: nn.Module) -> dict[str, Layer]:
     """Replace every sparse layer of a trained `model` by a packed one, in place.
 
     Args:
@@ -64,14 +64,13 @@ def packed_layer(layer: SparseLinear) -> PackedLinear | ConcatenatedLinear:
     return parts[0] if len(parts) == 1 else ConcatenatedLinear(parts)
 
 
-def describe(layer: SparseLinear, packed: nn.Module) -> dict[str, Any]:
+def describe(layer: SparseLinear, packed: nn.Module) -> Layer:
     """What `files.empty_layer` needs to make the like of `packed`, and what to know of it."""
     weights = [weight for weight in layer.weights if isinstance(weight, SparseWeight)]
     entries = sum(weight.layout.num_entries for weight in weights)
     parts = packed.parts if isinstance(packed, ConcatenatedLinear) else [packed]
     return {
         "in_features": layer.in_features,
-        "out_features": layer.out_features,
         "density": entries / (layer.in_features * layer.out_features),
         "parts": [
             {
