@@ -36,6 +36,7 @@ def session(
     """A session on the CPU that has measured no ceilings."""
     return Session(
         clock=Clock(CPU, "cpu"),
+        generator=torch.Generator().manual_seed(0),
         dtype=torch.float32,
         environment=environment(CPU, torch.float32, "cpu"),
         ceilings=Ceilings(bandwidth=1e10, rate=1e11),

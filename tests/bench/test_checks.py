@@ -8,7 +8,7 @@ from torch import Tensor
 from bench.bench_cases import CPU, session, settings
 from padst_exp.bench import checks, gpu_all, layers, roofline, sides
 from padst_exp.bench.configurations import Shape, structure
-from padst_exp.bench.gpu_all import Plan
+from padst_exp.bench.gpu_all import Part, Plan
 from padst_exp.dispatch import decision
 
 FLOAT = [torch.float32]
@@ -87,11 +87,12 @@ def test_everything_is_checked_then_timed_and_what_failed_is_not(
     monkeypatch.setattr(roofline, "rotation", lambda size, device: 2)
     monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path)
     names = ("nm-16", "unstructured")
-    monkeypatch.setattr(gpu_all, "SUITES", [("layers", layers.run, names, 1.0)])
+    monkeypatch.setattr(gpu_all, "PARTS", [Part("layers", layers.run, 1.0, {})])
     asked = settings("gpu_all")
     asked.structures = list(names)
     said: list[str] = []
-    results = dict(gpu_all.run(asked, session(said), Plan([Shape(20, 35)], [5], 0.25)))
+    found = gpu_all.run(asked, session(said), Plan([Shape(20, 35)], [5], 0.25))
+    results = {suite: [row for case in cases for row in case] for suite, cases in found}
     assert list(results) == ["checks", "layers"]
     assert {row["passed"] for row in results["checks"]} == {True, False}
     assert any("checks passed" in line for line in said)

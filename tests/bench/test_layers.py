@@ -9,10 +9,13 @@ from bench.bench_cases import session, settings
 from padst_exp.bench import dense, layers, roofline, sides
 from padst_exp.bench.configurations import Shape, structure
 from padst_exp.bench.roofline import BytesTwin
+from padst_exp.bench.session import Session
 from padst_exp.bench.sides import Side
+from padst_exp.bench.topology import topology
 from padst_exp.dispatch import decision
 
 SHAPE = Shape(32, 48)
+PACKED = "packed, torch"
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +26,10 @@ def few_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path)
 
 
-def weight_of(side: Side, which: int) -> Tensor:
+def weight_of(side: Side, which: int, in_features: int = 32) -> Tensor:
     """The dense weight `[O, I]` that a side multiplies with."""
     with torch.no_grad():
-        return side.product(torch.eye(32), side.weights[which]).t()
+        return side.product(torch.eye(in_features), side.weights[which]).t()
 
 
 NAMES = ["nm-16", "nm-1", "block-8", "diag-stride-4", "diag-1", "unstructured"]
@@ -36,7 +39,7 @@ NAMES = ["nm-16", "nm-1", "block-8", "diag-stride-4", "diag-1", "unstructured"]
 @pytest.mark.parametrize("split", [1, 3])
 def test_every_side_multiplies_with_as_many_weights_as_it_says(name: str, split: int) -> None:
     shape = Shape(32, 48, split)
-    found = sides.sparse_sides(session(), shape, structure(name), 0.25)
+    found = sides.sparse_sides(session(), shape, structure(name), 0.25, plain=True)
     found += sides.permuted_sides(session(), shape, structure(name), 0.25)
     assert found
     for side in found:
@@ -96,9 +99,8 @@ def test_every_cell_has_every_side_with_numbers() -> None:
         assert row["p50_ms"] > 0 and not row["note"], row
         if row["pass"] != "conversion":
             assert row["ratio"] > 0 and row["floor_ms"] > 0
-            assert row["ratio_strongest"] <= row["ratio"] * 1.5
     dispatched = {row["dispatcher"] for row in rows if str(row["form"]).startswith("packed")}
-    assert dispatched and dispatched <= {"torch", "dense", "fan_in"}
+    assert dispatched and dispatched <= {"torch", "dense"}
     reference = {row["dense_form"] for row in rows if row["dense_form"]}
     assert reference <= {"dense, eager", "dense, compiled"}
     for column in ("device", "instructions", "threads", "torch", "triton", "commit", "dtype",
@@ -106,12 +108,42 @@ def test_every_cell_has_every_side_with_numbers() -> None:
         assert all(column in row for row in rows)
 
 
+def test_sides_have_the_permutations_that_training_has() -> None:
+    shape, tall, split = Shape(32, 48), Shape(48, 32), Shape(32, 48, 3)
+    found = [topology(session(), s, structure("nm-16"), 0.25) for s in (shape, tall, split)]
+    assert [one.permutation for one in found] == ["hard"] * 3
+    assert [one.input_index is None for one in found] == [False, True, False]
+    assert found[1].output_index() is not None and found[2].output_index() is None
+    assert topology(session(), shape, structure("unstructured"), 0.25).permutation == "none"
+    rows = [row for case in layers.run(settings(), session()) for row in case]
+    forms = {(row["structure"], row["permutation"]) for row in rows if row["form"] == PACKED}
+    assert forms == {
+        ("nm group=16", "hard"), ("nm group=16", "none"), ("block size=8", "hard"),
+        ("block size=8", "none"), ("nm group=1", "hard"), ("diag bundle=1", "hard"),
+        ("unstructured", "none"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [Shape(32, 48), Shape(48, 32)])
+def test_every_side_of_one_topology_permutes_alike(
+    shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All values are 1: what is left are the places."""
+    monkeypatch.setattr(Session, "random", lambda self, *size: torch.ones(size))
+    for name in ("block-8", "nm-1"):
+        first, *others = sides.sparse_sides(session(), shape, structure(name), 0.25, plain=False)
+        assert others
+        for side in others:
+            ours, theirs = (weight_of(s, 0, shape.in_features) for s in (side, first))
+            assert torch.equal(ours, theirs), side.name
+
+
 def test_refused_kernels_stand_in_the_table_without_a_time() -> None:
     refused = {("packed, torch", "nm group=16", True): "failed its check: dX"}
     only = settings()
     only.structures = ["nm-16"]
     rows = [row for case in layers.run(only, session(refused=refused)) for row in case]
-    packed = {row["pass"]: row for row in rows if row["form"] == "packed, torch"}
+    packed = {row["pass"]: row for row in rows if row["form"] == PACKED}
     assert packed["forward"]["p50_ms"] and not packed["forward"]["note"]
     assert packed["forward+backward"]["p50_ms"] == ""
     assert packed["forward+backward"]["note"] == "failed its check: dX"
@@ -129,7 +161,7 @@ def test_structures_that_do_not_fit_are_named() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_timed_apart(name: str) -> None:
     x, dy = torch.randn(5, 32), torch.randn(5, 48)
-    for side in sides.sparse_sides(session(), SHAPE, structure(name), 0.25):
+    for side in sides.sparse_sides(session(), SHAPE, structure(name), 0.25, plain=False):
         if side.trained is None:
             continue
         both = layers._pass(side, x, dy, "forward+backward")()

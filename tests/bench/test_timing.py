@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import torch
 
+from bench.bench_cases import session
 from padst_exp.bench import timing
 from padst_exp.bench.timing import (
     Budget,
@@ -61,17 +64,51 @@ def test_what_cannot_run_is_named() -> None:
     assert failed == {"bad": "NotImplementedError: no such kernel"}
 
 
-def test_nothing_new_begins_when_little_time_is_left() -> None:
+def test_a_part_of_the_time_is_kept_for_what_can_run() -> None:
     calls = {"first": lambda: None, "second": lambda: None}
     ran, failed = usable(calls, lambda: None, Budget(0.0))
     assert list(ran) == ["first"] and failed == {"second": "no time left"}
+    # The reserve is of what a cell has: a late one is timed as completely as the first.
+    late = replace(session(), budget=Late(100.0))
+    samples, failed = late.alternate(calls, rounds=1)
+    assert list(samples) == ["first", "second"] and not failed
     assert not Budget(None).is_below(0.9)
     assert Budget(100.0).is_below(1.0) and not Budget(100.0).is_below(0.9)
 
 
-def test_no_graph_without_a_gpu() -> None:
-    if not torch.cuda.is_available():
-        assert isinstance(captured(lambda: None, torch.device("cuda")), str)
+def test_a_capture_that_fails_is_named() -> None:
+    def fails() -> None:
+        raise ValueError("cannot be captured")
+
+    _, failed = usable({"graph": captured(fails, torch.device("cuda"))}, lambda: None, Budget(None))
+    assert list(failed) == ["graph"] and failed["graph"]
+
+
+class Late(Budget):
+    """Of which a tenth is left."""
+
+    @property
+    def left(self) -> float:
+        return 0.1 * self.seconds
+
+
+class Passing(Budget):
+    """Of ten seconds, of which every look takes one."""
+
+    looks = 0
+
+    @property
+    def left(self) -> float:
+        self.looks += 1
+        return 10.0 - self.looks
+
+
+def test_cells_are_opened_while_there_is_time() -> None:
+    said: list[str] = []
+    own = replace(session(said), budget=Passing(10.0))
+    assert list(own.affordable("layers", range(20))) == list(range(9))
+    assert said == ["layers: budget spent, 11 of 20 cells left"]
+    assert list(session().affordable("layers", range(20))) == list(range(20))
 
 
 def test_budgets_share_what_is_left() -> None:

@@ -24,6 +24,7 @@ from padst_exp.bench.sides import (
     sparse_sides,
 )
 from padst_exp.bench.timing import Call, captured
+from padst_exp.bench.topology import is_permuted, topology
 from padst_exp.config import BenchSchema
 from padst_exp.dispatch.backends import training_decision
 from padst_exp.errors import UserError
@@ -55,52 +56,62 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
     structures = [configurations.structure(name) for name in names]
     tokens = settings.tokens or TOKENS[kind]
     densities = [round(1 - sparsity, 6) for sparsity in settings.sparsities]
-    cases = list(itertools.product(densities, shapes))
-    for done, (density, shape) in enumerate(cases):
-        if session.budget.left < 0:
-            session.say(f"{SUITE}: budget spent, {len(cases) - done} of {len(cases)} cases left")
-            break
-        first = done < len(shapes)
-        yield _case(session, shape, structures, density, tokens, permuted=first)
+    cells = [
+        (density, shape, num_tokens, what)
+        for density, shape in itertools.product(densities, shapes)
+        for num_tokens in tokens
+        for what in _passes(kind, num_tokens)
+    ]
+    # The sides of a layer are made once, for all that is done with them.
+    groups = itertools.groupby(session.affordable(SUITE, cells), key=lambda cell: cell[:2])
+    for (density, shape), group in groups:
+        legal = _legal(session, shape, structures, density)
+        if not legal:
+            # Dense sides alone are nothing to compare.
+            continue
+        sides = _sides(session, shape, legal, density, first=density == densities[0])
+        for _, _, num_tokens, what in group:
+            yield _cell(session, shape, sides, num_tokens, what)
+        for structure in legal:
+            yield _conversions(session, shape, structure, density)
         session.say(f"{SUITE}: {shape} at density {density:g}")
 
 
-def _case(
-    session: Session,
-    shape: Shape,
-    structures: Sequence[Structure],
-    density: float,
-    token_counts: Sequence[int],
-    *,
-    permuted: bool,
-) -> list[Row]:
-    """All rows of one layer at one density."""
-    plain = dense_sides(session, shape)
-    sides, legal = list(plain), []
+def _passes(kind: str, num_tokens: int) -> tuple[str, ...]:
+    """What is timed. On a GPU enough tokens leave the gradients to be told apart."""
+    apart = kind == "cuda" and num_tokens > GRAPH_TOKENS
+    return (FORWARD, BOTH, *(APART if apart else ()))
+
+
+def _legal(
+    session: Session, shape: Shape, structures: Sequence[Structure], density: float
+) -> list[Structure]:
+    """Those that can hold a density in a layer; names the others."""
+    legal = []
     for structure in structures:
         try:
-            sides += sparse_sides(session, shape, structure, density)
+            structure.layout(shape.out_features // shape.split, shape.in_features, density)
             legal.append(structure)
         except UserError as error:
             session.say(f"{describe(structure)} in {shape}: skipped, {error}")
-    if legal:
-        sides.append(masked_side(session, shape, legal[0], density, plain[0]))
-        if permuted:
-            sides += permuted_sides(session, shape, legal[0], density)
-    pair = semi_structured_side(session, shape) if permuted else None
-    sides += [] if pair is None else [pair]
+    return legal
 
-    rows: list[Row] = []
-    for num_tokens in token_counts:
-        apart = session.device.type == "cuda" and num_tokens > GRAPH_TOKENS
-        for what in (FORWARD, BOTH, *(APART if apart else ())):
-            if session.budget.left < 0:
-                session.say(f"{SUITE}: budget spent, {shape}, {num_tokens} tokens, {what} left out")
-                continue
-            rows += _cell(session, shape, sides, num_tokens, what)
-    for structure in legal:
-        rows += _conversions(session, shape, structure, density)
-    return rows
+
+def _sides(
+    session: Session, shape: Shape, structures: Sequence[Structure], density: float, *, first: bool
+) -> list[Side]:
+    """All sides of a layer; at the first density also what permutations cost, and 2:4."""
+    plain = dense_sides(session, shape)
+    sides = list(plain)
+    for structure in structures:
+        sides += sparse_sides(session, shape, structure, density, plain=first)
+    sides.append(masked_side(session, shape, structures[0], density, plain[0]))
+    if first:
+        if is_permuted(structures[0]):
+            sides += permuted_sides(session, shape, structures[0], density)
+        pair = semi_structured_side(session, shape)
+        sides += [] if pair is None else [pair]
+    return sides
 
 
 def _cell(
@@ -108,13 +119,13 @@ def _cell(
 ) -> list[Row]:
     """One kind of pass of all sides over so many tokens."""
     torch.compiler.reset()  # every cell is a variant, and the number of variants is limited
-    device, dtype = session.device, session.dtype
+    device = session.device
     backward = what != FORWARD
     sides = [side for side in sides if side.trained is not None or not backward]
     if not backward and any(side.kind == "strong" for side in sides):
         sides.append(packed_dense_side(session, sides[0], num_tokens))
-    x = torch.randn(num_tokens, shape.in_features, device=device, dtype=dtype)
-    dy = torch.randn(num_tokens, shape.out_features, device=device, dtype=dtype)
+    x = session.random(num_tokens, shape.in_features)
+    dy = session.random(num_tokens, shape.out_features)
     graphs = device.type == "cuda" and num_tokens <= GRAPH_TOKENS
     calls: dict[str, Call] = {}
     forms: dict[str, tuple[Side, str]] = {}
@@ -128,10 +139,10 @@ def _cell(
                 refused[side.name] = reason
                 continue
             calls[side.name] = _pass(side, x, dy, what)
-            graph = _graph(session, side, calls[side.name]) if graphs else None
-            if graph is not None:
+            if graphs:
                 name = f"{side.name}{GRAPH}"
-                calls[name], passes[name] = graph
+                passes[name] = min(len(side.weights), MAX_GRAPHED)
+                calls[name] = captured(calls[side.name], device, passes[name])
                 forms[name] = side, GRAPH
         # First, since nothing has a floor without them.
         calls = {**_twins(session, shape, sides, num_tokens, what, graphs), **calls}
@@ -190,16 +201,6 @@ def _pass(side: Side, x: Tensor, dy: Tensor, what: str) -> Call:
     return both
 
 
-def _graph(session: Session, side: Side, call: Call) -> tuple[Call, int] | None:
-    """A CUDA graph of passes over several weights, and how many; None where it cannot be."""
-    count = min(len(side.weights), MAX_GRAPHED)
-    graph = captured(call, session.device, count)
-    if isinstance(graph, str):
-        session.say(f"{side.name}: no CUDA graph, {graph}")
-        return None
-    return graph, count
-
-
 def _twins(
     session: Session,
     shape: Shape,
@@ -217,8 +218,7 @@ def _twins(
         twin = BytesTwin(
             *activations, round(density * weight), passes=TWINS[what], device=session.device
         )
-        graph = captured(twin, session.device) if graphs else ""
-        twins[f"{TWIN} {density}"] = twin if isinstance(graph, str) else graph
+        twins[f"{TWIN} {density}"] = captured(twin, session.device) if graphs else twin
     return twins
 
 
@@ -247,17 +247,14 @@ def _choice(session: Session, side: Side, num_tokens: int) -> str:
 
 def _conversions(session: Session, shape: Shape, structure: Structure, density: float) -> list[Row]:
     """What follows a rewiring: deriving the indices anew; and condensing, once, for inference."""
-    layout = structure.layout(shape.out_features // shape.split, shape.in_features, density)
-    layouts = [layout] * shape.split
-    units = [layout.random_units(torch.default_generator).to(session.device) for layout in layouts]
-    product = Product(layouts, "packed")
-    calls: dict[str, Call] = {
-        "fold": lambda: product.fold(units, None, [None] * len(layouts)),
-    }
+    found = topology(session, shape, structure, density)
+    layout = found.layouts[0]
+    product = Product(found.layouts, "packed")
+    calls: dict[str, Call] = {"fold": lambda: found.fold(product)}
     if layout.tile_shape is None:
-        entries = layout.entries(units[0]).flatten()
-        values = torch.randn(len(entries), device=session.device, dtype=session.dtype)
-        calls["condense"] = lambda: condense(values, entries, *layout.shape)
+        entries = found.entries()
+        values = session.random(len(entries))
+        calls["condense"] = lambda: condense(values, entries, *found.shape)
     samples, failed = session.alternate(calls, rounds=ROUNDS[session.device.type])
     lines = {
         name: Line(
@@ -267,6 +264,7 @@ def _conversions(session: Session, shape: Shape, structure: Structure, density: 
             structure=describe(structure),
             form=name,
             scope="all",
+            permutation=found.permutation,
             density_asked=density,
             density=layout.density,
         )

@@ -63,13 +63,14 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
     chosen = configurations.models(settings.models or MODELS)
     names = settings.structures or configurations.MODEL_STRUCTURES
     structures = [configurations.structure(name) for name in names]
-    for model in chosen:
-        for batch in settings.batches or BATCHES[session.device.type][model.is_language]:
-            if session.budget.left < 0:
-                session.say(f"{SUITE}: budget spent, {model.name} at batch {batch} left")
-                continue
-            yield case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
-            session.say(f"{SUITE}: {model.name} at batch {batch}")
+    cases = [
+        (model, batch)
+        for model in chosen
+        for batch in settings.batches or BATCHES[session.device.type][model.is_language]
+    ]
+    for model, batch in session.affordable(SUITE, cases):
+        yield case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
+        session.say(f"{SUITE}: {model.name} at batch {batch}")
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,12 @@ def case(
     density: float,
     scopes: Sequence[str],
 ) -> list[Row]:
-    """All rows of one model at one batch size; the dense one first."""
+    """All rows of one model at one batch size, the dense one first; none without a sparse one."""
     sides = [Side(None, 1.0, "", False)]
     sides += [
         Side(structure, density, scope, soft)
-        for structure, scope, soft in itertools.product(structures, scopes, (False, True))
+        for structure, scope in itertools.product(structures, scopes)
+        for soft in models.phases(structure)
     ]
     rows: list[Row] = []
     reference: Usage | None = None
@@ -109,7 +111,7 @@ def case(
             continue
         reference = reference or usage
         rows.append(_row(session, model, batch, side, usage, realised, reference))
-    return rows
+    return rows if len(rows) > 1 else []
 
 
 def measured(session: Session, model: Model, batch: int, side: Side) -> tuple[Usage, float]:
@@ -226,7 +228,9 @@ def _row(
     reference: Usage,
 ) -> Row:
     structure = describe(side.structure) if side.structure is not None else "dense"
-    permutation = "none" if side.structure is None else "soft" if side.soft else "hard"
+    permutation = "none"
+    if side.structure is not None:
+        permutation = models.permutation(side.structure, soft=side.soft)
     accuracy = session.accuracies.of(structure, side.density, side.scope)
     return {
         "suite": SUITE,

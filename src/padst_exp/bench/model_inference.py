@@ -24,7 +24,7 @@ ROUNDS = 5
 MODELS = ["vit", "vit_large", "gpt2", "gpt2_medium"]
 BATCHES = {"cpu": {False: [1, 16], True: [1]}, "cuda": {False: [256, 1], True: [16, 1]}}
 # Dense products throttle a GPU's clocks, which takes them a while.
-BLOCK = {"cpu": 3e-3, "cuda": 1.0}
+BLOCK = {"cpu": 3e-3, "cuda": 0.5}
 GRAPH = ", CUDA graph"
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -43,10 +43,7 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
         for model in chosen
         for batch in settings.batches or BATCHES[session.device.type][model.is_language]
     ]
-    for done, (model, batch) in enumerate(cases):
-        if session.budget.left < 0:
-            session.say(f"{SUITE}: budget spent, {len(cases) - done} of {len(cases)} cases left")
-            break
+    for model, batch in session.affordable(SUITE, cases):
         yield case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
         session.say(f"{SUITE}: {model.name} at batch {batch}")
 
@@ -59,11 +56,12 @@ def case(
     density: float,
     scopes: Sequence[str],
 ) -> list[Row]:
-    """All rows of one model at one batch size."""
+    """All rows of one model at one batch size; none where no structure is legal."""
     torch.compiler.reset()
     example, _ = model.example(batch, torch.Generator().manual_seed(0))
     inputs = models.to_device(session, example, training=False)
-    variants = models.dense_variants(session, model, training=False)
+    plain = models.dense_variants(session, model, training=False)
+    variants = list(plain)
     for structure, scope in itertools.product(structures, scopes):
         if session.budget.left < 0:
             session.say(f"{SUITE}: budget spent, {describe(structure)} in {model.name} left out")
@@ -77,12 +75,15 @@ def case(
             continue
         eager.module.eval()
         variants += [eager, compiled, *models.exported_variants(session, eager, inputs)]
+    if len(variants) == len(plain):
+        return []
+    rows: list[Row] = []
+    passes = _passes(model)
     with torch.inference_mode():
-        return [
-            row
-            for what, forward in _passes(model).items()
-            for row in _rows(session, model, batch, what, forward, variants, inputs)
-        ]
+        for done, (what, forward) in enumerate(passes.items()):
+            share = session.within(session.budget.part(1 / (len(passes) - done)))
+            rows += _rows(share, model, batch, what, forward, variants, inputs)
+    return rows
 
 
 def _rows(
@@ -98,13 +99,10 @@ def _rows(
     calls: dict[str, Call] = {}
     lines: dict[str, Line] = {}
     for variant in variants:
-        forms = {"": _call(variant, forward, inputs)}
+        call = _call(variant, forward, inputs)
+        forms = {"": call}
         if session.device.type == "cuda":
-            graph = captured(forms[""], session.device)
-            if isinstance(graph, str):
-                session.say(f"{variant.name}: no CUDA graph, {graph}")
-            else:
-                forms[GRAPH] = graph
+            forms[GRAPH] = captured(call, session.device)
         for suffix, call in forms.items():
             calls[variant.name + suffix] = call
             lines[variant.name + suffix] = line(model, batch, what, variant, suffix)

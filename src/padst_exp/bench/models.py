@@ -14,10 +14,11 @@ from padst_exp import dispatch
 from padst_exp.bench import dense
 from padst_exp.bench.configurations import Model, describe
 from padst_exp.bench.session import FEATURES, TRITON, Session
+from padst_exp.bench.topology import is_permuted
 from padst_exp.engine.backends import describe as describe_backends
 from padst_exp.engine.step import compile_blocks
 from padst_exp.inference import pack, tune
-from padst_exp.permutations import DoublyStochastic, Learner, RandomPermutation
+from padst_exp.permutations import DoublyStochastic, Learner, NoPermutation, RandomPermutation
 from padst_exp.sparsify import sparsify
 from padst_exp.structures import Structure
 
@@ -92,7 +93,9 @@ def sparse_variants(
         UserError: the structure cannot hold that density in a layer of the model.
     """
     module = model.build()
-    learner: Learner = DoublyStochastic() if soft else RandomPermutation()
+    learner: Learner = NoPermutation()
+    if is_permuted(structure):
+        learner = DoublyStochastic() if soft else RandomPermutation()
     report = sparsify(
         module, model.rules(scope), structure=structure, density=density, learner=learner
     )
@@ -104,7 +107,7 @@ def sparse_variants(
             form=form,
             module=variant,
             scope=scope,
-            permutation="soft" if soft else "hard",
+            permutation=permutation(structure, soft=soft),
             density_asked=density,
             density=report.density("layers"),
             backends=backends,
@@ -112,6 +115,18 @@ def sparse_variants(
         )
         for form, variant in (("eager", module), ("compiled", compiled_twin(module)))
     ]
+
+
+def phases(structure: Structure) -> tuple[bool, ...]:
+    """Whether permutations are soft, in each phase of training."""
+    return (False, True) if is_permuted(structure) else (False,)
+
+
+def permutation(structure: Structure, *, soft: bool) -> str:
+    """As in `report.Line`."""
+    if not is_permuted(structure):
+        return "none"
+    return "soft" if soft else "hard"
 
 
 def exported_variants(session: Session, variant: Variant, inputs: Tensor) -> list[Variant]:

@@ -15,6 +15,7 @@ from padst_exp.bench import dense, peers
 from padst_exp.bench.configurations import Shape, describe
 from padst_exp.bench.environment import rotation
 from padst_exp.bench.session import SCATTERED, Session
+from padst_exp.bench.topology import Topology, topology
 from padst_exp.layers import SparseLinear, permutations
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Rule, sparsify
@@ -98,61 +99,59 @@ def packed_dense_side(session: Session, plain: Side, num_tokens: int) -> Side:
 
 
 def sparse_sides(
-    session: Session, shape: Shape, structure: Structure, density: float
+    session: Session, shape: Shape, structure: Structure, density: float, *, plain: bool
 ) -> list[Side]:
     """The product that training uses, condensed where entries are single, and peers' formats.
+
+    Args:
+        session: where.
+        shape: of the layer.
+        structure: of its weight; permutations are those that training has, folded.
+        density: asked for.
+        plain: whether products of tiles run without a permutation, too: what it costs.
 
     Raises:
         UserError: the structure cannot hold that density in this shape.
     """
-    layout = structure.layout(shape.out_features // shape.split, shape.in_features, density)
-    layouts = [layout] * shape.split
-    units = [layout.random_units(torch.default_generator).to(session.device) for _ in layouts]
-    sides = _packed(session, layouts, units)
-    matrix = torch.cat(
-        [
-            scatter_entries(_values(session, layout), layout.entries(active), layout.shape)
-            for active in units
-        ]
-    )
-    if layout.tile_shape is None:
-        sides.append(_condensed(session, layouts, matrix))
-    found, missing = peers.peers(structure, session.device, session.dtype)
+    found = topology(session, shape, structure, density)
+    tiled = found.layouts[0].tile_shape is not None
+    sides = _packed(session, found)
+    if plain and tiled and found.permutation != "none":
+        sides += _packed(session, found.plain())
+    if not tiled:
+        sides.append(_condensed(session, found))
+    formats, missing = peers.peers(structure, session.device, session.dtype)
     for name, reason in missing.items():
         session.say(f"{name}: skipped, {reason}")
-    sides += [_peer(session, peer, matrix, layout) for peer in found]
-    return [
-        replace(side, structure=describe(structure), density_asked=density, density=layout.density)
-        for side in sides
-    ]
+    sides += [_peer(session, peer, found) for peer in formats]
+    return [replace(side, density_asked=density) for side in sides]
 
 
-def _packed(session: Session, layouts: Sequence[Layout], units: Sequence[Tensor]) -> list[Side]:
+def _packed(session: Session, found: Topology) -> list[Side]:
     sides = []
-    entries = sum(layout.num_entries for layout in layouts)
+    layouts = found.layouts
     shared = {id(layout): layout for layout in layouts}
     possible = Product(layouts, "packed").backends(session.device)
     for backend in possible:
         if backend == "dense" and "torch" in possible:
             continue
         product = Product(layouts, "packed", backend)
-        product.fold(units, None, [None] * len(layouts))
-        size = entries * session.dtype.itemsize + sum(b.nbytes for b in product.buffers())
+        found.fold(product)
+        indices = sum(buffer.nbytes for buffer in product.buffers())
+        entries = sum(layout.num_entries for layout in layouts)
+        size = entries * session.dtype.itemsize + indices
+        weights = [
+            (copy.deepcopy(product, {**shared}), [_values(session, layout) for layout in layouts])
+            for _ in range(rotation(size, session.device))
+        ]
         sides.append(
-            Side(
-                structure="",
+            _side(
+                found,
                 # "dense" multiplies by a dense weight that lives during a pass only.
                 form=SCATTERED if backend == "dense" else f"packed, {backend}",
                 product=lambda x, weight: weight[0](x, weight[1]),
-                weights=[
-                    (
-                        copy.deepcopy(product, {**shared}),
-                        [_values(session, layout) for layout in layouts],
-                    )
-                    for _ in range(rotation(size, session.device))
-                ],
+                weights=weights,
                 trained=lambda weight: weight[1],
-                entries=entries,
                 size=size,
                 layouts=layouts,
             )
@@ -160,10 +159,29 @@ def _packed(session: Session, layouts: Sequence[Layout], units: Sequence[Tensor]
     return sides
 
 
-def _condensed(session: Session, layouts: Sequence[Layout], matrix: Tensor) -> Side:
-    flat = matrix.flatten()
-    places = flat.nonzero().squeeze(1)
-    first = condense(flat[places], places, *matrix.shape)
+def _side(
+    found: Topology,
+    *,
+    form: str,
+    product: Callable[[Tensor, Weight], Tensor],
+    weights: Sequence[Weight],
+    trained: Callable[[Weight], Sequence[Tensor]] | None,
+    size: int,
+    layouts: Sequence[Layout] = (),
+) -> Side:
+    """A side over sparse weights; its density is still to be asked for."""
+    entries = sum(layout.num_entries for layout in found.layouts)
+    rows, columns = found.shape
+    return Side(
+        structure=describe(found.structure), form=form, product=product, weights=weights,
+        trained=trained, entries=entries, size=size, permutation=found.permutation,
+        density=entries / (rows * columns), layouts=layouts,
+    )  # fmt: skip
+
+
+def _condensed(session: Session, found: Topology) -> Side:
+    places = found.entries()
+    first = condense(session.random(len(places)), places, *found.shape)
     size = sum(part.nbytes for part in first if isinstance(part, Tensor))
 
     def another() -> FanIn:
@@ -174,29 +192,34 @@ def _condensed(session: Session, layouts: Sequence[Layout], matrix: Tensor) -> S
             rows=first.rows.clone(),
         )
 
-    return Side(
-        structure="",
+    return _side(
+        found,
         form="condensed",
         product=fan_in_linear,
         weights=[another() for _ in range(rotation(size, session.device))],
         trained=None,
-        entries=len(places),
         size=size,
-        layouts=layouts,
+        layouts=found.layouts,
     )
 
 
-def _peer(session: Session, peer: peers.Peer, matrix: Tensor, layout: Layout) -> Side:
-    entries = round(layout.density * matrix.numel())
-    size = entries * session.dtype.itemsize
-    first = peer.make(matrix)
-    return Side(
-        structure="",
+def _peer(session: Session, peer: peers.Peer, found: Topology) -> Side:
+    """A peer knows no permutations: x is gathered before it, or y after it."""
+    places = found.plain().entries()
+    first = peer.make(scatter_entries(session.random(len(places)), places, found.shape))
+    size = sum(layout.num_entries for layout in found.layouts) * session.dtype.itemsize
+    inputs, outputs = found.input_index, found.output_index()
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        y = peer.product(x if inputs is None else x[:, inputs], weight)
+        return y if outputs is None else y[:, outputs]
+
+    return _side(
+        found,
         form=peer.form,
-        product=peer.product,
+        product=product,
         weights=[first.clone() for _ in range(rotation(size, session.device))],
         trained=(lambda weight: [weight]) if peer.backward else None,
-        entries=entries,
         size=size,
     )
 
@@ -205,22 +228,19 @@ def masked_side(
     session: Session, shape: Shape, structure: Structure, density: float, plain: Side
 ) -> Side:
     """A dense weight times a mask, as most code trains sparse layers."""
-    layout = structure.layout(shape.out_features, shape.in_features, density)
-    kept = torch.ones(layout.num_active, layout.unit_size, dtype=torch.bool)
-    units = layout.random_units(torch.default_generator)
-    mask = scatter_entries(kept, layout.entries(units), layout.shape).to(session.device)
-    weights = [(weight, mask.clone()) for weight in plain.weights]
-    return Side(
-        structure=describe(structure),
+    found = topology(session, shape, structure, density)
+    places = found.entries()
+    mask = scatter_entries(torch.ones_like(places, dtype=torch.bool), places, found.shape)
+    side = _side(
+        found,
         form="masked dense",
         product=lambda x, w: peers.masked(x, *w),
-        weights=weights,
+        weights=[(weight, mask.clone()) for weight in plain.weights],
         trained=lambda w: [w[0]],
-        entries=plain.entries,
         size=plain.size + mask.nbytes,
-        density_asked=density,
-        density=layout.density,
     )
+    # It multiplies zeros, too.
+    return replace(side, entries=plain.entries, density_asked=density)
 
 
 def semi_structured_side(session: Session, shape: Shape) -> Side | None:
@@ -289,10 +309,8 @@ def permuted_sides(
 
 
 def _random(session: Session, shape: Shape) -> Tensor:
-    size = shape.out_features, shape.in_features
-    return torch.randn(size, device=session.device, dtype=session.dtype)
+    return session.random(shape.out_features, shape.in_features)
 
 
 def _values(session: Session, layout: Layout) -> Tensor:
-    size = layout.num_active, layout.unit_size
-    return torch.randn(size, device=session.device, dtype=session.dtype)
+    return session.random(layout.num_active, layout.unit_size)

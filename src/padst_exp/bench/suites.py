@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,44 +30,67 @@ from padst_exp.config import BenchSchema, config_dir
 from padst_exp.dispatch import device_name
 from padst_exp.errors import UserError
 
+SUITES = {
+    layers.SUITE: layers.run,
+    model_inference.SUITE: model_inference.run,
+    model_train.SUITE: model_train.run,
+    memory.SUITE: memory.run,
+}
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def run(settings: BenchSchema, say: Say) -> Iterator[Path]:
-    """Run a suite; the files that it writes, each as soon as it is there.
+    """Run a suite; the files that it writes, each as soon as it is complete.
 
     Raises:
-        UserError: the device cannot do what is asked, or a name is unknown.
+        UserError: the device cannot do what is asked, a name is unknown, no structure is legal, or
+            the results cannot be written.
     """
     # Of PyTorch's sparse formats, which are peers here.
     warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta state")
+    out = _folder(settings.out)
     session = start(settings, say)
-    out = Path(settings.out)
     label = environment.label(session.device, session.dtype)
-    for suite, rows in _results(settings, session):
+    tables: dict[Path, list[Row]] = defaultdict(list)
+    for suite, cases in _parts(settings, session):
         table = out / f"{suite}-{label}.csv"
-        report.write_csv(table, rows)
-        yield table
-        picture = plots.draw(suite, report.read_csv(table), table.with_suffix(".png"))
-        if picture is not None:
-            yield picture
-        yield readme.write(out)
+        for rows in cases:
+            # Now, and not at the end: a run can be killed.
+            tables[table] += rows
+            if tables[table]:
+                report.write_csv(table, tables[table])
+        if tables[table]:
+            yield table
+            picture = plots.draw(suite, report.read_csv(table), table.with_suffix(".png"))
+            if picture is not None:
+                yield picture
+            yield readme.write(out)
+    if not any(tables.values()):
+        key = "sparsities" if settings.suite == layers.SUITE else "sparsity"
+        raise UserError(
+            f"{key}: {getattr(settings, key)} is legal for none of the structures in these layers; "
+            "the lines above say what is"
+        )
 
 
-def _results(settings: BenchSchema, session: Session) -> Iterator[tuple[str, list[Row]]]:
+def _folder(out: str) -> Path:
+    """The folder of the results, made if need be."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"out: {out} is no folder to write to: {error.strerror}") from None
+    return folder
+
+
+def _parts(settings: BenchSchema, session: Session) -> Iterator[tuple[str, Iterator[list[Row]]]]:
+    """Suites, and the rows of each case of them; one suite can come in several parts."""
     if settings.suite == gpu_all.SUITE:
         yield from gpu_all.run(settings, session)
-        return
-    suites = {
-        layers.SUITE: layers.run,
-        model_inference.SUITE: model_inference.run,
-        model_train.SUITE: model_train.run,
-        memory.SUITE: memory.run,
-    }
-    rows = [row for case in suites[settings.suite](settings, session) for row in case]
-    if not rows:
-        raise UserError(f"suite: {settings.suite} had nothing to measure, or no time for it")
-    yield settings.suite, rows
+    else:
+        yield settings.suite, SUITES[settings.suite](settings, session)
 
 
 def start(settings: BenchSchema, say: Say) -> Session:
@@ -86,6 +111,7 @@ def start(settings: BenchSchema, say: Say) -> Session:
     say(f"measuring what {device_name(device)} can reach")
     return Session(
         clock=clock,
+        generator=torch.Generator(device).manual_seed(0),
         dtype=dtype,
         environment=environment.environment(device, dtype, settings.clock),
         ceilings=roofline.measure(clock, dtype),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ LONG = 0.1
 MAX_REPEATS = 10_000
 # Rounds that a spent budget still grants.
 MIN_ROUNDS = 3
-# Share of a budget that is kept for timing what could be made ready before.
+# Share of the budget of one cell that is kept for timing what could be made ready before.
 RESERVED = 0.35
 
 
@@ -162,22 +163,21 @@ def usable(
     return ran, failed
 
 
-def captured(call: Call, device: torch.device, repeats: int = 1) -> Call | str:
-    """A CUDA graph of `repeats` calls, as one call; or why it cannot be captured."""
-    made: list[torch.cuda.CUDAGraph] = []
+def captured(call: Call, device: torch.device, repeats: int = 1) -> Call:
+    """A CUDA graph of `repeats` calls, as one call, the first of which captures it."""
 
-    def capture() -> None:
-        graph = torch.cuda.CUDAGraph()
+    @functools.cache
+    def graph() -> torch.cuda.CUDAGraph:
+        made = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
         torch.cuda.current_stream(device).wait_stream(side)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(made):
             for _ in range(repeats):
                 call()
-        made.append(graph)
+        return made
 
-    _, failed = usable({"graph": capture}, lambda: None, Budget(None))
-    return failed["graph"] if failed else made[0].replay
+    return lambda: graph().replay()
