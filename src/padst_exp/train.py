@@ -60,10 +60,12 @@ def train(
             one that `cfg` names, which needs a running Hydra job.
         prepare: what else to do to the sparse model before it is trained.
     """
+    from padst_exp.dispatch import require_device
     from padst_exp.engine.loop import run
     from padst_exp.engine.progress import say
 
     settings = run_settings(cfg)
+    require_device(settings.backend, world.device)
     task = build_task(cfg, world)
     algorithm = build(cfg.dst, "dst")
     learner = build(cfg.permutation, "permutation")

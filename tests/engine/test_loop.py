@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,20 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
-from engine.toy import STEPS, ToyTask, timeless, toy_run, toy_trainer
+from engine.toy import (
+    STEPS,
+    ToyTask,
+    timeless,
+    toy_learner,
+    toy_model,
+    toy_run,
+    toy_trainer,
+)
+from padst_exp import dispatch
+from padst_exp.dispatch import Choice
 from padst_exp.engine import checkpoint
+from padst_exp.engine.backends import choose_backends, describe
+from padst_exp.engine.distributed import World
 from padst_exp.engine.interruption import Interrupted
 from padst_exp.engine.run_directory import RunDirectory, read_metrics
 from padst_exp.errors import UserError
@@ -96,6 +109,46 @@ def test_a_resumed_run_computes_with_the_backends_it_began_with(tmp_path: Path) 
     assert {row["backend"] for row in summary["backends"].values()} == {"dense"}
     layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
     assert {product.backend for layer in layers for product in layer.parts()} == {"dense"}
+
+
+def test_a_backend_asked_for_wins_over_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError):
+        toy_run(tmp_path, task=ToyTask(fail_at=MICRO_BATCHES * 7), backend="dense")
+    with pytest.raises(ConnectionError):
+        toy_run(tmp_path, task=ToyTask(fail_at=MICRO_BATCHES * 3))
+    payload = checkpoint.read(tmp_path / "toy" / "checkpoints" / "last.pt")
+    choices = payload["backends"]["choices"].values()
+    assert {choice["backend"] for choice in choices} == {"dense"}
+    summary, _, _ = toy_run(tmp_path, backend="torch")
+    assert {row["backend"] for row in summary["backends"].values()} == {"torch"}
+
+
+def test_rank_0_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = toy_learner()
+    arguments: dict[str, Any] = {"task": ToyTask(), "trainer": toy_trainer(), "backend": "auto"}
+    model, _ = toy_model(learner, 0.0)
+    decided = choose_backends(model, world=World(), saved=None, **arguments)
+    dense = {name: replace(choice, backend="dense") for name, choice in decided.items()}
+    # What another rank receives counts, whatever its own device would have chosen.
+    monkeypatch.setattr(World, "from_main", lambda self, value: dense if value is None else value)
+    monkeypatch.setattr(dispatch, "restore", lambda *_: 1 / 0)
+    monkeypatch.setattr(dispatch, "choose", lambda *_, **__: 1 / 0)
+    model, _ = toy_model(learner, 0.0)
+    saved = dispatch.save(decided, torch.device("cpu"))
+    assert choose_backends(model, world=World(1, 2), saved=saved, **arguments) == dense
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert {product.backend for layer in layers for product in layer.parts()} == {"dense"}
+
+
+def test_layers_slower_than_dense_are_not_hidden_behind_fast_ones() -> None:
+    fast = Choice("torch", 8, "float32", {"torch": 1.0, "reference": 4.0})
+    slow = Choice("torch", 8, "float32", {"torch": 2.0, "reference": 1.0})
+    unknown = Choice("dense", 0, "", {})
+    choices = {"a": fast, "b": fast, "c": slow, "d": unknown}
+    assert describe(choices) == (
+        "sparse products, forward and backward: 3 by torch (4.00x dense), 1 of them slower than "
+        "dense (down to 0.50x), 1 by dense"
+    )
 
 
 def test_a_kill_before_the_summary(

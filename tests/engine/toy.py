@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from padst_exp.data.task import Task
 from padst_exp.dst import DropGrow, Gradient, Magnitude
+from padst_exp.engine.backends import Backend
 from padst_exp.engine.distributed import World
 from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.loop import run
@@ -136,6 +137,7 @@ def toy_run(
     world: World | None = None,
     dropout: float = 0.1,
     model: nn.Module | None = None,
+    backend: Backend = "auto",
 ) -> tuple[dict[str, Any], RunDirectory, nn.Module]:
     """Run a training in `root`; its summary, folder and trained model."""
     config = config or {"optimizer": {"lr": 0.01}}
@@ -174,7 +176,7 @@ def toy_run(
         logger=NoLogger(),
         world=world,
         seed=0,
-        backend="auto",
+        backend=backend,
     )
     return summary, directory, model
 

@@ -1,16 +1,28 @@
 """Which kernel computes each sparse layer: measured once on each machine, remembered."""
 
-from padst_exp.dispatch.backends import Choice, choose, forced, restore, reuse, save
+from padst_exp.dispatch.agreement import agrees, difference
+from padst_exp.dispatch.backends import (
+    Choice,
+    choose,
+    forced,
+    require_device,
+    restore,
+    reuse,
+    save,
+)
 from padst_exp.dispatch.decision import Decision, device_name, fastest, measure
 
 __all__ = [
     "Choice",
     "Decision",
+    "agrees",
     "choose",
     "device_name",
+    "difference",
     "fastest",
     "forced",
     "measure",
+    "require_device",
     "restore",
     "reuse",
     "save",

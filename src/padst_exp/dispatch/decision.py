@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from filelock import FileLock
 
 import padst_kernels
 from padst_exp.cache import cache_folder, write_atomically
+from padst_kernels.compiled import compiled
 
 # Rounds of one timing of every candidate, in turn; at least this long a timing, in seconds.
 ROUNDS = 5
@@ -54,11 +56,17 @@ def fastest(
         calls: makes the candidates by name, only if there is something to measure. One called
             "reference" is timed with them but never chosen.
         device: where they run; a GPU is waited for.
+
+    Raises:
+        RuntimeError: there is something to measure in the middle of a compilation or a capture.
     """
     key = json.dumps({**what, **_machine(device)}, sort_keys=True)
     path = cache_folder() / "decisions.json"
     if key in (known := _read(path)):
         return known[key]
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or capturing:
+        raise RuntimeError("nothing can be measured while a model is compiled or captured")
     # Processes that start together measure one after the other, undisturbed, and agree.
     with _locked(path):
         if key not in (known := _read(path)):
@@ -118,8 +126,18 @@ def _machine(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "instructions": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
         "torch": torch.__version__,
+        "triton": version("triton") if device.type == "cuda" else None,
         "kernels": _kernels_digest(),
+        "libraries": _libraries() if device.type == "cpu" else None,
     }
+
+
+@functools.cache
+def _libraries() -> list[str]:
+    """Names the compiled CPU kernels by source, compiler and CPU; not those that there are not."""
+    sources = (path for folder in padst_kernels.__path__ for path in Path(folder).rglob("*.cpp"))
+    libraries = (compiled(source) for source in sorted(sources))
+    return [Path(library._name).stem for library in libraries if library is not None]
 
 
 @functools.cache
@@ -134,10 +152,16 @@ def _kernels_digest() -> str:
 
 
 def _read(path: Path) -> dict[str, Decision]:
+    """What is in the cache; entries that are damaged do not count."""
+    known = {}
     try:
-        return {key: Decision(**value) for key, value in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        for key, value in json.loads(path.read_text()).items():
+            decision = Decision(**value)
+            if float(decision.seconds[decision.choice]) > 0:
+                known[key] = decision
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
+    return known
 
 
 @contextlib.contextmanager

@@ -32,19 +32,40 @@ def choose_backends(
 
     Args:
         model: on its device and in its dtype; only its backends change.
-        backend: "auto" measures on rank 0; the others are forced.
+        backend: "auto" takes over what the checkpoint holds, else measures; others are forced.
         task: gives one sample, to see how many tokens each layer gets.
         trainer: gives batch size, precision and whether blocks are compiled.
         world: of this process.
         saved: what the checkpoint holds of the run that is continued; taken over on a device of
             the same model, so that a resumed run computes what it would have computed.
+
+    Raises:
+        UserError: `backend` needs another device.
     """
-    choices = None if saved is None else dispatch.restore(saved, world.device)
-    if choices is not None:
-        dispatch.reuse(model, choices)
-        return choices
+    dispatch.require_device(backend, world.device)
+    # Rank 0 alone decides: the devices of others may differ.
+    choices = None
+    if world.main:
+        choices = _decide(model, backend, task, trainer, world, saved)
+    choices = world.from_main(choices)
+    assert choices is not None
+    dispatch.reuse(model, choices)
+    return choices
+
+
+def _decide(
+    model: nn.Module,
+    backend: Backend,
+    task: Task,
+    trainer: Trainer,
+    world: World,
+    saved: Mapping[str, Any] | None,
+) -> dict[str, Choice]:
     if backend != "auto":
         return dispatch.forced(model, backend, world.device)
+    restored = dispatch.restore(saved, model, world.device)
+    if restored is not None:
+        return restored
 
     @torch.no_grad()
     def one_sample() -> None:
@@ -55,18 +76,13 @@ def choose_backends(
             model(inputs)
         model.train()
 
-    if world.main:
-        choices = dispatch.choose(
-            model,
-            one_sample,
-            samples=trainer.micro_batch_size(world.size),
-            device=world.device,
-            compiled=trainer.compile,
-        )
-    choices = world.from_main(choices)
-    assert choices is not None
-    dispatch.reuse(model, choices)
-    return choices
+    return dispatch.choose(
+        model,
+        one_sample,
+        samples=trainer.micro_batch_size(world.size),
+        device=world.device,
+        compiled=trainer.compile,
+    )
 
 
 def describe(choices: Mapping[str, Choice]) -> str:
@@ -78,6 +94,9 @@ def describe(choices: Mapping[str, Choice]) -> str:
     for backend, group in groups.items():
         speedups = [choice.speedup for choice in group if choice.speedup is not None]
         measured = f" ({statistics.median(speedups):.2f}x dense)" if speedups else ""
+        slower = [speedup for speedup in speedups if speedup < 1]
+        if slower:
+            measured += f", {len(slower)} of them slower than dense (down to {min(slower):.2f}x)"
         parts.append(f"{len(group)} by {backend}{measured}")
     return "sparse products, forward and backward: " + ", ".join(parts)
 

@@ -128,7 +128,7 @@ class _Training:
             task=task,
             trainer=trainer,
             world=world,
-            saved=None if self.saved is None else self.saved["backends"],
+            saved=None if self.saved is None else self.saved.get("backends"),
         )
         self.state = TrainingState(
             model=model.train(),
