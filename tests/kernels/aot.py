@@ -138,8 +138,8 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     def features(num_features: int, num_tokens: int = 6304, major: str = "fm") -> torch.Tensor:
         return empty_features(num_features, num_tokens, empty, major == "fm")
 
-    def forward(**options: Any) -> Callable[[], Any]:
-        return partial(gather.launch_product, **options, precision=precision)
+    def forward(x: torch.Tensor, **options: Any) -> Callable[[], Any]:
+        return partial(gather.launch_product, x, **options, precision=precision)
 
     empty = torch.empty(0, dtype=dtype)
     x, dy, bias, rows = features(768), features(3072), torch.zeros(3072), index(3072)

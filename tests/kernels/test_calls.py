@@ -1,6 +1,7 @@
 """What every operation promises whoever calls it: which graphs, devices and kinds of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from padst_kernels.gather_gemm import (
     kernels,
     passes,
 )
+from padst_kernels.gather_gemm.kernels import product
 from tile_cases import DEVICE, blocks, vector_nm
 
 Operation = Callable[[Tensor], Tensor]
@@ -169,6 +171,38 @@ def test_a_copy_in_another_layout_serves_both_passes(
     assert len({t.data_ptr() for t in read["dy"]}) == 1
     assert len(read["dy"]) == 1 + x.requires_grad
     assert all(t.stride(1) == 1 for tensors in read.values() for t in tensors)
+
+
+@pytest.mark.parametrize("name", ["gather_gemm", "diagonal_linear", "fan_in_linear"])
+def test_kernels_run_on_the_device_of_their_tensors(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[Tensor] = []
+    inside: list[int] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        entered.append(x)
+        inside.append(1)
+        yield
+        inside.pop()
+
+    def checked(launched: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: object, **options: object) -> None:
+            assert inside
+            launched(*args, **options)
+
+        return run
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    kind = type(product._product_kernel)
+    get = kind.__getitem__
+    monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: checked(get(kernel, grid)))
+    x = torch.randn(5, 45, device=DEVICE, requires_grad=name != "fan_in_linear")
+    y = operations("triton")[name](x)
+    if x.requires_grad:
+        y.sum().backward()
+    assert entered and all(t.device == x.device for t in entered)
 
 
 def test_float64_is_copied_into_no_other_layout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,37 @@ def test_diagonal_linear_compiles_whole_and_survives_new_topologies() -> None:
     assert count.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_indices_may_have_any_strides(backend: str) -> None:
+    values, *indices, _, _ = make_layer((24, 40), True)
+    x = torch.randn(5, 40, device=DEVICE)
+    results = []
+    for offsets, columns, rows in (indices, [torch.stack([t, t], 1)[:, 0] for t in indices]):
+        y = diagonal_linear(x, values, offsets, 24, columns=columns, rows=rows, backend=backend)
+        results.append((y, *torch.autograd.grad(y.square().sum(), values)))
+    for plain, loose in zip(*results, strict=True):
+        assert torch.equal(plain, loose)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_diagonals(backend: str) -> None:
+    values, offsets, *_ = make_layer((24, 40), False)
+    none, x = values.detach()[:0].requires_grad_(), torch.randn(5, 40, device=DEVICE)
+    x.requires_grad_()
+    y = diagonal_linear(x, none, offsets[:0], 24, backend=backend)
+    dx, dvalues = torch.autograd.grad(y, (x, none), torch.ones_like(y))
+    assert (y == 0).all() and (dx == 0).all() and dvalues.shape == (0, 24)
+
+
+@pytest.mark.gpu
+def test_more_tokens_than_a_grid_has_tiles_along_its_second_axis() -> None:
+    x = torch.randn(16 * 65_536 + 5, 24, device=DEVICE)
+    values, offsets, *_ = make_layer((16, 24), False)
+    y = diagonal_linear(x, values, offsets, 16, backend="triton")
+    expected = diagonal_linear(x[-20:], values, offsets, 16)
+    torch.testing.assert_close(y[-20:], expected)
+
+
 def test_diagonal_linear_names_what_disagrees() -> None:
     values, offsets, columns, *_ = make_layer((40, 24), False)
     x = torch.randn(5, 24, device=DEVICE)

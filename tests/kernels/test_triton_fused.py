@@ -112,6 +112,23 @@ def test_folds_layer_norm(backend: str, gelu: bool) -> None:
         gather_gemm_fused(x, case.weight, case.index, 44, backend=backend, norm=norm)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_may_have_any_strides(backend: str) -> None:
+    case = vector_nm(True)
+    x = activation(45, 21)
+    bias, sums = torch.randn(44, 2, device=DEVICE).unbind(1)
+    mean, rstd = torch.rand(21, 2, device=DEVICE).unbind(1)
+    with torch.no_grad():
+        loose, plain = (
+            gather_gemm_fused(
+                x, case.weight, case.index, 44, backend=backend, bias=vectors[0],
+                norm=vectors[1:],
+            )
+            for vectors in ((bias, mean, rstd, sums), [t.clone() for t in (bias, mean, rstd, sums)])
+        )  # fmt: skip
+    assert not bias.is_contiguous() and torch.equal(loose, plain)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 16, 21])
 def test_aligned_features(num_tokens: int) -> None:
     x = torch.randn(num_tokens, 3, requires_grad=True)

@@ -292,24 +292,6 @@ def test_several_row_blocks_in_a_program(row_blocks: int) -> None:
     assert_close(y, case.dense @ x.double().cpu())
 
 
-@pytest.mark.parametrize("feature_major", [True, False])
-def test_products_into_one_output_and_added_to_it(feature_major: bool) -> None:
-    cases = [make_case(16, 7, [1, 1], 40, 32) for _ in range(2)]
-    x = activation(40, 33)
-    y = activation(64, 33, feature_major)
-    start = y.double().cpu()
-    for case, out in zip(cases, y.split(32), strict=True):
-        kernels.launch_product(x, case.weight, case.columns, None, 32, rows=case.rows, out=out)
-    dense = torch.cat([case.dense for case in cases])
-    assert_close(y, dense @ x.double().cpu())
-    y.copy_(start)
-    for case, out in zip(cases, y.split(32), strict=True):
-        kernels.launch_product(
-            x, case.weight, case.columns, None, 32, rows=case.rows, residual=out, out=out
-        )
-    assert_close(y, start + dense @ x.double().cpu())
-
-
 def test_columns_out_of_range_read_zero() -> None:
     case = make_case(16, 8, [1, 1], 20, 32)
     case.columns[:, 5] = 20

@@ -93,6 +93,42 @@ def test_says_where_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> Non
         passes.product(torch.zeros(1, 45), case.weight, case.index, 44, "triton")
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("num_column_groups", [None, 2])
+def test_a_weight_without_tiles_is_zero(backend: str, num_column_groups: int | None) -> None:
+    index = tile_index(
+        torch.empty(0, 8, dtype=torch.int64),
+        torch.empty(0, dtype=torch.int64),
+        None,
+        height=8,
+        num_row_groups=2,
+        in_features=15,
+        out_features=16,
+        num_column_groups=num_column_groups,
+    )
+    index = TileIndex._make(None if t is None else t.to(DEVICE) for t in index)
+    x = torch.randn(5, 15, device=DEVICE, requires_grad=True)
+    weight = torch.empty(0, 8, 8, device=DEVICE, requires_grad=True)
+    y = gather_gemm(x, weight, index, 16, backend=backend)
+    dx, dweight = torch.autograd.grad(y, (x, weight), torch.randn_like(y))
+    assert y.shape == (5, 16) and (y == 0).all()
+    assert dx.shape == (5, 15) and (dx == 0).all() and dweight.shape == (0, 8, 8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_index_is_made_of_columns_of_any_strides(backend: str) -> None:
+    columns = torch.stack([torch.randperm(45)[:13] for _ in range(3)])
+    options = {"height": 16, "num_row_groups": 3, "in_features": 45, "out_features": 44}
+    x, weight = torch.randn(5, 45, device=DEVICE), torch.randn(3, 13, 16, device=DEVICE)
+    results = []
+    for these in (columns, columns.t().contiguous().t()):
+        index = tile_index(these, None, None, **options)
+        assert all(t is None or t.is_contiguous() for t in index)
+        index = TileIndex._make(None if t is None else t.to(DEVICE) for t in index)
+        results.append(gather_gemm(x, weight, index, 44, backend=backend))
+    assert torch.equal(*results)
+
+
 def test_float32_is_as_precise_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     launch = kernels.launch_product

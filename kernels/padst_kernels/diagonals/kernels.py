@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from padst_kernels.calls import on_its_device
 from padst_kernels.gather_gemm.layout import empty_features, readable_tokens
 
 
@@ -48,8 +49,10 @@ def _diagonals_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # Rows are the fastest axis: x of a token tile stays in L2 for all of them.
+    num_blocks = tl.cdiv(out_features, BLOCK_O)
+    row = tl.program_id(0) % num_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    t = tl.program_id(0) // num_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     num_cells = tl.minimum(in_features, out_features)
     x += t.to(tl.int64)[None, :] * x_token_stride
     acc = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
@@ -132,6 +135,7 @@ def _diagonals_gradient_kernel(
     tl.store(dvalues + d.to(tl.int64) * num_cells + cell, total, mask=inside)
 
 
+@on_its_device
 def launch_diagonals(
     x: Tensor,
     values: Tensor,
@@ -166,12 +170,11 @@ def launch_diagonals(
     assert out_features <= in_features if by_row else out_features >= in_features
     y = empty_features(out_features, num_tokens, x, feature_major)
     block_o, block_t = _block_sizes(x)
-    _diagonals_kernel[triton.cdiv(out_features, block_o), triton.cdiv(num_tokens, block_t)](
+    # One axis: the others of CUDA end at 65,535.
+    _diagonals_kernel[(triton.cdiv(out_features, block_o) * triton.cdiv(num_tokens, block_t),)](
         x,
         values,
-        offsets,
-        columns,
-        rows,
+        *_contiguous(offsets, columns, rows),
         y,
         len(offsets),
         in_features,
@@ -188,6 +191,7 @@ def launch_diagonals(
     return y
 
 
+@on_its_device
 def launch_diagonals_gradient(
     x: Tensor,
     dy: Tensor,
@@ -223,9 +227,7 @@ def launch_diagonals_gradient(
     _diagonals_gradient_kernel[triton.cdiv(num_cells, block_l), len(offsets)](
         x,
         dy,
-        offsets,
-        columns,
-        rows,
+        *_contiguous(offsets, columns, rows),
         dvalues,
         in_features,
         out_features,
@@ -240,6 +242,10 @@ def launch_diagonals_gradient(
         num_warps=4,
     )
     return dvalues
+
+
+def _contiguous(*indices: Tensor | None) -> list[Tensor | None]:
+    return [None if index is None else index.contiguous() for index in indices]
 
 
 def _block_sizes(x: Tensor) -> tuple[int, int]:

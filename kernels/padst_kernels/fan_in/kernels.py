@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from padst_kernels.calls import on_its_device
 from padst_kernels.gather_gemm.layout import readable_tokens
 
 
@@ -122,6 +123,7 @@ def _fan_in_kernel(
     )
 
 
+@on_its_device
 def launch_fan_in(
     x: Tensor,
     values: Tensor,

@@ -139,7 +139,8 @@ def tile_index(
     if owner is not None:
         pointer, order = _sorted_by(owner, num_row_groups)
         index = index._replace(columns=columns[order], row_pointer=pointer, order=order)
-    return TileIndex._make(None if tensor is None else tensor.int() for tensor in index)
+    # Kernels know no strides.
+    return TileIndex._make(None if t is None else t.int().contiguous() for t in index)
 
 
 def _behind(positions: Tensor, size: int) -> Tensor:

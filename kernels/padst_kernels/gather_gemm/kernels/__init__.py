@@ -1,7 +1,7 @@
 """Triton kernels of the grouped gather GEMM, and their launchers: tensors in, tensors out.
 
     launch_product(x, weight, columns, row_pointer, out_features, *, rows, order, transposed, run,
-                   bias, gelu, gelu_gradient, residual, norm, feature_major, out, precision, tile)
+                   bias, gelu, gelu_gradient, residual, norm, feature_major, precision, tile)
         -> y [O, T]
     launch_input_gradient(dy, weight, rows, column_pointer, slots, in_features, *, run,
                           feature_major, precision, workspace, tile)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from padst_kernels.calls import on_its_device
 from padst_kernels.gather_gemm.kernels.product import launch_product
 from padst_kernels.gather_gemm.kernels.tiles import Tile
 from padst_kernels.gather_gemm.layout import empty_features, readable_tokens
@@ -26,8 +27,9 @@ def _slot_sum_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    num_blocks = tl.cdiv(in_features, BLOCK_I)
+    i = tl.program_id(0) % num_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    t = tl.program_id(0) // num_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     first = tl.load(column_pointer + i, mask=i < in_features, other=0)
     last = tl.load(column_pointer + i + 1, mask=i < in_features, other=0)
     acc = tl.zeros((BLOCK_I, BLOCK_T), tl.float32)
@@ -44,6 +46,7 @@ def _slot_sum_kernel(
     tl.store(dx, acc.to(dx.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def launch_input_gradient(
     dy: Tensor,
     weight: Tensor,
@@ -86,6 +89,8 @@ def launch_input_gradient(
     num_tokens = dy.shape[1]
     num_slots = weight.shape[0] * weight.shape[1]
     dx = empty_features(in_features, num_tokens, dy, feature_major)
+    if not num_slots:
+        return dx.zero_()
     chunk = max(workspace // (num_slots * dy.element_size()) // 128 * 128, 128)
     for begin in range(0, num_tokens, chunk):
         dy_chunk, dx_chunk = dy[:, begin : begin + chunk], dx[:, begin : begin + chunk]
@@ -101,7 +106,7 @@ def launch_input_gradient(
             tile=tile,
         )
         block_t = min(128, max(16, triton.next_power_of_2(z.shape[1])))
-        _slot_sum_kernel[triton.cdiv(in_features, 16), triton.cdiv(z.shape[1], block_t)](
+        _slot_sum_kernel[(triton.cdiv(in_features, 16) * triton.cdiv(z.shape[1], block_t),)](
             z,
             column_pointer,
             slots,

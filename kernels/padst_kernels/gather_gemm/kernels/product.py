@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from padst_kernels.calls import on_its_device
 from padst_kernels.gather_gemm.kernels.tiles import Tile, block_height
 from padst_kernels.gather_gemm.layout import empty_features, readable_tokens
 
@@ -31,6 +32,7 @@ def _product_kernel(
     num_tokens,
     x_tokens,
     y_tokens,
+    num_programs,
     x_feature_stride,
     x_token_stride,
     y_feature_stride,
@@ -52,13 +54,13 @@ def _product_kernel(
 ):
     # Row groups are the fastest axis, so that all of them meet a token tile while it is in L2.
     parts: tl.constexpr = (HEIGHT + BLOCK_V - 1) // BLOCK_V
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = tl.program_id(0) // num_programs * BLOCK_T + tl.arange(0, BLOCK_T)
     x += t.to(tl.int64)[:, None] * x_token_stride
     if other is not None:
         other += t.to(tl.int64)[:, None] * other_token_stride
     y += t.to(tl.int64)[:, None] * y_token_stride
     for step in range(ROW_BLOCKS):
-        block = tl.program_id(0) * ROW_BLOCKS + step
+        block = tl.program_id(0) % num_programs * ROW_BLOCKS + step
         group = block // parts
         v = block % parts * BLOCK_V + tl.arange(0, BLOCK_V)
         if row_pointer is None:
@@ -132,6 +134,7 @@ def _product_kernel(
         tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def launch_product(
     x: Tensor,
     weight: Tensor,
@@ -149,7 +152,6 @@ def launch_product(
     residual: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     feature_major: bool = True,
-    out: Tensor | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Tensor:
@@ -175,17 +177,15 @@ def launch_product(
         gelu: apply the exact (erf) GELU.
         gelu_gradient: `[O, T]` view that the derivative of GELU multiplies, instead: from a
             gradient behind GELU to the one before it. Not with `gelu` or `residual`.
-        residual: `[O, T]` view; may be `out`, to add to it.
-        norm: mean `[T]`, rstd `[T]` and row sums of the weight `[O]`, contiguous float32: LayerNorm
+        residual: `[O, T]` view.
+        norm: mean `[T]`, rstd `[T]` and row sums of the weight `[O]`, float32: LayerNorm
             of x, as rstd * (sum - mean * row sum).
         feature_major: layout of y.
-        out: `[O, T]` view to write to instead, any floating point; part of a larger y, say. Where
-            feature-major, it is written up to the next multiple of 16 tokens.
         precision: of float32 products: "ieee" or "tf32".
         tile: sizes to use instead of the default for this shape.
 
     Returns:
-        `[O, T]` view, dtype of x; or `out`.
+        `[O, T]` view, dtype of x.
 
     Raises:
         ValueError: a feature-major activation is not aligned.
@@ -201,7 +201,9 @@ def launch_product(
     assert order is None or row_pointer is not None
     assert gelu_gradient is None or (residual is None and not gelu)
     in_features, num_tokens = x.shape
-    y = empty_features(out_features, num_tokens, x, feature_major) if out is None else out
+    y = empty_features(out_features, num_tokens, x, feature_major)
+    if not y.numel():
+        return y
     block_v = block_height(height)
     num_blocks = num_groups * triton.cdiv(height, block_v)
     if tile is None:
@@ -213,15 +215,17 @@ def launch_product(
         name = "residual" if gelu_gradient is None else "gelu_gradient"
         y_tokens = min(y_tokens, readable_tokens(name, other))
     row_blocks = math.gcd(tile.row_blocks, num_blocks)
-    _product_kernel[num_blocks // row_blocks, triton.cdiv(num_tokens, tile.tokens)](
+    num_programs = num_blocks // row_blocks
+    # One axis: the others of CUDA end at 65,535.
+    _product_kernel[(num_programs * triton.cdiv(num_tokens, tile.tokens),)](
         x,
         weight,
         columns,
         row_pointer,
         order,
         rows,
-        *((None, None, None) if norm is None else norm),
-        bias,
+        *((None, None, None) if norm is None else (t.contiguous() for t in norm)),
+        None if bias is None else bias.contiguous(),
         other,
         y,
         in_features,
@@ -229,6 +233,7 @@ def launch_product(
         num_tokens,
         readable_tokens("x", x),
         y_tokens,
+        num_programs,
         *x.stride(),
         *y.stride(),
         *((0, 0) if other is None else other.stride()),

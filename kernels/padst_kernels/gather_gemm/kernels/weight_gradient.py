@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from padst_kernels.calls import on_its_device
 from padst_kernels.gather_gemm.kernels.tiles import Tile, block_height
 from padst_kernels.gather_gemm.layout import readable_tokens
 
@@ -113,6 +114,7 @@ def _sum_partials_kernel(partial, total, size, num_splits, BLOCK: tl.constexpr):
     tl.store(total + entry, acc.to(total.dtype.element_ty), mask=entry < size)
 
 
+@on_its_device
 def launch_weight_gradient(
     x: Tensor,
     dy: Tensor,
@@ -156,6 +158,9 @@ def launch_weight_gradient(
     num_tiles, width = columns.shape
     assert columns.is_contiguous() and width % run == 0 and dy.dtype == x.dtype
     assert order is None or row_pointer is not None
+    out = x.new_empty(num_tiles, width, height, dtype=dtype or x.dtype)
+    if not out.numel():
+        return out
     num_groups = num_tiles if row_pointer is None else len(row_pointer) - 1
     num_tokens = x.shape[1]
     block_v = block_height(height)
@@ -167,7 +172,6 @@ def launch_weight_gradient(
         splits = max(1, min(1024 // (programs[0] * programs[1]), num_tokens // 512))
     split_tokens = max(1, triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens)) * tile.tokens
     splits = max(1, triton.cdiv(num_tokens, split_tokens))
-    out = x.new_empty(num_tiles, width, height, dtype=dtype or x.dtype)
     partial = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
     _weight_gradient_kernel[(*programs, splits)](
         x,
