@@ -14,7 +14,8 @@ from pathlib import Path
 HEADERS = Path(__file__).parent
 
 # Not linked against an OpenMP of its own: it finds the one torch has loaded, and so obeys
-# `torch.set_num_threads`.
+# `torch.set_num_threads` in the thread that called it. A thread that Python starts has OpenMP's
+# default (`OMP_NUM_THREADS`) until it calls it too, or runs an operation of torch on many elements.
 COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", f"-I{HEADERS}", "-c"]
 
 
@@ -28,10 +29,12 @@ def compiled(source: Path) -> ctypes.CDLL | None:
     """
     try:
         return ctypes.CDLL(str(_build(source)))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+    # RuntimeError: there is no home directory.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1])
         logging.getLogger(__name__).warning(
-            "no compiled CPU kernels, plain PyTorch instead: %s", reason.strip().splitlines()[0]
+            "no compiled CPU kernels, plain PyTorch instead: %s", reason
         )
         return None
 

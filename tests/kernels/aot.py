@@ -103,14 +103,14 @@ def _read(ptx: str, cubin: bytes, shared: int) -> dict[str, int]:
         usage = _run("cuobjdump", "-res-usage", file.name)
         sass = _run("nvdisasm", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
+    assert found is not None and "EXIT" in sass, usage + sass
 
     def count(pattern: str, text: str = ptx) -> int:
         return len(re.findall(pattern, text))
 
     return {
         "registers": int(found[1]),
-        "spills": count(r"\b(STL|LDL)\b", sass),
+        "spills": count(r"\b(STL|LDL)\b", sass) + int(found[2]),
         "shared": shared,
         "wgmma": count(r"wgmma\.mma"),
         "mma": count(r"mma\.sync"),
@@ -125,7 +125,8 @@ def _read(ptx: str, cubin: bytes, shared: int) -> dict[str, int]:
 
 
 def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True).stdout
+    command = [_TOOLS / tool, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -1,4 +1,5 @@
 import functools
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -270,10 +271,41 @@ def test_names_shapes_and_dtypes_that_disagree() -> None:
         gather_gemm(case.x, case.weight, case.index, 25)
 
 
-def test_an_index_out_of_range_is_an_error_not_a_crash(backend: str) -> None:
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(
+    ("field", "place", "number"),
+    [
+        ("columns", 13, 34),
+        ("columns", -1, -1),
+        ("rows", 0, 1000),
+        ("rows", -1, -5),
+        ("row_pointer", 1, 1000),
+        ("row_pointer", 0, -1),
+        ("order", 0, 99),
+        ("order", -1, -1),
+    ],
+)
+def test_an_index_out_of_range_is_an_error_not_a_crash(
+    field: str, place: int, number: int, tokens: int
+) -> None:
+    if cpu._library() is None:
+        pytest.skip("no compiler")
+    case = make_case((tokens, 33, 6, 5, 8, 3, 21), True, torch.float32)
+    index, dy = case.index, torch.ones(tokens, 21)
+    getattr(index, field).view(-1)[place] = number
+    with pytest.raises(IndexError, match="out of range"):
+        cpu.product(case.x, case.weight, index, 21)
+    with pytest.raises(IndexError, match="out of range"):
+        cpu.input_gradient(dy, case.weight, index, 33)
+    with pytest.raises(IndexError, match="out of range"):
+        cpu.weight_gradient(case.x, dy, index, 8)
+
+
+def test_plain_pytorch_sees_features_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_library", lambda: None)
     case = make_case((40, 33, 6, 5, 8, 3, 21), False, torch.float32)
     case.index.columns[2, 3] = 34
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="out of range"):
         gather_gemm(case.x, case.weight, case.index, 21)
 
 
@@ -285,6 +317,32 @@ def test_no_compiler_no_library(
     source.write_text("int one() { return 1; }\n")
     assert compiled(source) is None
     assert "plain PyTorch instead" in caplog.text
+
+
+def test_says_why_the_compiler_refuses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if cpu._library() is None:
+        pytest.skip("no compiler")
+    monkeypatch.setenv("PADST_CACHE", str(tmp_path / "cache"))
+    source, header = tmp_path / "kernel.cpp", tmp_path / "wrong.h"
+    source.write_text('#include "wrong.h"\n')
+    header.write_text("int one() { return two; }\n")
+    assert compiled(source) is None
+    assert "error: " in caplog.text and "In file included" not in caplog.text
+
+
+def test_no_home_directory_no_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("PADST_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    # As of a user whom the system does not know.
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    source = tmp_path / "kernel.cpp"
+    source.write_text("int one() { return 1; }\n")
+    assert compiled(source) is None
+    assert "instead: Could not determine home directory." in caplog.text
 
 
 def test_a_library_is_built_once_for_each_version_of_its_files(

@@ -353,6 +353,8 @@ def test_unaligned_feature_major_is_refused() -> None:
             kernels.launch_product(x, case.weight, case.columns, None, 32)
 
 
+# The interpreter knows no other order.
+@pytest.mark.gpu
 def test_results_are_the_same_every_time() -> None:
     case = make_case(*CASES["nm16"])
     x, dy = activation(60, 197), activation(41, 197)
