@@ -70,6 +70,31 @@ void dw_rows(const Index& index, const int32_t* column, const typename Unit::wor
   });
 }
 
+// Word `t` of tokens of every row of dy, to vectors of rows that are `stride` vectors apart.
+template <class Unit, typename T>
+void read_rows(const T* dy, int64_t out_features, int64_t t, int64_t num_tokens,
+               const std::vector<int32_t>& features, typename Unit::word* out, int64_t stride) {
+  const auto token = [&](auto write) {
+    for (int64_t o = 0; o < out_features; o += LANES)
+      write(o, Unit::load_tokens(dy + o, out_features, t, num_tokens,
+                                 std::min<int64_t>(LANES, out_features - o)));
+  };
+  if (features.empty()) {
+    token([&](int64_t o, vec rows) { store_words(out + o * stride, rows); });
+    return;
+  }
+  // Read singly from one line: written singly to the slab, its rows would share sets of a cache.
+  auto* line = buffer<Unit>(WEIGHT, out_features + LANES);
+  token([&](int64_t o, vec rows) { store_words(line + o, rows); });
+  line[out_features] = 0;
+  const auto size = static_cast<int64_t>(features.size());
+  for (int64_t r = 0; r < size; r += LANES) {
+    typename Unit::word rows[LANES];
+    for (int i = 0; i < LANES; ++i) rows[i] = line[features[r + i]];
+    store_words(out + r * stride, load_words(rows));
+  }
+}
+
 template <class Unit, typename T>
 void weight_gradient(const Index& index, const T* x, const T* dy, int64_t num_tokens, T* dw) {
   typedef typename Unit::word word;
@@ -84,15 +109,14 @@ void weight_gradient(const Index& index, const T* x, const T* dy, int64_t num_to
   const int64_t vectors = (height + LANES - 1) / LANES;
   word* x_slab = buffer<Unit>(INPUT, (in_features + 1) * stride);
   word* dy_slab = buffer<Unit>(OUTPUT, index.num_groups * vectors * LANES * stride);
-  if (out_features < index.num_rows())
-    std::memset(dy_slab, 0, index.num_groups * vectors * LANES * stride * sizeof(word));
-  std::vector<int64_t> scattered;
-  if (index.positions() || height % LANES)
-    for (int64_t o = 0; o < out_features; ++o) {
-      const int64_t position = index.positions() ? index.positions()[o] : o;
-      const int64_t row = position / height * vectors * LANES + position % height;
-      scattered.push_back(row / LANES * LANES * stride + row % LANES);
-    }
+  // Feature of each row of the slab, O where none is, unless rows are features.
+  std::vector<int32_t> features;
+  if (index.rows || height % LANES || out_features < index.num_rows()) {
+    features.assign(index.num_groups * vectors * LANES, out_features);
+    for (int64_t r = 0; r < index.num_groups; ++r)
+      for (int64_t v = 0; v < height; ++v)
+        features[r * vectors * LANES + v] = index.feature(r * height + v);
+  }
   float* total = nullptr;
   if constexpr (std::is_same_v<T, float>)
     total = dw;
@@ -119,18 +143,7 @@ void weight_gradient(const Index& index, const T* x, const T* dy, int64_t num_to
               });
         std::memset(x_slab + in_features * stride + i, 0, LANES * sizeof(word));
         for (int64_t t = i; t < std::min(words, i + LANES); ++t)
-          for (int64_t o = 0; o < out_features; o += LANES) {
-            const int64_t n = std::min<int64_t>(LANES, out_features - o);
-            const vec rows = Unit::load_tokens(dy_part + o, out_features, t, count, n);
-            word* out = dy_slab + t * LANES;
-            if (scattered.empty()) {
-              store_words(out + o * stride, rows);
-              continue;
-            }
-            word part[LANES];
-            std::memcpy(part, &rows, sizeof(part));
-            for (int64_t j = 0; j < n; ++j) out[scattered[o + j]] = part[j];
-          }
+          read_rows<Unit>(dy_part, out_features, t, count, features, dy_slab + t * LANES, stride);
       }
 #pragma omp for schedule(dynamic)
       for (int64_t r = 0; r < index.num_groups; ++r)
