@@ -142,13 +142,21 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     def forward(x: torch.Tensor, **options: Any) -> Callable[[], Any]:
         return partial(gather.launch_product, x, **options, precision=precision)
 
+    def dw(*arguments: Any, **options: Any) -> Callable[[], Any]:
+        return partial(gather.launch_weight_gradient, *arguments, **options, precision=precision)
+
+    def dx(*arguments: Any, **options: Any) -> Callable[[], Any]:
+        return partial(gather.launch_input_gradient, *arguments, **options, precision=precision)
+
     empty = torch.empty(0, dtype=dtype)
     x, dy, bias, rows = features(768), features(3072), torch.zeros(3072), index(3072)
     mean = torch.zeros(6304)
     x_tm, dy_tm = features(768, 6304, "tm"), features(3072, 6304, "tm")
+    few_x, few_dy, few_dy_tm = features(768, 197), features(3072, 197), features(3072, 197, "tm")
     for height in (16, 32, 64, 128):
         groups = 3072 // height
         weight, columns = torch.empty(groups, 77, height, dtype=dtype), index(groups, 77)
+        slots = index(groups, height), index(769), index(groups * 77), 768
         nm = {"weight": weight, "columns": columns, "row_pointer": None, "out_features": 3072}
         yield f"forward nm{height} fm fm", forward(x=x, **nm, rows=rows)
         yield f"forward nm{height} fm tm", forward(x=x, **nm, bias=bias, feature_major=False)
@@ -166,7 +174,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         )
         in_l1 = gather.Tile(tokens=64, columns=64, warps=4, stages=5, row_blocks=groups)
         yield f"forward nm{height} fm fm in L1", forward(x=x, **nm, rows=rows, tile=in_l1)
-        yield f"forward nm{height} fm fm ragged", forward(x=features(768, 197), **nm, rows=rows)
+        yield f"forward nm{height} fm fm ragged", forward(x=few_x, **nm, rows=rows)
         yield f"forward nm{height} fm fm few", forward(x=features(768, 5), **nm, rows=rows)
         yield (
             f"forward nm{height} tm tm",
@@ -174,59 +182,28 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         )
         yield (
             f"dx nm{height} fm fm",
-            partial(
-                gather.launch_input_gradient,
-                dy,
-                weight,
-                index(groups, height),
-                index(769),
-                index(groups * 77),
-                768,
-                workspace=1 << 40,
-                precision=precision,
-            ),
+            dx(dy, weight, *slots, workspace=1 << 40),
         )
         yield (
             f"dw nm{height} fm fm",
-            partial(
-                gather.launch_weight_gradient,
-                x,
-                dy,
-                columns,
-                None,
-                rows,
-                height,
-                precision=precision,
-            ),
+            dw(x, dy, columns, None, rows, height),
         )
         yield (
             f"dx nm{height} tm tm runs",
-            partial(
-                gather.launch_input_gradient,
-                dy_tm,
-                weight,
-                index(groups, height),
-                index(769),
-                index(groups * 77),
-                768,
-                run=height,
-                feature_major=False,
-                precision=precision,
-            ),
+            dx(dy_tm, weight, *slots, run=height, feature_major=False),
         )
         yield (
             f"dw nm{height} tm tm",
-            partial(
-                gather.launch_weight_gradient,
-                x_tm,
-                dy_tm,
-                columns,
-                None,
-                None,
-                height,
-                precision=precision,
-            ),
+            dw(x_tm, dy_tm, columns, None, None, height),
         )
+        yield (
+            f"forward nm{height} fm tm ragged epilogue",
+            forward(x=few_x, **nm, bias=bias, gelu=True, residual=few_dy_tm, feature_major=False),
+        )
+        yield f"dx nm{height} fm fm ragged", dx(few_dy, weight, *slots, workspace=1 << 40)
+        yield f"dx nm{height} tm fm runs", dx(dy_tm, weight, *slots, run=height)
+        yield f"dw nm{height} fm fm ragged", dw(few_x, few_dy, columns, None, rows, height)
+        yield f"dw nm{height} fm tm", dw(x, dy_tm, columns, None, None, height)
         num_tiles = 3072 * 768 // (10 * height * height)
         tiles, pointer = index(num_tiles, height), index(groups + 1)
         weight = torch.empty(num_tiles, height, height, dtype=dtype)
@@ -236,6 +213,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"forward block{height} tm tm runs",
             forward(x=x_tm, **block, run=height, feature_major=False),
         )
+        yield f"forward block{height} tm fm runs", forward(x=x_tm, **block, run=height)
         block |= {"row_pointer": index(768 // height + 1), "out_features": 768}
         block |= {"order": index(num_tiles), "transposed": True}
         yield f"dx block{height} fm fm", forward(x=dy, **block, rows=index(768))
@@ -245,18 +223,11 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         )
         yield (
             f"dw block{height} fm fm",
-            partial(
-                gather.launch_weight_gradient,
-                x,
-                dy,
-                tiles,
-                pointer,
-                rows,
-                height,
-                order=index(num_tiles),
-                run=height,
-                precision=precision,
-            ),
+            dw(x, dy, tiles, pointer, rows, height, order=index(num_tiles), run=height),
+        )
+        yield (
+            f"dw block{height} tm tm runs",
+            dw(x_tm, dy_tm, tiles, pointer, None, height, order=index(num_tiles), run=height),
         )
     # Offsets in classes modulo 12: tiles of 64 inputs and 256 outputs.
     weight = torch.empty(12, 64, 256, dtype=dtype)
@@ -265,6 +236,12 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         "forward stride12 fm fm",
         forward(x=x, **stride, columns=index(12, 64), out_features=3072, rows=rows),
     )
+    epilogue = {"bias": bias, "gelu": True, "residual": few_dy}
+    yield (
+        "forward stride12 fm fm ragged epilogue",
+        forward(x=few_x, **stride, columns=index(12, 64), out_features=3072, rows=rows, **epilogue),
+    )
+    yield "dw stride12 fm fm", dw(x, dy, index(12, 64), index(13), rows, 256, order=index(12))
     yield (
         "dx stride12 fm fm",
         forward(
@@ -281,6 +258,18 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield (
         "forward diagonals fm fm",
         partial(diagonals.launch_diagonals, x, values, offsets, 3072, **sides),
+    )
+    yield (
+        "forward diagonals tm tm",
+        partial(
+            diagonals.launch_diagonals,
+            x_tm,
+            values,
+            offsets,
+            3072,
+            by_row=False,
+            feature_major=False,
+        ),
     )
     yield (
         "dw diagonals fm fm",

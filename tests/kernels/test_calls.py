@@ -173,6 +173,21 @@ def test_a_copy_in_another_layout_serves_both_passes(
     assert all(t.stride(1) == 1 for tensors in read.values() for t in tensors)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "name"), NAMES)
+def test_the_host_never_waits_for_the_device(backend: str, name: str) -> None:
+    operation = operations(backend)[name]
+    x = torch.randn(70, 45, device=DEVICE, requires_grad=name != "fan_in_linear")
+    for mode in ("default", "error"):  # Compiles, then runs.
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            y = operation(x)
+            if x.requires_grad:
+                y.backward(torch.ones_like(y))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", ["gather_gemm", "diagonal_linear", "fan_in_linear"])
 def test_kernels_run_on_the_device_of_their_tensors(
     name: str, monkeypatch: pytest.MonkeyPatch
