@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from padst_exp.structures.layout import Layout, share_budget
+from padst_exp.structures.layout import MIN_TILE_HEIGHT, Layout, share_budget
 from padst_exp.structures.structure import Structure, check_positive, require_units
 
 
@@ -85,8 +85,3 @@ class BlockLayout(Layout):
 
     def symmetry(self, side: str) -> Tensor | None:
         return torch.arange(self.shape[1] if side == "in" else self.shape[0]) // self.size
-
-
-# Below this height gathered inputs are used too seldom and a dense product is faster: measured
-# with plain PyTorch on a CPU at 90% sparsity.
-MIN_TILE_HEIGHT = 8

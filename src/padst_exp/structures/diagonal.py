@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from padst_exp.errors import UserError
-from padst_exp.structures.block import MIN_TILE_HEIGHT
-from padst_exp.structures.layout import Layout, share_budget
+from padst_exp.structures.layout import MIN_TILE_HEIGHT, Layout, share_budget
 from padst_exp.structures.structure import Structure, check_positive, require_units
 
 

@@ -20,6 +20,10 @@ from torch import Tensor
 
 from padst_exp.pools import best_of_each
 
+# Rows of a tile from which on it multiplies as a whole: lower ones would leave most of a vector
+# empty, and go to the kernels of single entries.
+MIN_TILE_HEIGHT = 8
+
 
 class Layout(abc.ABC):
     """Geometry of one weight `[O, I]` at one density. Immutable and stateless.
@@ -66,8 +70,7 @@ class Layout(abc.ABC):
     def tiles(self, units: Tensor) -> tuple[Tensor, Tensor] | None:
         """Columns `[N * tiles, width]` and row group `[N * tiles]` of every tile, or None.
 
-        None means that gathering does not pay for this structure (tiles only one row high), and
-        the weight is scattered into a dense matrix instead.
+        None where tiles would be lower than `MIN_TILE_HEIGHT`: entries multiply singly instead.
         """
         return None
 
