@@ -2,7 +2,7 @@
 
     launch_diagonals(x, values, offsets, out_features, *, by_row, columns, rows, feature_major)
         -> y [O, T]
-    launch_diagonals_gradient(x, dy, offsets, *, by_row, columns, rows, dtype) -> dvalues [D, L]
+    launch_diagonals_gradient(x, dy, offsets, *, by_row, columns, rows) -> dvalues [D, L]
 
 Shape letters: T tokens, I and O features in and out, D diagonals, L = min(O, I) cells of each.
 Diagonal d of offset o has cells j = 0 .. L - 1 at (j, (j + o) mod I) where `by_row`, which needs
@@ -19,7 +19,6 @@ instructions: the products run on CUDA cores, and every x is read D times, throu
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -200,7 +199,6 @@ def launch_diagonals_gradient(
     by_row: bool,
     columns: Tensor | None = None,
     rows: Tensor | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """dvalues[d, j] = sum over t of dy[rows[r], t] * x[columns[c], t], (r, c) cell j of diagonal d.
 
@@ -211,10 +209,9 @@ def launch_diagonals_gradient(
         by_row: as in `launch_diagonals`.
         columns: int32 `[I]`, or None.
         rows: int32 `[O]`, or None.
-        dtype: of the result; that of x by default.
 
     Returns:
-        `[D, L]`.
+        `[D, L]`, dtype of x.
 
     Raises:
         ValueError: a feature-major activation is not aligned.
@@ -222,7 +219,7 @@ def launch_diagonals_gradient(
     in_features, num_tokens = x.shape
     out_features = len(dy)
     num_cells = min(in_features, out_features)
-    dvalues = x.new_empty(len(offsets), num_cells, dtype=dtype or x.dtype)
+    dvalues = x.new_empty(len(offsets), num_cells)
     block_l, block_t = _block_sizes(x)
     _diagonals_gradient_kernel[triton.cdiv(num_cells, block_l), len(offsets)](
         x,

@@ -7,7 +7,7 @@
                           feature_major, precision, workspace, tile)
         -> dx [I, T]
     launch_weight_gradient(x, dy, columns, row_pointer, rows, height, *, order, run, precision,
-                           dtype, splits, tile)
+                           splits, tile)
         -> dweight [G, K, V]
 
 Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile,

@@ -126,7 +126,6 @@ def launch_weight_gradient(
     order: Tensor | None = None,
     run: int = 1,
     precision: str = "ieee",
-    dtype: torch.dtype | None = None,
     splits: int | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -145,12 +144,11 @@ def launch_weight_gradient(
             `row_pointer`.
         run: columns come in aligned runs, see `launch_product`.
         precision: of float32 products.
-        dtype: of the result; that of x by default.
         splits: programs the tokens are split over, by default enough to fill a large GPU.
         tile: sizes to use instead of the default; `columns` is the extent of K in one program.
 
     Returns:
-        `[G, K, V]`.
+        `[G, K, V]`, dtype of x.
 
     Raises:
         ValueError: a feature-major activation is not aligned.
@@ -158,7 +156,7 @@ def launch_weight_gradient(
     num_tiles, width = columns.shape
     assert columns.is_contiguous() and width % run == 0 and dy.dtype == x.dtype
     assert order is None or row_pointer is not None
-    out = x.new_empty(num_tiles, width, height, dtype=dtype or x.dtype)
+    out = x.new_empty(num_tiles, width, height)
     if not out.numel():
         return out
     num_groups = num_tiles if row_pointer is None else len(row_pointer) - 1
