@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,10 @@ from padst_exp.cli import command_line
 from padst_exp.config import EvaluateSchema, evaluate_settings
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
+    from torch import Tensor
+
     from padst_exp.engine.distributed import World
+    from padst_exp.restore import Restored
 
 
 @command_line("evaluate")
@@ -37,7 +42,7 @@ def evaluate(settings: EvaluateSchema, world: World) -> tuple[Path, dict[str, fl
     """Metrics of the best checkpoint of a run (the last one where none is the best yet).
 
     Where the run keeps a moving average of its weights, that is what is evaluated. Instead of a
-    run it may be a checkpoint file, or the folder of an export.
+    run it may be a checkpoint file, or the folder of an export, which is tuned for the batches.
 
     Returns:
         The checkpoint's path (or the export's) and the metrics.
@@ -47,7 +52,7 @@ def evaluate(settings: EvaluateSchema, world: World) -> tuple[Path, dict[str, fl
     """
     from padst_exp.data.sampler import validation_loader
     from padst_exp.engine import evaluation
-    from padst_exp.restore import restore
+    from padst_exp.restore import RestoredRun, restore
 
     restored = restore(Path(settings.run), world)
     trainer = restored.trainer
@@ -58,10 +63,30 @@ def evaluate(settings: EvaluateSchema, world: World) -> tuple[Path, dict[str, fl
         world_size=world.size,
         workers=trainer.workers,
     )
+    if not isinstance(restored, RestoredRun):
+        _tune(restored, batches, world)
     metrics = evaluation.evaluate(
         restored.model, restored.task, batches, precision=trainer.precision, world=world
     )
     return restored.path, metrics
+
+
+def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> None:
+    """Give an export the form that is fastest for such batches, and say which."""
+    from padst_exp.engine.evaluation import forward_context, to_device
+    from padst_exp.engine.progress import say
+    from padst_exp.inference import tune
+
+    precision = export.trainer.precision
+    for batch in islice(batches, 1):  # a rank may have none
+        inputs, _ = to_device(batch, world.device, precision)
+        with forward_context(precision, world.device):
+            report = tune(export.model, inputs)
+        if world.main:
+            say(
+                f"{report.layout} for batches of {len(inputs)} in {precision}: "
+                f"{report.speedup:.2f}x dense on {report.device}"
+            )
 
 
 if __name__ == "__main__":

@@ -55,12 +55,13 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         The folder and the description that stands in it.
 
     Raises:
-        UserError: there is no such run, it is damaged, or the folder is in use.
+        UserError: there is no such run, it is damaged or diverged, or the folder is in use.
     """
+    from padst_exp.dispatch import difference
     from padst_exp.inference import files, pack
     from padst_exp.inference.packing import dense_state
     from padst_exp.layers import permutations
-    from padst_exp.restore import restore_run
+    from padst_exp.restore import plain_model, restore_run
 
     if world.size > 1:
         raise UserError(f"export: one process is enough, torchrun started {world.size}")
@@ -74,28 +75,30 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         permutation.harden()
     sample, expected = _logits(model, restored)
 
-    constructor = _constructor(restored)
-    plain = files.construct(constructor, restored.path)
+    if not expected.isfinite().all():
+        raise UserError(f"run: {restored.path} computes logits that are not finite")
+
     layers = pack(model)
     extra = {}
     if settings.format == "dense":
+        plain = plain_model(restored.config, restored.task)
         # Copies: a plain load_state_dict wants tied weights under each of their names.
         state = {name: tensor.clone() for name, tensor in dense_state(model, plain).items()}
         plain.load_state_dict(state, assign=True)
-        model, layers = plain.eval(), {}
+        model, layers = plain.to(world.device, restored.trainer.dtype).eval(), {}
         extra = _configuration(model)
     _, found = _logits(model, restored, sample)
-    difference = float((found - expected).norm() / expected.norm())
-    assert difference <= TOLERANCE, f"the exported model differs by {difference:.2g}"
+    largest = difference(found, expected)
+    assert largest <= TOLERANCE, f"the exported model differs by {largest:.2g}"
     description = {
         "kind": settings.format,
-        "model": constructor,
+        "model": _constructor(restored),
         "layers": layers,
         "density_of_layers": restored.report.density("layers"),
         "density_of_model": restored.report.density("model"),
         "sparsification": [asdict(layer) for layer in restored.report.layers],
-        "largest_difference": difference,
-        "metrics": _metrics(restored),
+        "largest_difference": largest,
+        "metrics_of_checkpoint": _metrics(restored),
         "source": {
             "run": None if restored.run is None else str(restored.run.resolve()),
             "checkpoint": restored.path.name,

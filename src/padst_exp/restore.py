@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+from yaml import YAMLError
 
 from padst_exp import dispatch
-from padst_exp.config import build
+from padst_exp.config import TrainSchema, build
 from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
@@ -63,17 +66,26 @@ def restore(path: Path, world: World) -> Restored:
     Raises:
         UserError: there is no such export, run or checkpoint, or it is damaged.
     """
+    if path.is_file() and (path.parent / DESCRIPTION).is_file():
+        raise UserError(f"run: {path} is one file of an export, give its folder {path.parent}")
     if not (path / DESCRIPTION).is_file():
         return restore_run(path, world)
-    cfg = OmegaConf.create(str(read_description(path)["config"]))
-    assert isinstance(cfg, DictConfig)
+    cfg = _config(io.StringIO(read_description(path)["config"]), path / DESCRIPTION)
+    task = build_task(cfg, world)
+    trainer = build(cfg.trainer, "trainer")
     return Restored(
         config=cfg,
         path=path,
-        task=build_task(cfg, world),
-        trainer=build(cfg.trainer, "trainer"),
-        model=load(path, world.device),
+        task=task,
+        trainer=trainer,
+        model=load(path, world.device, trainer.dtype, plain_model(cfg, task)),
     )
+
+
+def plain_model(cfg: DictConfig, task: Task) -> nn.Module:
+    """The dense model of `cfg` for the data of `task`, with weights to be replaced."""
+    model: nn.Module = build(cfg.model, "model", task.model_shape)
+    return model
 
 
 def restore_run(path: Path, world: World) -> RestoredRun:
@@ -99,22 +111,18 @@ def restore_run(path: Path, world: World) -> RestoredRun:
         path = best if best.exists() else last
     saved = checkpoint.read(path)
     if run is None:
-        cfg = OmegaConf.create(str(saved["config_text"]))
+        cfg = _config(io.StringIO(saved["config_text"]), path)
     else:
-        cfg = OmegaConf.load(run / "config.yaml")
-    assert isinstance(cfg, DictConfig)
-    # All weights come from the run's own checkpoint, wherever they started.
-    cfg.model.pretrained, cfg.model.checkpoint = False, None
-
+        cfg = _config(run / "config.yaml", run / "config.yaml")
     task = build_task(cfg, world)
     trainer = build(cfg.trainer, "trainer")
     model, report = sparse_model(cfg, task, build(cfg.permutation, "permutation"))
     model.to(world.device, trainer.dtype)
-    # As in training, whose device may have been another.
-    choices = dispatch.restore(saved["backends"], world.device)
-    dispatch.reuse(model, choices or dispatch.forced(model, "torch", world.device))
     averaged = saved["average"] is not None
     checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
+    # As in training, whose device may have been another.
+    choices = dispatch.restore(saved["backends"], model, world.device)
+    dispatch.reuse(model, choices or dispatch.forced(model, "torch", world.device))
     return RestoredRun(
         config=cfg,
         run=run,
@@ -126,3 +134,21 @@ def restore_run(path: Path, world: World) -> RestoredRun:
         model=model,
         report=report,
     )
+
+
+def _config(file: Path | io.StringIO, name: Path) -> DictConfig:
+    """The training config in `file`, which a user knows as `name`."""
+    try:
+        cfg = OmegaConf.merge(TrainSchema, OmegaConf.load(file))
+        missing = OmegaConf.missing_keys(cfg)
+        if missing:
+            raise ValueError(f"it has no {min(missing)}")
+        # All weights come from the run's own checkpoint, wherever they started.
+        for key, value in (("pretrained", False), ("checkpoint", None)):
+            if key in cfg.model:
+                cfg.model[key] = value
+    except (YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name}: damaged, no training config: {reason}") from error
+    assert isinstance(cfg, DictConfig)
+    return cfg

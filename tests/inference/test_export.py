@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
+from inference.own_models import Perceptron
 from padst_exp import dispatch
 from padst_exp.config import (
     EvaluateSchema,
     ExportSchema,
+    SparseRule,
     build,
     config_dir,
     export_settings,
@@ -42,9 +47,21 @@ def composed(name: str, *overrides: str) -> DictConfig:
         return compose(name, overrides=list(overrides))
 
 
-def make_run(folder: Path, *overrides: str, averaged: bool = False) -> Path:
+OWN_MODEL = {"_target_": "inference.own_models.Perceptron", "width": 48}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADST_CACHE", str(tmp_path / "cache"))
+
+
+def make_run(
+    folder: Path, *overrides: str, averaged: bool = False, own_model: bool = False
+) -> Path:
     """A run directory as a training leaves it at step 3, its permutations still soft."""
     cfg = composed("config", "structure=nm", "sparsity=0.5", *SIZES, *overrides)
+    if own_model:
+        cfg.model, cfg.sparse = OWN_MODEL, [SparseRule(pattern="hidden")]
     model, _ = sparse_model(cfg, build_task(cfg, World()), build(cfg.permutation, "permutation"))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,6 +90,13 @@ def settings(run: Path, **changes: Any) -> ExportSchema:
     return ExportSchema(run=str(run), **values)
 
 
+def edit_checkpoint(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = run / "checkpoints" / "last.pt"
+    payload = checkpoint.read(path)
+    change(payload)
+    checkpoint.write(payload, path)
+
+
 def first_images() -> torch.Tensor:
     from padst_exp.data.small_images import Digits
 
@@ -98,7 +122,7 @@ def test_an_export_computes_what_the_run_does(tmp_path: Path, format: str, avera
     source = description["source"]
     assert (source["step"], source["averaged"]) == (3, averaged)
     assert source["checkpoint"] == "last.pt" and len(source["hardened"]) == 4
-    assert description["metrics"] == {"loss": 1.5, "top1": 40.0}
+    assert description["metrics_of_checkpoint"] == {"loss": 1.5, "top1": 40.0}
     assert description["density_of_layers"] == 0.5
     inputs = first_images()
     expected = hardened_logits(run, inputs)
@@ -134,9 +158,116 @@ def test_one_checkpoint_even_moved_out_of_its_run(tmp_path: Path) -> None:
     (run / "checkpoints" / "last.pt").rename(moved)
     folder, description = export(settings(moved, out=str(tmp_path / "o" / "mine")), World())
     assert folder == tmp_path / "o" / "mine"
-    assert description["source"]["run"] is None and description["metrics"] == {}
+    assert description["source"]["run"] is None
+    assert description["metrics_of_checkpoint"] == {}
     for exported in (inside, folder):
         torch.testing.assert_close(load(exported)(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_a_model_of_ones_own(tmp_path: Path, format: str) -> None:
+    run = make_run(tmp_path / "run", "permutation=random", own_model=True)
+    inputs = first_images()
+    expected = hardened_logits(run, inputs)
+    folder, description = export(settings(run, format=format), World())
+    assert description["model"]["_target_"] == OWN_MODEL["_target_"]
+    with pytest.raises(UserError, match=r"'inference.own_models.Perceptron' is none of padst_exp"):
+        load(folder)
+    mine = Perceptron(**description["model"]["arguments"])
+    torch.testing.assert_close(load(folder, model=mine)(inputs), expected, atol=1e-5, rtol=1e-5)
+    found = evaluate(EvaluateSchema(run=str(folder), device="cpu"), World())[1]
+    moved = tmp_path / "moved.pt"
+    (run / "checkpoints" / "last.pt").rename(moved)
+    expected_metrics = evaluate(EvaluateSchema(run=str(moved), device="cpu"), World())[1]
+    assert found == pytest.approx(expected_metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
+def test_an_evaluated_export_is_tuned(
+    precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", f"trainer.precision={precision}")
+    folder, _ = export(settings(run), World())
+    asked = EvaluateSchema(run=str(folder), device="cpu", batch_size=50)
+    capsys.readouterr()
+    evaluate(asked, World())
+    said = capsys.readouterr().err
+    assert re.search(rf"(major|dense) for batches of 50 in {precision}: [0-9.]+x dense on ", said)
+    decisions = (tmp_path / "cache" / "decisions.json").read_text()
+    evaluate(asked, World())
+    assert (tmp_path / "cache" / "decisions.json").read_text() == decisions
+    capsys.readouterr()
+    evaluate(EvaluateSchema(run=str(run), device="cpu"), World())
+    assert "x dense" not in capsys.readouterr().err
+
+
+def test_a_head_of_zeros_exports(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+
+    def silence(payload: dict[str, Any]) -> None:
+        for name in ("head.weight", "head.bias"):
+            payload["model"][name].zero_()
+
+    edit_checkpoint(run, silence)
+    _, description = export(settings(run), World())
+    assert description["largest_difference"] == 0
+
+
+def test_a_run_that_diverged_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+
+    def diverge(payload: dict[str, Any]) -> None:
+        payload["model"]["head.bias"][0] = float("nan")
+
+    edit_checkpoint(run, diverge)
+    with pytest.raises(UserError, match=r"^run: .*last\.pt computes logits that are not finite$"):
+        export(settings(run), World())
+    assert not (run / "export").exists()
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    others = {"deeper": "model.depth=2", "blocks": "structure=block"}
+    for name, override in others.items():
+        other = make_run(tmp_path / name, override)
+        shutil.copy(other / "checkpoints" / "last.pt", run / "checkpoints" / "last.pt")
+        with pytest.raises(UserError, match=r"^.*last\.pt: does not fit this model: [^\n]*$"):
+            restore_run(run, World())
+
+
+def test_backends_that_do_not_fit_are_not_taken_over(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    inputs = first_images()
+    expected = hardened_logits(run, inputs)
+    edit_checkpoint(run, lambda payload: payload["backends"]["choices"].popitem())
+    torch.testing.assert_close(hardened_logits(run, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "while parsing a flow node"),
+        ("[1, 2]", ""),
+        ("hello", ""),
+        ("", ""),
+        ("model: 5", "it has no "),
+        ("speed: 5", "Key 'speed' not in 'TrainSchema'"),
+    ],
+)
+def test_a_damaged_config_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    folder, _ = export(settings(run), World())
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(
+        UserError, match=rf"^.*config\.yaml: damaged, no training config: {message}[^\n]*$"
+    ):
+        restore_run(run, World())
+    description = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**description, "config": text}))
+    with pytest.raises(
+        UserError, match=rf"^.*model\.json: damaged, no training config: {message}[^\n]*$"
+    ):
+        evaluate(EvaluateSchema(run=str(folder), device="cpu"), World())
 
 
 def test_an_export_evaluates_like_its_run(tmp_path: Path) -> None:
@@ -164,6 +295,14 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     for wrong, message in cases:
         with pytest.raises(UserError, match=rf"^{message}[^\n]*$"):
             export(wrong, World())
+    cases = [
+        (run / "config.yaml", r".*config\.yaml: damaged, or not a checkpoint"),
+        (run / "export" / "model.safetensors", "run: .* is one file of an export, give its folder"),
+        (run / "export" / "model.json", "run: .* is one file of an export, give its folder"),
+    ]
+    for path, message in cases:
+        with pytest.raises(UserError, match=rf"^{message}[^\n]*$"):
+            evaluate(EvaluateSchema(run=str(path), device="cpu"), World())
     export(settings(run, overwrite=True), World())
     with pytest.raises(UserError, match=r"^export: one process is enough, torchrun started 2$"):
         export(settings(run), World(size=2))
@@ -208,14 +347,25 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["vit", "gpt2"])
-def test_the_whole_flow_as_a_user_types_it(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "structure"),
+    [
+        ("vit", ["structure=nm", "structure.group=8"]),
+        ("gpt2", ["structure=nm", "structure.group=8"]),
+        ("vit", ["structure=block", "structure.size=8"]),
+        ("vit", ["structure=diag"]),
+    ],
+    ids=["vit-nm", "gpt2-nm", "vit-block", "vit-diag"],
+)
+def test_the_whole_flow_as_a_user_types_it(
+    model: str, structure: list[str], tmp_path: Path
+) -> None:
     def run(*arguments: str, code: int = 0) -> str:
         done = python("-m", *arguments, cwd=tmp_path)
         assert done.returncode == code, done.stderr
         return done.stderr
 
-    run("padst_exp.train", "name=a", f"model={model}", "structure.group=8", "logger=none",
+    run("padst_exp.train", "name=a", f"model={model}", *structure, "logger=none",
         "sparsity=0.75", "trainer.steps=6", "trainer.checkpoint_interval=1", "trainer.keep_last=6",
         "dst.interval=2", *SIZES)  # fmt: skip
     said = run("padst_exp.export", "run=runs/a")
@@ -227,8 +377,13 @@ def test_the_whole_flow_as_a_user_types_it(model: str, tmp_path: Path) -> None:
         assert refused.startswith("padst_exp: error: out: runs/a/export holds an export already")
         soft = run("padst_exp.export", "run=runs/a/checkpoints/step-000000001.pt", "out=soft")
         assert "was still soft, the nearest permutation took its place" in soft
-        trained = run("padst_exp.evaluate", "run=runs/a").splitlines()[1:]
-        assert run("padst_exp.evaluate", "run=runs/a/export").splitlines()[1:] == trained
+        found = [
+            dict(line.rsplit(maxsplit=1) for line in said.splitlines() if "top1" in line)
+            for said in (
+                run("padst_exp.evaluate", f"run=runs/{name}") for name in ("a", "a/export")
+            )
+        ]
+        assert found[0] == found[1] and "top1" in found[0]
     restored = restore_run(tmp_path / "runs" / "a", World())
     inputs = torch.stack([restored.task.validation[index][0] for index in range(2)])
     expected = restored.model.eval()(inputs).detach()

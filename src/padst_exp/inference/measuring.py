@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dispatch import Decision, fastest
-from padst_exp.dispatch.backends import TOLERANCE
+from padst_exp.dispatch import Decision, agrees, fastest
 from padst_exp.inference.features import (
     Around,
     DenseFeatureLinear,
@@ -22,6 +20,8 @@ from padst_exp.inference.features import (
     TiledFeatureLinear,
 )
 from padst_exp.inference.linear import PackedLinear, TiledLinear
+
+Backend = Literal["torch", "triton"]
 
 # Alike layers are multiplied in turn, up to so many bytes of dense weights: more than a cache
 # holds, as when a whole model runs.
@@ -100,6 +100,7 @@ def fastest_layers(
     layers: Mapping[str, PackedLinear],
     twins: Mapping[str, nn.Linear],
     inputs: Mapping[str, list[Input]],
+    backends: Sequence[Backend],
 ) -> dict[str, LayerChoice]:
     """The fastest form of each of `layers`.
 
@@ -107,6 +108,7 @@ def fastest_layers(
         layers: by name.
         twins: their dense forms.
         inputs: from `inputs_of`.
+        backends: that may run beside dense.
     """
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name, layer in layers.items():
@@ -115,11 +117,14 @@ def fastest_layers(
     for names in alike.values():
         weight, given = twins[names[0]].weight, inputs[names[0]]
         rotated = names[: max(1, ROTATED // (weight.numel() * weight.element_size()))]
-        forms = _forms([layers[name] for name in rotated], [twins[name] for name in rotated])
+        forms = _forms(
+            [layers[name] for name in rotated], [twins[name] for name in rotated], backends
+        )
         decision = _fastest(
             {
                 "layer": repr(layers[names[0]]),
                 "bias": layers[names[0]].bias is not None,
+                "weights": str(weight.dtype),
                 "inputs": [repr(one) for one in given],
                 "rotated": len(rotated),
             },
@@ -135,11 +140,11 @@ def fastest_layers(
 
 
 def fastest_feature_layer(
-    name: str, layer: TiledLinear, around: Around, tokens: int
+    name: str, layer: TiledLinear, around: Around, tokens: int, backends: Sequence[Backend]
 ) -> tuple[FeatureLinear, LayerChoice]:
     """The fastest form of one product of a feature-major block, and what was measured."""
     forms: dict[str, FeatureLinear] = {"dense": DenseFeatureLinear(layer, around)}
-    for backend in _backends(layer.weight.device):
+    for backend in _backends(layer.weight.device, backends):
         forms[backend] = TiledFeatureLinear(layer, backend, around)
     dtype, device = layer.weight.dtype, layer.weight.device
     x = _random(tokens, layer.in_features, dtype=dtype, device=device)
@@ -175,17 +180,14 @@ def fastest_feature_layer(
     return forms[decision.choice], choice
 
 
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference over the norm of `theirs`."""
-    return float((ours - theirs).float().norm() / theirs.float().norm().clamp(min=1e-30))
-
-
 Form = Callable[[Tensor], Tensor]
 
 
-def _forms(layers: list[PackedLinear], twins: list[nn.Linear]) -> dict[str, list[Form]]:
+def _forms(
+    layers: list[PackedLinear], twins: list[nn.Linear], backends: Sequence[Backend]
+) -> dict[str, list[Form]]:
     forms: dict[str, list[Form]] = {"dense": [*twins]}
-    for backend in _backends(layers[0].weight.device):
+    for backend in _backends(layers[0].weight.device, backends):
         forms[backend] = []
         for layer in layers:
             form = copy.copy(layer)
@@ -194,8 +196,8 @@ def _forms(layers: list[PackedLinear], twins: list[nn.Linear]) -> dict[str, list
     return forms
 
 
-def _backends(device: torch.device) -> tuple[Literal["torch", "triton"], ...]:
-    return ("torch", "triton") if device.type == "cuda" else ("torch",)
+def _backends(device: torch.device, allowed: Sequence[Backend]) -> list[Backend]:
+    return [name for name in allowed if name == "torch" or device.type == "cuda"]
 
 
 def _fastest(
@@ -208,29 +210,18 @@ def _fastest(
 
         return once
 
+    def candidates() -> dict[str, Callable[[], list[Tensor]]]:
+        calls = {name: call(layers) for name, layers in forms.items()}
+        dense = calls.pop("dense")
+        expected = dense()
+        agreeing = {name: once for name, once in calls.items() if agrees(name, once, expected)}
+        return {"dense": dense, **agreeing}
+
     return fastest(
-        {"pass": "inference", **what},
-        lambda: _agreeing({name: call(layers) for name, layers in forms.items()}),
+        {"pass": "inference", "forms": [*forms], **what},
+        candidates,
         device=inputs[0].device,
     )
-
-
-def _agreeing(calls: Mapping[str, Callable[[], list[Tensor]]]) -> dict[str, Callable[[], object]]:
-    """Those of `calls` that compute what "dense" does. Says so where one does not."""
-    expected = calls["dense"]()
-    kept: dict[str, Callable[[], object]] = {}
-    for name, call in calls.items():
-        try:
-            error = max(map(difference, call(), expected))
-        except (RuntimeError, ValueError) as failure:
-            reason = str(failure).partition("\n")[0]
-        else:
-            if error <= TOLERANCE[expected[0].dtype]:
-                kept[name] = call
-                continue
-            reason = f"its results differ by {error:.2g}"
-        logging.getLogger(__name__).warning("backend %s is not used here: %s", name, reason)
-    return kept
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

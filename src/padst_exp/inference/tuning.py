@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dispatch import device_name, fastest
-from padst_exp.dispatch.backends import TOLERANCE
+from padst_exp.dispatch import agrees, device_name, fastest
 from padst_exp.inference.blocks import TOKENS
 from padst_exp.inference.convert import feature_stack, stack_name
 from padst_exp.inference.features import Around, DenseFeatureLinear, FeatureLinear
+from padst_exp.inference.graphs import graphed
 from padst_exp.inference.linear import PackedLinear, TiledLinear
 from padst_exp.inference.measuring import (
+    Backend,
     LayerChoice,
-    difference,
     fastest_feature_layer,
     fastest_layers,
     inputs_of,
@@ -34,6 +35,7 @@ class Report:
         layout: "token-major", "feature-major" (blocks), or "dense" (all layers), the fastest.
         seconds: of one forward pass of the whole model in each of them.
         compiled: whether it was compiled for that.
+        captured: whether it was captured for that.
         layers: of the token-major model; those that the example does not reach are left out.
         feature_layers: of the feature-major blocks.
         note: why there are no feature-major blocks; empty where there are.
@@ -43,6 +45,7 @@ class Report:
     layout: str
     seconds: dict[str, float]
     compiled: bool
+    captured: bool
     layers: list[LayerChoice]
     feature_layers: list[LayerChoice]
     note: str
@@ -70,24 +73,37 @@ class Report:
 
 
 @torch.no_grad()
-def tune(model: nn.Module, example: Tensor, *, compiled: bool = False) -> Report:
+def tune(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    compiled: bool = False,
+    captured: bool = False,
+    backends: Sequence[Backend] = get_args(Backend),
+) -> Report:
     """Give a loaded model the form that is fastest for inputs like `example`.
 
     Every layer is measured at the shapes it meets in a forward pass of `example`, and one that is
     slower than dense becomes dense. Then the whole model is measured against its form with
     feature-major blocks and against the dense model. Decisions are kept on disk, see
-    `dispatch.fastest`. To tune for another shape, load the model again.
+    `dispatch.fastest`: tuning the like again on this machine measures nothing. To tune for another
+    shape, load the model again.
 
     Args:
         model: from `load`, on its device and in its dtype; changed in place.
         example: an input of the shape to come.
         compiled: measure whole models as `torch.compile` makes them. It is up to the caller to
             compile what comes out.
+        captured: measure whole models as `graphed` makes them, for small batches on a GPU. It is
+            up to the caller to capture what comes out.
+        backends: that may run beside dense; "triton" needs a GPU, and does not count without.
 
     Raises:
-        ValueError: called in the middle of a compilation or a capture.
+        ValueError: called in the middle of a compilation or a capture, or `captured` without a
+            GPU.
     """
     device = example.device
+    autocast = torch.is_autocast_enabled(device.type)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or capturing:
         raise ValueError("tune measures; call it before compiling or capturing the model")
@@ -96,9 +112,9 @@ def tune(model: nn.Module, example: Tensor, *, compiled: bool = False) -> Report
     layers = {name: layer for name, layer in packed.items() if name in inputs}
     twins = {name: layer.dense() for name, layer in layers.items()}
     dense = with_modules(model, twins)
-    stack, feature_choices, note = _feature_stack(model, example)
+    stack, feature_choices, note = _feature_stack(model, example, backends)
 
-    choices = fastest_layers(layers, twins, inputs)
+    choices = fastest_layers(layers, twins, inputs, backends)
     for name, choice in choices.items():
         layer = layers[name]
         if choice.choice == "dense":
@@ -106,23 +122,25 @@ def tune(model: nn.Module, example: Tensor, *, compiled: bool = False) -> Report
         else:
             layer.backend = "triton" if choice.choice == "triton" else "torch"
 
-    forms = {"token-major": model, "dense": dense}
+    forms = {"dense": dense}
+    if any(choice.choice != "dense" for choice in choices.values()):
+        forms["token-major"] = model
     if stack is not None:
         form = with_modules(model, {stack_name(model): stack})
-        ours, theirs = form(example), model(example)
-        error = difference(ours, theirs)
-        if error <= TOLERANCE[theirs.dtype]:
+        if agrees("feature-major", lambda: [form(example)], [model(example)]):
             forms["feature-major"] = form
         else:
-            note = f"their results differ by {error:.2g}"
+            note = "they compute something else here"
     decision = fastest(
         {
             "models": hashlib.sha256(repr(forms).encode()).hexdigest(),
+            "parameters": sorted({str(parameter.dtype) for parameter in model.parameters()}),
             "input": [*example.shape],
-            "autocast": torch.is_autocast_enabled(device.type),
+            "autocast": str(torch.get_autocast_dtype(device.type)) if autocast else None,
             "compiled": compiled,
+            "captured": captured,
         },
-        lambda: {name: _call(form, example, compiled) for name, form in forms.items()},
+        lambda: {name: _call(form, example, compiled, captured) for name, form in forms.items()},
         device=device,
     )
     if decision.choice == "dense":
@@ -135,6 +153,7 @@ def tune(model: nn.Module, example: Tensor, *, compiled: bool = False) -> Report
         layout=decision.choice,
         seconds=decision.seconds,
         compiled=compiled,
+        captured=captured,
         layers=list(choices.values()),
         feature_layers=feature_choices,
         note=note,
@@ -161,8 +180,9 @@ def _shallow(module: nn.Module) -> nn.Module:
     return shallow
 
 
-def _call(form: nn.Module, example: Tensor, compiled: bool) -> Callable[[], object]:
-    run = torch.compile(form, dynamic=False) if compiled else form
+def _call(form: nn.Module, example: Tensor, compiled: bool, captured: bool) -> Callable[[], object]:
+    run = cast(nn.Module, torch.compile(form, dynamic=False)) if compiled else form
+    run = graphed(run, example) if captured else run
 
     def once() -> object:
         with torch.no_grad():
@@ -172,17 +192,19 @@ def _call(form: nn.Module, example: Tensor, compiled: bool) -> Callable[[], obje
 
 
 def _feature_stack(
-    model: nn.Module, example: Tensor
+    model: nn.Module, example: Tensor, backends: Sequence[Backend]
 ) -> tuple[nn.Module | None, list[LayerChoice], str]:
     """Feature-major blocks of the fastest products, what these are, and why if there are none."""
     choices: list[LayerChoice] = []
     try:
+        if torch.is_autocast_enabled(example.device.type):
+            raise ValueError("they have one dtype, that of their weights, and autocast is on")
         tokens = -(-_stack_tokens(model, example) // TOKENS) * TOKENS
 
         def build(name: str, layer: PackedLinear | nn.Linear, around: Around) -> FeatureLinear:
             if not isinstance(layer, TiledLinear):
                 return DenseFeatureLinear(layer, around)
-            form, choice = fastest_feature_layer(name, layer, around, tokens)
+            form, choice = fastest_feature_layer(name, layer, around, tokens, backends)
             choices.append(choice)
             return form
 
