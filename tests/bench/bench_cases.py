@@ -30,7 +30,7 @@ GPT2 = Model(
 
 def session(
     said: list[str] | None = None,
-    refused: Mapping[tuple[str, str, bool], str] | None = None,
+    verdicts: Mapping[tuple[str, str, bool], str] | None = None,
     tables: Path = Path("nowhere"),
 ) -> Session:
     """A session on the CPU that has measured no ceilings."""
@@ -44,7 +44,7 @@ def session(
         budget=Budget(None),
         rounds=2,
         say=(said if said is not None else []).append,
-        refused=refused or {},
+        verdicts=verdicts,
     )
 
 

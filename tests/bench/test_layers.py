@@ -15,7 +15,7 @@ from padst_exp.bench.topology import topology
 from padst_exp.dispatch import decision
 
 SHAPE = Shape(32, 48)
-PACKED = "packed, torch"
+PACKED, NM = "packed, torch", "nm group=16"
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_dense_sides_agree() -> None:
         torch.testing.assert_close(
             side.product(x, side.weights[0]), linear(x, plain.weights[0]), msg=side.name
         )
-    masked = sides.masked_side(session(), SHAPE, structure("nm-16"), 0.25, plain)
+    (masked,) = sides.masked_sides(session(), SHAPE, structure("nm-16"), 0.25, plain)
     assert int((weight_of(masked, 0) != 0).sum()) == 48 * 8
 
 
@@ -139,14 +139,15 @@ def test_every_side_of_one_topology_permutes_alike(
 
 
 def test_refused_kernels_stand_in_the_table_without_a_time() -> None:
-    refused = {("packed, torch", "nm group=16", True): "failed its check: dX"}
+    verdicts = {(PACKED, NM, False): "", (PACKED, NM, True): "failed its check: dX"}
     only = settings()
     only.structures = ["nm-16"]
-    rows = [row for case in layers.run(only, session(refused=refused)) for row in case]
+    rows = [row for case in layers.run(only, session(verdicts=verdicts)) for row in case]
     packed = {row["pass"]: row for row in rows if row["form"] == PACKED}
     assert packed["forward"]["p50_ms"] and not packed["forward"]["note"]
     assert packed["forward+backward"]["p50_ms"] == ""
     assert packed["forward+backward"]["note"] == "failed its check: dX"
+    assert not any(row["dispatcher"] for row in packed.values())
 
 
 def test_structures_that_do_not_fit_are_named() -> None:

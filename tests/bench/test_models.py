@@ -103,8 +103,11 @@ def test_training_rows_tell_the_phases_apart() -> None:
 
 def test_a_refused_kernel_is_neither_exported_nor_timed() -> None:
     said: list[str] = []
-    refused = {("features, triton", "nm group=16", False): "failed its check"}
-    rows = model_inference.case(session(said, refused), VIT, 2, [NM], 0.25, ["all"])
+    verdicts = {("packed, scattered", "nm group=16", backward): "" for backward in (False, True)}
+    verdicts["packed, torch", "nm group=16", False] = "failed its check"
+    rows = model_inference.case(session(said, verdicts), VIT, 2, [NM], 0.25, ["all"])
+    own = [row for row in rows if row["structure"] != "dense"]
+    assert own and {str(row["dispatcher"]).partition(" (")[0] for row in own} == {"8 by dense"}
     assert not any("exported" in str(row["form"]) for row in rows)
     assert any("not exported" in line for line in said)
 

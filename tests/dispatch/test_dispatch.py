@@ -219,6 +219,22 @@ def test_decisions_depend_on_all_that_a_product_meets(monkeypatch: pytest.Monkey
     assert decide(tokens=10**6) == decide(tokens=1024)
 
 
+def test_backends_that_may_not_run_are_not_measured() -> None:
+    net, x = model(), torch.randn(3, 32)
+
+    def chosen(*allowed: str) -> list[dispatch.Choice]:
+        return list(
+            dispatch.choose(
+                net, lambda: net(x), samples=2, device=CPU, compiled=False, allowed=allowed
+            ).values()
+        )  # type: ignore[arg-type]
+
+    for choice in chosen("dense", "triton"):
+        assert choice.backend == "dense" and choice.seconds.keys() == {"dense", "reference"}
+    with pytest.raises(ValueError, match="no backend is left"):
+        chosen("triton")
+
+
 def test_forced_backends() -> None:
     net = model()
     x = torch.randn(5, 32)

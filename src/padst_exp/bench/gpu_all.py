@@ -1,45 +1,62 @@
 """Suite `gpu_all`: everything a GPU is wanted for, in one command of less than 8 minutes.
 
-Every kernel is checked against float64 first; what failed, or was not checked, is not timed.
+Every kernel is checked against float64 first; what failed, or was not checked, is not timed: see
+checks.py for what a check covers. Tables are written case by case, so that a run that is killed
+leaves what it has. Where only a few files come back from the GPU, pack them:
+
+    python -m padst_exp.bench suite=gpu_all out=results/kernels; tar cf results.tar results/kernels
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from padst_exp.bench import checks, configurations, layers, memory, model_inference, model_train
-from padst_exp.bench.checks import Check
-from padst_exp.bench.configurations import Shape
+from padst_exp.bench.check_case import Check
+from padst_exp.bench.configurations import Shape, describe
+from padst_exp.bench.forms import EVERY
 from padst_exp.bench.report import Row
 from padst_exp.bench.session import Session
+from padst_exp.bench.timing import reason
 from padst_exp.config import BenchSchema
 from padst_exp.structures import Structure
 
 SUITE = "gpu_all"
 SECONDS = 450.0
+CHECK_SECONDS = 150.0
 STRUCTURES = ("nm-64", "nm-16", "block-64", "block-32", "diag-stride-32", "diag-1", "unstructured")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is checked.
+class Point:
+    """Where kernels are checked: a layer, its density, and token counts."""
 
-    Args:
-        shapes: of layers.
-        token_counts: odd ones, and enough for split sums.
-    """
+    shape: Shape
+    density: float
+    token_counts: Sequence[int]
 
-    shapes: Sequence[Shape] = (Shape(768, 3072), Shape(3072, 768))
-    token_counts: Sequence[int] = (1, 197, 6001)
-    density: float = 0.1
+
+# Every width and density that is timed, joined projections, odd token counts, and enough tokens
+# for split sums.
+PLAN = (
+    Point(Shape(768, 3072), 0.1, (1, 50, 197, 6001)),
+    Point(Shape(3072, 768), 0.1, (1, 50, 197, 6001)),
+    Point(Shape(768, 2304, split=3), 0.1, (197,)),
+    Point(Shape(1024, 4096), 0.2, (197,)),
+    Point(Shape(1600, 1600), 0.05, (197,)),
+)
+Work = Callable[[Structure, Point, torch.dtype, torch.device], list[Check]]
 
 
 @dataclass(frozen=True)
@@ -99,22 +116,20 @@ PARTS = [
 ROUNDS = 5
 
 
-def run(
-    settings: BenchSchema, session: Session, plan: Plan | None = None
-) -> Iterator[tuple[str, Iterator[list[Row]]]]:
+def run(settings: BenchSchema, session: Session) -> Iterator[tuple[str, Iterator[list[Row]]]]:
     """Check, then time: suites, each with the rows of its cases as soon as they are there."""
     structures = [configurations.structure(name) for name in settings.structures or STRUCTURES]
     found: list[Check] = []
 
     def checked() -> Iterator[list[Row]]:
-        for results in check(session, structures, plan or Plan()):
+        for results in check(session, structures):
             found.extend(results)
             yield [row(session, result) for result in results]
 
     yield "checks", checked()
     passed = sum(result.passed for result in found)
     session.say(f"{SUITE}: {passed} of {len(found)} checks passed")
-    session = replace(session, refused=checks.refused(found, session.dtype))
+    session = replace(session, verdicts=checks.verdicts(found, session.dtype))
     done: list[BenchSchema] = []
     for part in PARTS:
         told = part.settings(settings)
@@ -129,27 +144,68 @@ def _cases(part: Part, told: BenchSchema, session: Session) -> Iterator[list[Row
         yield from part.run(told, session)
     except Exception as error:
         # Minutes on a GPU are rare: what is measured stays, and other parts get their turn.
-        session.say(f"{part.suite}: ended by {type(error).__name__}: {error}")
+        session.say(f"{part.suite}: ended by {reason(error)}")
 
 
-def check(session: Session, structures: Sequence[Structure], plan: Plan) -> Iterator[list[Check]]:
-    """Check all kernels by structure; on a GPU in a process each, since most is compiling."""
-    arguments = [
-        ([structure], plan.shapes, plan.token_counts, [session.dtype], session.device, plan.density)
-        for structure in structures
-    ]
-    if session.device.type == "cpu":
-        yield from (list(checks.run(*one)) for one in arguments)
-        return
+def check(session: Session, structures: Sequence[Structure]) -> Iterator[list[Check]]:
+    """Check all kernels of all structures, each at each point of `PLAN`."""
+    jobs = [(structure, point) for point in PLAN for structure in structures]
+    until = time.monotonic() + CHECK_SECONDS
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        yield from pool.map(lambda job: apart(checks_at, job[0], job[1], session, until), jobs)
+
+
+def apart(
+    work: Work, structure: Structure, point: Point, session: Session, until: float
+) -> list[Check]:
+    """What `work` finds in a process of its own: a kernel can end it, or never end.
+
+    Args:
+        work: of the arguments that follow.
+        structure: whose kernels have all failed where no result comes.
+        point: of the plan.
+        session: whose device and dtype count.
+        until: when to stop waiting, of `time.monotonic`.
+    """
     context = multiprocessing.get_context("spawn")
-    workers = min(len(structures), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(_checks, arguments)
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = sender, work, structure, point, session.dtype, session.device
+    process = context.Process(target=_send, args=arguments, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(max(0.0, until - time.monotonic())):
+            found: list[Check] | str = receiver.recv()
+        else:
+            found = "no result in time"
+    except EOFError:
+        process.join()
+        found = f"its process ended with status {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, list):
+        return found
+    dtype = str(session.dtype).removeprefix("torch.")
+    what = f"forward, {point.shape}"
+    return [Check(EVERY, describe(structure), what, dtype, math.inf, 1.0, found)]
 
 
-def _checks(arguments: tuple[object, ...]) -> list[Check]:
+def _send(sender: Connection, work: Work, structure: Structure, point: Point, *rest: Any) -> None:
     torch.set_num_threads(1)
-    return list(checks.run(*arguments))  # type: ignore[arg-type]
+    try:
+        sender.send(work(structure, point, *rest))
+    except Exception as failure:
+        sender.send(reason(failure))
+
+
+def checks_at(
+    structure: Structure, point: Point, dtype: torch.dtype, device: torch.device
+) -> list[Check]:
+    """All checks of a structure at a point."""
+    return list(
+        checks.run(structure, point.shape, point.density, point.token_counts, dtype, device)
+    )
 
 
 def row(session: Session, found: Check) -> Row:

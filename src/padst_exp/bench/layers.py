@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,10 +18,10 @@ from padst_exp.bench.session import Session
 from padst_exp.bench.sides import (
     Side,
     dense_sides,
-    masked_side,
+    masked_sides,
     packed_dense_side,
     permuted_sides,
-    semi_structured_side,
+    semi_structured_sides,
     sparse_sides,
 )
 from padst_exp.bench.timing import Call, captured
@@ -71,9 +72,11 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
             continue
         sides = _sides(session, shape, legal, density, first=density == densities[0])
         for _, _, num_tokens, what in group:
-            yield _cell(session, shape, sides, num_tokens, what)
+            name = f"{shape}, {num_tokens} tokens, {what}"
+            yield session.tried(name, partial(_cell, session, shape, sides, num_tokens, what))
         for structure in legal:
-            yield _conversions(session, shape, structure, density)
+            name = f"conversions of {describe(structure)}"
+            yield session.tried(name, partial(_conversions, session, shape, structure, density))
         session.say(f"{SUITE}: {shape} at density {density:g}")
 
 
@@ -104,13 +107,14 @@ def _sides(
     plain = dense_sides(session, shape)
     sides = list(plain)
     for structure in structures:
-        sides += sparse_sides(session, shape, structure, density, plain=first)
-    sides.append(masked_side(session, shape, structures[0], density, plain[0]))
+        make = partial(sparse_sides, session, shape, structure, density, plain=first)
+        sides += session.tried(describe(structure), make)
+    layer = session, shape, structures[0], density
+    sides += session.tried("masked dense", partial(masked_sides, *layer, plain[0]))
     if first:
         if is_permuted(structures[0]):
-            sides += permuted_sides(session, shape, structures[0], density)
-        pair = semi_structured_side(session, shape)
-        sides += [] if pair is None else [pair]
+            sides += session.tried("permutations", partial(permuted_sides, *layer))
+        sides += session.tried("torch 2:4", partial(semi_structured_sides, session, shape))
     return sides
 
 
@@ -121,7 +125,11 @@ def _cell(
     torch.compiler.reset()  # every cell is a variant, and the number of variants is limited
     device = session.device
     backward = what != FORWARD
-    sides = [side for side in sides if side.trained is not None or not backward]
+    sides = [
+        side
+        for side in sides
+        if (side.trained is not None or not backward) and num_tokens <= side.most_tokens
+    ]
     if not backward and any(side.kind == "strong" for side in sides):
         sides.append(packed_dense_side(session, sides[0], num_tokens))
     x = session.random(num_tokens, shape.in_features)
@@ -133,9 +141,9 @@ def _cell(
     refused: dict[str, str] = {}
     with torch.set_grad_enabled(backward):
         for side in sides:
-            reason = session.refused.get((side.form, side.structure, backward))
+            reason = side.kernel and session.refusal(side.kernel, side.structure, backward=backward)
             forms[side.name] = side, ""
-            if reason is not None:
+            if reason:
                 refused[side.name] = reason
                 continue
             calls[side.name] = _pass(side, x, dy, what)
@@ -236,13 +244,20 @@ def _floor(
 
 def _choice(session: Session, side: Side, num_tokens: int) -> str:
     """What the dispatcher takes for training such a product."""
-    if not side.layouts:
+    found = side.topology
+    if found is None or session.budget.left < 0:
         return ""
-    possible = Product(side.layouts, "packed").backends(session.device)
-    decision = training_decision(
-        side.layouts, possible, num_tokens, session.dtype, session.device, False
-    )
-    return decision.choice
+    allowed = session.backends(side.structure)
+    possible = Product(found.layouts, "packed").backends(session.device)
+    possible = [backend for backend in possible if backend in allowed]
+    if not possible:
+        return ""
+    permuted = found.input_index is not None, found.output_index() is not None
+    decide = partial(
+        training_decision,
+        found.layouts, possible, num_tokens, session.dtype, session.device, False, permuted,
+    )  # fmt: skip
+    return "".join(session.tried("the dispatcher", lambda: [decide().choice]))
 
 
 def _conversions(session: Session, shape: Shape, structure: Structure, density: float) -> list[Row]:

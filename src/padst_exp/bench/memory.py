@@ -13,6 +13,7 @@ import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,6 @@ from padst_exp.bench.models import Variant
 from padst_exp.bench.report import SCOPES, Row
 from padst_exp.bench.session import Session
 from padst_exp.config import BenchSchema
-from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear, SparseWeight
 from padst_exp.structures import Structure
 
@@ -69,8 +69,11 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
         for batch in settings.batches or BATCHES[session.device.type][model.is_language]
     ]
     for model, batch in session.affordable(SUITE, cases):
-        yield case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
-        session.say(f"{SUITE}: {model.name} at batch {batch}")
+        name = f"{model.name} at batch {batch}"
+        density, scopes = 1 - settings.sparsity, settings.scopes
+        make = partial(case, session, model, batch, structures, density, scopes)
+        yield session.tried(name, make)
+        session.say(f"{SUITE}: {name}")
 
 
 @dataclass(frozen=True)
@@ -98,20 +101,23 @@ def case(
         for structure, scope in itertools.product(structures, scopes)
         for soft in models.phases(structure)
     ]
-    rows: list[Row] = []
-    reference: Usage | None = None
-    for side in sides:
+    dense, realised = measured(session, model, batch, sides[0])
+    rows = [_row(session, model, batch, sides[0], dense, realised, dense)]
+
+    def rows_of(side: Side) -> list[Row]:
+        usage, realised = measured(session, model, batch, side)
+        return [_row(session, model, batch, side, usage, realised, dense)]
+
+    for side in sides[1:]:
         if session.budget.left < 0:
             session.say(f"{SUITE}: budget spent, sides of {model.name} left out")
             break
-        try:
-            usage, realised = measured(session, model, batch, side)
-        except UserError as error:
-            session.say(f"{side.structure and describe(side.structure)}: skipped, {error}")
-            continue
-        reference = reference or usage
-        rows.append(_row(session, model, batch, side, usage, realised, reference))
+        rows += session.tried(f"{_name(side)} in {model.name}", partial(rows_of, side))
     return rows if len(rows) > 1 else []
+
+
+def _name(side: Side) -> str:
+    return "dense" if side.structure is None else describe(side.structure)
 
 
 def measured(session: Session, model: Model, batch: int, side: Side) -> tuple[Usage, float]:
@@ -227,7 +233,7 @@ def _row(
     density: float,
     reference: Usage,
 ) -> Row:
-    structure = describe(side.structure) if side.structure is not None else "dense"
+    structure = _name(side)
     permutation = "none"
     if side.structure is not None:
         permutation = models.permutation(side.structure, soft=side.soft)

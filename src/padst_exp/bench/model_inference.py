@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,7 +17,6 @@ from padst_exp.bench.report import Line, Row, timing_rows
 from padst_exp.bench.session import Session
 from padst_exp.bench.timing import Call, captured
 from padst_exp.config import BenchSchema
-from padst_exp.errors import UserError
 from padst_exp.structures import Structure
 
 SUITE = "model_inference"
@@ -44,8 +44,11 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
         for batch in settings.batches or BATCHES[session.device.type][model.is_language]
     ]
     for model, batch in session.affordable(SUITE, cases):
-        yield case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
-        session.say(f"{SUITE}: {model.name} at batch {batch}")
+        name = f"{model.name} at batch {batch}"
+        density, scopes = 1 - settings.sparsity, settings.scopes
+        make = partial(case, session, model, batch, structures, density, scopes)
+        yield session.tried(name, make)
+        session.say(f"{SUITE}: {name}")
 
 
 def case(
@@ -66,15 +69,16 @@ def case(
         if session.budget.left < 0:
             session.say(f"{SUITE}: budget spent, {describe(structure)} in {model.name} left out")
             break
-        try:
-            eager, compiled = models.sparse_variants(
-                session, model, structure, density, scope, batch=batch, training=False
-            )
-        except UserError as error:
-            session.say(f"{describe(structure)} in {model.name}: skipped, {error}")
-            continue
-        eager.module.eval()
-        variants += [eager, compiled, *models.exported_variants(session, eager, inputs)]
+        make = partial(
+            models.sparse_variants,
+            session, model, structure, density, scope, batch=batch, training=False,
+        )  # fmt: skip
+        for made in session.tried(f"{describe(structure)} in {model.name}", make):
+            made.module.eval()
+            variants.append(made)
+            if made.form == models.EAGER:
+                export = partial(models.exported_variants, session, made, inputs)
+                variants += session.tried(f"{made.name}, exported", export)
     if len(variants) == len(plain):
         return []
     rows: list[Row] = []

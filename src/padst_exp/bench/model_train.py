@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from padst_exp.bench.report import Row, timing_rows
 from padst_exp.bench.session import Session
 from padst_exp.bench.timing import Call
 from padst_exp.config import BenchSchema
-from padst_exp.errors import UserError
 from padst_exp.layers import permutations
 from padst_exp.structures import Structure
 
@@ -48,8 +48,11 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
         for batch in settings.batches or BATCHES[session.device.type][model.is_language]
     ]
     for model, batch in session.affordable(SUITE, cases):
-        yield case(session, model, batch, structures, 1 - settings.sparsity, settings.scopes)
-        session.say(f"{SUITE}: {model.name} at batch {batch}")
+        name = f"{model.name} at batch {batch}"
+        density, scopes = 1 - settings.sparsity, settings.scopes
+        make = partial(case, session, model, batch, structures, density, scopes)
+        yield session.tried(name, make)
+        session.say(f"{SUITE}: {name}")
 
 
 def case(
@@ -73,12 +76,11 @@ def case(
         if session.budget.left < 0:
             session.say(f"{SUITE}: budget spent, {describe(structure)} in {model.name} left out")
             break
-        try:
-            variants += models.sparse_variants(
-                session, model, structure, density, scope, batch=batch, training=True, soft=soft
-            )
-        except UserError as error:
-            session.say(f"{describe(structure)} in {model.name}: skipped, {error}")
+        make = partial(
+            models.sparse_variants,
+            session, model, structure, density, scope, batch=batch, training=True, soft=soft,
+        )  # fmt: skip
+        variants += session.tried(f"{describe(structure)} in {model.name}", make)
     if len(variants) == len(plain):
         return []
     calls = {variant.name: step(session, model, variant, batch) for variant in variants}

@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from padst_exp import dispatch
 from padst_exp.bench import dense
 from padst_exp.bench.configurations import Model, describe
-from padst_exp.bench.session import FEATURES, TRITON, Session
+from padst_exp.bench.forms import CONDENSED, FEATURES, packed
+from padst_exp.bench.session import Session
 from padst_exp.bench.topology import is_permuted
 from padst_exp.engine.backends import describe as describe_backends
 from padst_exp.engine.step import compile_blocks
 from padst_exp.inference import pack, tune
+from padst_exp.inference.linear import TiledLinear
 from padst_exp.permutations import DoublyStochastic, Learner, NoPermutation, RandomPermutation
 from padst_exp.sparsify import sparsify
 from padst_exp.structures import Structure
 
 # Tokens that dense weights are packed for; the order depends on them only where they are few.
 PACKED_TOKENS = 4096
+EAGER = "eager"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ def dense_variants(session: Session, model: Model, *, training: bool) -> list[Va
     eager = model.build().to(session.device, weights_dtype(session, training))
     variants = [
         Variant(structure="dense", form=form, module=module, side="dense", scope="")
-        for form, module in (("eager", eager), ("compiled", compiled_twin(eager)))
+        for form, module in ((EAGER, eager), ("compiled", compiled_twin(eager)))
     ]
     if dense.has_onednn(session.device, session.dtype):
         fast = twin(eager)
@@ -113,7 +116,7 @@ def sparse_variants(
             backends=backends,
             learner=learner if soft else None,
         )
-        for form, variant in (("eager", module), ("compiled", compiled_twin(module)))
+        for form, variant in ((EAGER, module), ("compiled", compiled_twin(module)))
     ]
 
 
@@ -134,16 +137,25 @@ def exported_variants(session: Session, variant: Variant, inputs: Tensor) -> lis
 
     Empty, and a message, where the kernels they would use have failed their checks.
     """
-    if session.refused.get((FEATURES, variant.structure, False)) is not None:
-        session.say(f"{variant.name}: not exported, its kernels failed their checks")
-        return []
     module = copy.deepcopy(variant.module)
     pack(module)
-    report = tune(module, inputs)
+    tiled = any(isinstance(layer, TiledLinear) for layer in module.modules())
+    backends = [
+        backend
+        for backend in FEATURES
+        if not any(
+            session.refusal(kernel, variant.structure, backward=False)
+            for kernel in ((packed(backend), FEATURES[backend]) if tiled else (CONDENSED[backend],))
+        )
+    ]
+    if not backends:
+        session.say(f"{variant.name}: not exported, its kernels did not pass their checks")
+        return []
+    report = tune(module, inputs, backends=backends)
     chosen = {"token-major": report.layers, "feature-major": report.feature_layers}
     counts = Counter(choice.choice for choice in chosen.get(report.layout, []))
-    backends = ", ".join(f"{count} by {name}" for name, count in counts.items())
-    how = f"{report.layout}: {backends}" if backends else report.layout
+    chosen_by = ", ".join(f"{count} by {name}" for name, count in counts.items())
+    how = f"{report.layout}: {chosen_by}" if chosen_by else report.layout
     return [
         replace(variant, form=f"exported, {form}", module=made, backends=how)
         for form, made in (("eager", module), ("compiled", compiled_twin(module)))
@@ -162,15 +174,13 @@ def choose_backends(
             module(inputs)
 
     choices = dispatch.choose(
-        module, one_sample, samples=batch, device=session.device, compiled=False
+        module,
+        one_sample,
+        samples=batch,
+        device=session.device,
+        compiled=False,
+        allowed=session.backends(structure),
     )
-    passes = (False, True) if training else (False,)
-    if any((TRITON, structure, backward) in session.refused for backward in passes):
-        choices = {
-            name: replace(choice, backend="torch") if choice.backend == "triton" else choice
-            for name, choice in choices.items()
-        }
-        dispatch.reuse(module, choices)
     return describe_backends(choices).partition(": ")[2]
 
 

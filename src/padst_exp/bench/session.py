@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from padst_exp.bench.accuracy import Accuracies
+from padst_exp.bench.forms import EVERY, packed
 from padst_exp.bench.roofline import Ceilings
-from padst_exp.bench.timing import Budget, Call, Clock, alternate, usable
+from padst_exp.bench.timing import Budget, Call, Clock, alternate, reason, usable
+from padst_exp.structures import Backend
 
 Say = Callable[[str], None]
 Cell = TypeVar("Cell")
-
-# Forms of a sparse product: what tables and checks call them.
-TRITON, SCATTERED, FEATURES = "packed, triton", "packed, scattered", "features, triton"
+Made = TypeVar("Made")
 
 # Shortest timing in seconds: long enough for the clock, or for a GPU to settle.
 BLOCK = {"cpu": 3e-3, "cuda": 2e-2}
@@ -38,7 +38,7 @@ class Session:
         budget: for one suite.
         rounds: timings of each side; None leaves it to the suite.
         say: takes a line for a person.
-        refused: why a kernel may not be timed, by backend, structure, and whether backward.
+        verdicts: see `checks.verdicts`; None where nothing was checked, and all may be timed.
     """
 
     clock: Clock
@@ -50,12 +50,30 @@ class Session:
     budget: Budget
     rounds: int | None
     say: Say
-    refused: Mapping[tuple[str, str, bool], str] = field(default_factory=dict)
+    verdicts: Mapping[tuple[str, str, bool], str] | None = None
 
     @property
     def device(self) -> torch.device:
         """Of the clock."""
         return self.clock.device
+
+    def refusal(self, kernel: str, structure: str, *, backward: bool) -> str:
+        """Why a kernel may not be timed for weights of a structure; "" where it may."""
+        if self.verdicts is None:
+            return ""
+        every = self.verdicts.get((EVERY, structure, backward), "")
+        return every or self.verdicts.get((kernel, structure, backward), "was not checked")
+
+    def backends(self, structure: str) -> list[Backend]:
+        """Those whose products may be used in training: forward and backward pass."""
+        return [
+            backend
+            for backend in get_args(Backend)
+            if not any(
+                self.refusal(packed(backend), structure, backward=backward)
+                for backward in (False, True)
+            )
+        ]
 
     def within(self, budget: Budget) -> Session:
         """The same with another budget."""
@@ -68,6 +86,15 @@ class Session:
     def random(self, *size: int) -> Tensor:
         """Normal activations or weights."""
         return torch.randn(size, generator=self.generator, device=self.device, dtype=self.dtype)
+
+    def tried(self, name: str, make: Callable[[], list[Made]]) -> list[Made]:
+        """What `make` makes; nothing, and a line about `name`, where that fails."""
+        try:
+            return make()
+        except Exception as error:
+            # Libraries and compilers raise what they like, and other sides can go on.
+            self.say(f"{name}: skipped, {reason(error)}")
+            return []
 
     def affordable(self, suite: str, cells: Sequence[Cell]) -> Iterator[Cell]:
         """`cells` while there is time for one as long as the longest so far; says what is left."""
@@ -91,8 +118,8 @@ class Session:
         """Seconds of each call that runs, see `timing.alternate`; why others do not."""
         budget = self.budget.part(1)
         ran, failed = usable(calls, self.clock.wait, budget)
-        for name, reason in failed.items():
-            self.say(f"{name}: skipped, {reason}")
+        for name, why in failed.items():
+            self.say(f"{name}: skipped, {why}")
         rounds = self.rounds or rounds
         block = BLOCK[self.device.type] if block is None else block
         # Every timing comes after as long a call that is not timed, at worst.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -14,12 +17,13 @@ from torch.nn.functional import linear
 from padst_exp.bench import dense, peers
 from padst_exp.bench.configurations import Shape, describe
 from padst_exp.bench.environment import rotation
-from padst_exp.bench.session import SCATTERED, Session
-from padst_exp.bench.topology import Topology, topology
+from padst_exp.bench.forms import CONDENSED, condensed, packed
+from padst_exp.bench.session import Session
+from padst_exp.bench.topology import Topology, is_permuted, topology
 from padst_exp.layers import SparseLinear, permutations
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Rule, sparsify
-from padst_exp.structures import Layout, Product, Structure, scatter_entries
+from padst_exp.structures import Backend, Layout, Product, Structure, scatter_entries
 from padst_kernels.fan_in import FanIn, condense, fan_in_linear
 
 Weight = Any
@@ -38,7 +42,9 @@ class Side:
         entries: of one weight, that take part in the arithmetic.
         size: bytes of one weight, indices included.
         kind: see `report.Line`.
-        layouts: of the sparse weight, for the dispatcher; none where it has no say.
+        topology: of the sparse weight, for the dispatcher; None where it has no say.
+        kernel: of ours that it runs, as checks name it; "" for none.
+        most_tokens: that the form is for.
     """
 
     structure: str
@@ -52,7 +58,9 @@ class Side:
     permutation: str = "none"
     density_asked: float = 1.0
     density: float = 1.0
-    layouts: Sequence[Layout] = ()
+    topology: Topology | None = None
+    kernel: str = ""
+    most_tokens: float = inf
 
     @property
     def name(self) -> str:
@@ -115,48 +123,44 @@ def sparse_sides(
     """
     found = topology(session, shape, structure, density)
     tiled = found.layouts[0].tile_shape is not None
-    sides = _packed(session, found)
-    if plain and tiled and found.permutation != "none":
-        sides += _packed(session, found.plain())
+    topologies = [found, found.plain()] if plain and tiled and is_permuted(structure) else [found]
+    possible = Product(found.layouts, "packed").backends(session.device)
+    sides: list[Side] = []
+    for one, backend in itertools.product(topologies, possible):
+        if backend != "dense" or "torch" not in possible:
+            sides += session.tried(packed(backend), partial(_packed, session, one, backend))
     if not tiled:
-        sides.append(_condensed(session, found))
+        sides += session.tried("condensed", partial(_condensed, session, found))
     formats, missing = peers.peers(structure, session.device, session.dtype)
-    for name, reason in missing.items():
-        session.say(f"{name}: skipped, {reason}")
-    sides += [_peer(session, peer, found) for peer in formats]
+    for name, why in missing.items():
+        session.say(f"{name}: skipped, {why}")
+    for peer in formats:
+        sides += session.tried(peer.form, partial(_peer, session, peer, found))
     return [replace(side, density_asked=density) for side in sides]
 
 
-def _packed(session: Session, found: Topology) -> list[Side]:
-    sides = []
+def _packed(session: Session, found: Topology, backend: Backend) -> list[Side]:
     layouts = found.layouts
     shared = {id(layout): layout for layout in layouts}
-    possible = Product(layouts, "packed").backends(session.device)
-    for backend in possible:
-        if backend == "dense" and "torch" in possible:
-            continue
-        product = Product(layouts, "packed", backend)
-        found.fold(product)
-        indices = sum(buffer.nbytes for buffer in product.buffers())
-        entries = sum(layout.num_entries for layout in layouts)
-        size = entries * session.dtype.itemsize + indices
-        weights = [
-            (copy.deepcopy(product, {**shared}), [_values(session, layout) for layout in layouts])
-            for _ in range(rotation(size, session.device))
-        ]
-        sides.append(
-            _side(
-                found,
-                # "dense" multiplies by a dense weight that lives during a pass only.
-                form=SCATTERED if backend == "dense" else f"packed, {backend}",
-                product=lambda x, weight: weight[0](x, weight[1]),
-                weights=weights,
-                trained=lambda weight: weight[1],
-                size=size,
-                layouts=layouts,
-            )
+    product = Product(layouts, "packed", backend)
+    found.fold(product)
+    indices = sum(buffer.nbytes for buffer in product.buffers())
+    size = sum(layout.num_entries for layout in layouts) * session.dtype.itemsize + indices
+    weights = [
+        (copy.deepcopy(product, {**shared}), [_values(session, layout) for layout in layouts])
+        for _ in range(rotation(size, session.device))
+    ]
+    return [
+        _side(
+            found,
+            form=packed(backend),
+            product=lambda x, weight: weight[0](x, weight[1]),
+            weights=weights,
+            trained=lambda weight: weight[1],
+            size=size,
+            ours=True,
         )
-    return sides
+    ]
 
 
 def _side(
@@ -167,7 +171,8 @@ def _side(
     weights: Sequence[Weight],
     trained: Callable[[Weight], Sequence[Tensor]] | None,
     size: int,
-    layouts: Sequence[Layout] = (),
+    ours: bool = False,
+    most_tokens: float = inf,
 ) -> Side:
     """A side over sparse weights; its density is still to be asked for."""
     entries = sum(layout.num_entries for layout in found.layouts)
@@ -175,11 +180,12 @@ def _side(
     return Side(
         structure=describe(found.structure), form=form, product=product, weights=weights,
         trained=trained, entries=entries, size=size, permutation=found.permutation,
-        density=entries / (rows * columns), layouts=layouts,
+        density=entries / (rows * columns),
+        topology=found if ours else None, kernel=form if ours else "", most_tokens=most_tokens,
     )  # fmt: skip
 
 
-def _condensed(session: Session, found: Topology) -> Side:
+def _condensed(session: Session, found: Topology) -> list[Side]:
     places = found.entries()
     first = condense(session.random(len(places)), places, *found.shape)
     size = sum(part.nbytes for part in first if isinstance(part, Tensor))
@@ -192,18 +198,23 @@ def _condensed(session: Session, found: Topology) -> Side:
             rows=first.rows.clone(),
         )
 
-    return _side(
-        found,
-        form="condensed",
-        product=fan_in_linear,
-        weights=[another() for _ in range(rotation(size, session.device))],
-        trained=None,
-        size=size,
-        layouts=found.layouts,
-    )
+    weights = [another() for _ in range(rotation(size, session.device))]
+    return [
+        _side(
+            found,
+            form=CONDENSED[backend],
+            product=partial(fan_in_linear, backend=backend),
+            weights=weights,
+            trained=None,
+            size=size,
+            ours=True,
+            most_tokens=most,
+        )
+        for backend, most in condensed(session.device).items()
+    ]
 
 
-def _peer(session: Session, peer: peers.Peer, found: Topology) -> Side:
+def _peer(session: Session, peer: peers.Peer, found: Topology) -> list[Side]:
     """A peer knows no permutations: x is gathered before it, or y after it."""
     places = found.plain().entries()
     first = peer.make(scatter_entries(session.random(len(places)), places, found.shape))
@@ -214,19 +225,21 @@ def _peer(session: Session, peer: peers.Peer, found: Topology) -> Side:
         y = peer.product(x if inputs is None else x[:, inputs], weight)
         return y if outputs is None else y[:, outputs]
 
-    return _side(
-        found,
-        form=peer.form,
-        product=product,
-        weights=[first.clone() for _ in range(rotation(size, session.device))],
-        trained=(lambda weight: [weight]) if peer.backward else None,
-        size=size,
-    )
+    return [
+        _side(
+            found,
+            form=peer.form,
+            product=product,
+            weights=[first.clone() for _ in range(rotation(size, session.device))],
+            trained=(lambda weight: [weight]) if peer.backward else None,
+            size=size,
+        )
+    ]
 
 
-def masked_side(
+def masked_sides(
     session: Session, shape: Shape, structure: Structure, density: float, plain: Side
-) -> Side:
+) -> list[Side]:
     """A dense weight times a mask, as most code trains sparse layers."""
     found = topology(session, shape, structure, density)
     places = found.entries()
@@ -240,23 +253,24 @@ def masked_side(
         size=plain.size + mask.nbytes,
     )
     # It multiplies zeros, too.
-    return replace(side, entries=plain.entries, density_asked=density)
+    return [replace(side, entries=plain.entries, density_asked=density)]
 
 
-def semi_structured_side(session: Session, shape: Shape) -> Side | None:
-    """PyTorch's 2:4, at its one density; None, and a message, where there is none."""
+def semi_structured_sides(session: Session, shape: Shape) -> list[Side]:
+    """PyTorch's 2:4, at its one density; none, and a message, where there is none."""
     peer = peers.semi_structured(session.device, session.dtype)
     if isinstance(peer, str):
         session.say(f"torch 2:4: skipped, {peer}")
-        return None
+        return []
     entries = shape.in_features * shape.out_features // 2
     # Two bits tell where each value stood.
     size = entries * session.dtype.itemsize + entries // 4
     weights = [peer.make(_random(session, shape)) for _ in range(rotation(size, session.device))]
-    return Side(
+    side = Side(
         structure=peer.structure, form=peer.form, product=peer.product, weights=weights,
         trained=None, entries=entries, size=size, density_asked=0.5, density=0.5,
     )  # fmt: skip
+    return [side]
 
 
 def permuted_sides(
@@ -295,6 +309,7 @@ def permuted_sides(
             Side(
                 structure=describe(structure),
                 form="layer",
+                kernel=packed(first.parts()[0].backend),
                 product=lambda x, module: module(x),
                 weights=layers,
                 trained=lambda module: list(module.parameters()),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from padst_exp.errors import UserError
+
 Call = Callable[[], object]
 
 # Calls at least this long, in seconds, find nothing of themselves left in a cache.
@@ -156,11 +158,16 @@ def usable(
             wait()
         except Exception as error:
             # Whatever a library or a compiler raises: that it cannot run is the result.
-            message = " ".join(str(error).split())
-            failed[name] = f"{type(error).__name__}: {message}"[:160]
+            failed[name] = reason(error)
         else:
             ran[name] = call
     return ran, failed
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line; a mistake of the user is told by its message alone."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:200]
 
 
 def captured(call: Call, device: torch.device, repeats: int = 1) -> Call:

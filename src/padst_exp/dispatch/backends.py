@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ def choose(
     samples: int,
     device: torch.device,
     compiled: bool,
+    allowed: Collection[Backend] = get_args(Backend),
 ) -> dict[str, Choice]:
     """Measure every kind of sparse product of `model` and let each use its fastest backend.
 
@@ -66,6 +67,10 @@ def choose(
         samples: in one forward pass of training.
         device: of the model.
         compiled: whether `torch.compile` will compile it; part of what decisions are kept under.
+        allowed: backends that may run.
+
+    Raises:
+        ValueError: a product has none of the `allowed` backends.
 
     Returns:
         The choice for each product by its module name.
@@ -79,7 +84,7 @@ def choose(
         permuted = layer.input_permutation is not None, outputs
         for part, product in enumerate(layer.parts()):
             choices[f"{name}.products.{part}"] = _measured(
-                product, tokens * samples, dtype, device, compiled, permuted
+                product, tokens * samples, dtype, device, compiled, permuted, allowed
             )
     reuse(model, choices)
     return choices
@@ -188,8 +193,11 @@ def _measured(
     device: torch.device,
     compiled: bool,
     permuted: Permuted,
+    allowed: Collection[Backend],
 ) -> Choice:
-    possible = product.backends(device)
+    possible = [backend for backend in product.backends(device) if backend in allowed]
+    if not possible:
+        raise ValueError(f"no backend is left of {product.backends(device)}")
     if product.storage == "masked" or tokens == 0:
         return Choice(possible[0], 0, "", {})
     name = str(dtype).removeprefix("torch.")
