@@ -79,23 +79,24 @@ def fan_in_linear(x: Tensor, weight: FanIn, *, backend: Backend = "torch") -> Te
             backend for `x`.
         IndexError: on a CPU, a feature in `weight` does not exist.
     """
-    _check("fan_in_linear", x, weight.values, weight.columns, weight.in_features)
+    values, columns, row_pointer, rows, in_features, out_features = weight
+    _check("fan_in_linear", x, values, columns, in_features)
     if backend not in BACKENDS:
         raise ValueError(f"fan_in_linear: backend is {backend!r}, expected one of {BACKENDS}")
-    values, columns, pointers, rows = [tensor.numel() for tensor in weight[:4]]
-    if values != columns or pointers != rows + 1:
+    if values.numel() != columns.numel() or row_pointer.numel() != rows.numel() + 1:
         raise ValueError(
-            f"fan_in_linear: {values} values, {columns} columns, {rows} rows and {pointers} "
-            "pointers, expected as many columns as values, one pointer more than rows"
+            f"fan_in_linear: {values.numel()} values, {columns.numel()} columns, {rows.numel()} "
+            f"rows and {row_pointer.numel()} pointers, expected as many columns as values, one "
+            "pointer more than rows"
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("fan_in_linear: x requires a gradient, but this is for inference only")
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if needs_operator(flat, weight.values):
-        y = _operator(flat, *weight[:4], weight.out_features, backend)
+    if needs_operator(flat, values):
+        y = _operator(flat, values, columns, row_pointer, rows, out_features, backend)
     else:
         y = passes.condensed_product(flat, weight, backend)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.out_features)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _check(name: str, x: Tensor, values: Tensor, columns: Tensor, in_features: int) -> None:
