@@ -57,7 +57,7 @@ def gather_gemm_fused(
         residual: `[O, T]`, dtype of x, either layout.
         norm: LayerNorm of x without its affine part, folded in behind the product as
             rstd * (W x - mean * row_sums): mean `[T]` and rstd `[T]` of the tokens and sums `[O]`
-            of the rows of W, float32. Without gradients only.
+            of the rows of W, float32, or float64 like x. Without gradients only.
         feature_major: layout of y.
 
     Returns:
@@ -73,12 +73,13 @@ def gather_gemm_fused(
     check(name, x, x.shape[0], weight, index, out_features, backend)
     num_tokens = x.shape[1]
     mean, rstd, row_sums = norm or (None, None, None)
+    wide = torch.promote_types(x.dtype, torch.float32)
     for what, tensor, shape, dtype in (
         ("bias", bias, (out_features,), None),
         ("residual", residual, (out_features, num_tokens), x.dtype),
-        ("mean", mean, (num_tokens,), torch.float32),
-        ("rstd", rstd, (num_tokens,), torch.float32),
-        ("row_sums", row_sums, (out_features,), torch.float32),
+        ("mean", mean, (num_tokens,), wide),
+        ("rstd", rstd, (num_tokens,), wide),
+        ("row_sums", row_sums, (out_features,), wide),
     ):
         if tensor is None:
             continue
