@@ -15,7 +15,7 @@ from padst_exp.dispatch import backends, decision
 from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear
 from padst_exp.sparsify import Rule, sparsify
-from padst_exp.structures import NM, Block, Unstructured
+from padst_exp.structures import NM, Backend, Block, Unstructured
 from padst_kernels.scatter_linear import scatter_linear
 
 CPU = torch.device("cpu")
@@ -222,12 +222,11 @@ def test_decisions_depend_on_all_that_a_product_meets(monkeypatch: pytest.Monkey
 def test_backends_that_may_not_run_are_not_measured() -> None:
     net, x = model(), torch.randn(3, 32)
 
-    def chosen(*allowed: str) -> list[dispatch.Choice]:
-        return list(
-            dispatch.choose(
-                net, lambda: net(x), samples=2, device=CPU, compiled=False, allowed=allowed
-            ).values()
-        )  # type: ignore[arg-type]
+    def chosen(*allowed: Backend) -> list[dispatch.Choice]:
+        found = dispatch.choose(
+            net, lambda: net(x), samples=2, device=CPU, compiled=False, allowed=allowed
+        )
+        return list(found.values())
 
     for choice in chosen("dense", "triton"):
         assert choice.backend == "dense" and choice.seconds.keys() == {"dense", "reference"}

@@ -29,7 +29,7 @@ def environment(device: torch.device, dtype: torch.dtype, clock: str) -> dict[st
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__.partition("+")[0],
         "triton": _version("triton"),
-        "commit": str(commit["git_commit"] or "")[:10],
+        "commit": str(commit["git_commit"] or "unknown")[:10],
         "dirty": commit["git_dirty"],
     }
 
