@@ -2,8 +2,15 @@
 
 model = load("runs/mine/export", device="cuda", dtype=torch.bfloat16)
 print(tune(model, images))          # measured: sparse or dense, layer by layer; which layout
-model = graphed(model, images)      # for small batches on a GPU; or torch.compile(model)
+model = torch.compile(model)
 logits = model(images)
+
+For small batches on a GPU, where launches take most of the time, capture the whole model instead:
+
+print(tune(model, images, captured=True))
+model = graphed(model, images)
+
+`load` measures nothing and gives the packed layers as they are, faster than dense or not: tune.
 """
 
 from padst_exp.inference.graphs import graphed

@@ -5,6 +5,10 @@ token-major gather touches single elements. Each block is four products; its nor
 LayerScale and residuals live in what surrounds them (`features.Around`). Attention reads QKV
 token-major and writes token-major.
 
+The two products of the MLP are two launches: every column of fc2 may need any feature of hidden,
+so all of hidden must be there first, and what fusion saves elsewhere, GELU and bias, are in the
+epilogue of fc1 already.
+
 Shape letters: B sequences of N tokens, T = B * N rounded up to a multiple of 16, C features, H
 heads of D features.
 """
