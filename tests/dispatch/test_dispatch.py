@@ -23,7 +23,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PADST_CACHE", str(tmp_path))
+    # Not of the compiled kernels, which would be compiled anew.
+    monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path)
     return tmp_path / "decisions.json"
 
 
@@ -98,7 +99,10 @@ def test_processes_that_start_together_measure_once(tmp_path: Path) -> None:
     )
     log = tmp_path / "log"
     command = [sys.executable, "-c", code, str(log)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PADST_CACHE": str(tmp_path),
+        "CXX": "none",
+    }  # fmt: skip
     for process in [subprocess.Popen(command, env=environment) for _ in range(3)]:
         assert process.wait() == 0
     assert log.read_text() == "measured "
@@ -131,7 +135,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("PADST_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path / "file")
     calls: list[float] = []
     assert dispatch.fastest({}, lambda: {"x": sleeping(1, calls)}, device=CPU).choice == "x"
 
