@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from padst_exp.bench import configurations, models
+from padst_exp.bench import models
 from padst_exp.bench.configurations import Model, describe
+from padst_exp.bench.model_cases import each_model
 from padst_exp.bench.model_train import step
 from padst_exp.bench.models import Variant
 from padst_exp.bench.report import SCOPES, Row
@@ -60,20 +61,7 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
     Raises:
         UserError: an unknown model or structure.
     """
-    chosen = configurations.models(settings.models or MODELS)
-    names = settings.structures or configurations.MODEL_STRUCTURES
-    structures = [configurations.structure(name) for name in names]
-    cases = [
-        (model, batch)
-        for model in chosen
-        for batch in settings.batches or BATCHES[session.device.type][model.is_language]
-    ]
-    for model, batch in session.affordable(SUITE, cases):
-        name = f"{model.name} at batch {batch}"
-        density, scopes = 1 - settings.sparsity, settings.scopes
-        make = partial(case, session, model, batch, structures, density, scopes)
-        yield session.tried(name, make)
-        session.say(f"{SUITE}: {name}")
+    return each_model(settings, session, suite=SUITE, case=case, models=MODELS, batches=BATCHES)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from padst_exp.bench import configurations, models
+from padst_exp.bench import models
 from padst_exp.bench.configurations import Model, describe
+from padst_exp.bench.model_cases import each_model
 from padst_exp.bench.models import Variant
 from padst_exp.bench.report import Line, Row, timing_rows
 from padst_exp.bench.session import Session
 from padst_exp.bench.timing import Call, captured
+from padst_exp.bench.work import Work
 from padst_exp.config import BenchSchema
 from padst_exp.structures import Structure
 
@@ -35,20 +37,7 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
     Raises:
         UserError: an unknown model or structure.
     """
-    chosen = configurations.models(settings.models or MODELS)
-    names = settings.structures or configurations.MODEL_STRUCTURES
-    structures = [configurations.structure(name) for name in names]
-    cases = [
-        (model, batch)
-        for model in chosen
-        for batch in settings.batches or BATCHES[session.device.type][model.is_language]
-    ]
-    for model, batch in session.affordable(SUITE, cases):
-        name = f"{model.name} at batch {batch}"
-        density, scopes = 1 - settings.sparsity, settings.scopes
-        make = partial(case, session, model, batch, structures, density, scopes)
-        yield session.tried(name, make)
-        session.say(f"{SUITE}: {name}")
+    return each_model(settings, session, suite=SUITE, case=case, models=MODELS, batches=BATCHES)
 
 
 def case(
@@ -86,7 +75,8 @@ def case(
     with torch.inference_mode():
         for done, (what, forward) in enumerate(passes.items()):
             share = session.within(session.budget.part(1 / (len(passes) - done)))
-            rows += _rows(share, model, batch, what, forward, variants, inputs)
+            work = Work(model, plain[0].module, forward, inputs[:1])
+            rows += _rows(share, model, batch, what, forward, variants, inputs, work)
     return rows
 
 
@@ -98,6 +88,7 @@ def _rows(
     forward: Forward,
     variants: Sequence[Variant],
     inputs: Tensor,
+    work: Work,
 ) -> list[Row]:
     """All variants in turn."""
     calls: dict[str, Call] = {}
@@ -109,12 +100,15 @@ def _rows(
             forms[GRAPH] = captured(call, session.device)
         for suffix, call in forms.items():
             calls[variant.name + suffix] = call
-            lines[variant.name + suffix] = line(model, batch, what, variant, suffix)
+            floor = work.floor(session, batch, variant.sparse_scope, variant.density)
+            lines[variant.name + suffix] = line(model, batch, what, variant, floor, suffix)
     samples, failed = session.alternate(calls, rounds=ROUNDS, block=BLOCK[session.device.type])
     return timing_rows(session, SUITE, lines, samples, failed)
 
 
-def line(model: Model, batch: int, what: str, variant: Variant, suffix: str = "") -> Line:
+def line(
+    model: Model, batch: int, what: str, variant: Variant, floor: float, suffix: str = ""
+) -> Line:
     """What a row of a model is about."""
     size = model.inputs["context_length" if model.is_language else "image_size"]
     data = f"context {size}" if model.is_language else f"{size} pixels"
@@ -129,6 +123,7 @@ def line(model: Model, batch: int, what: str, variant: Variant, suffix: str = ""
         density_asked=variant.density_asked,
         density=variant.density,
         side=variant.side,
+        floor=floor,
         dispatcher=variant.backends,
     )
 

@@ -13,13 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from padst_exp.bench import configurations, models
+from padst_exp.bench import models
 from padst_exp.bench.configurations import Model, describe
+from padst_exp.bench.model_cases import each_model
 from padst_exp.bench.model_inference import line
 from padst_exp.bench.models import Variant, phases
 from padst_exp.bench.report import Row, timing_rows
 from padst_exp.bench.session import Session
 from padst_exp.bench.timing import Call
+from padst_exp.bench.work import Work
 from padst_exp.config import BenchSchema
 from padst_exp.layers import permutations
 from padst_exp.structures import Structure
@@ -39,20 +41,7 @@ def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
     Raises:
         UserError: an unknown model or structure.
     """
-    chosen = configurations.models(settings.models or MODELS)
-    names = settings.structures or configurations.MODEL_STRUCTURES
-    structures = [configurations.structure(name) for name in names]
-    cases = [
-        (model, batch)
-        for model in chosen
-        for batch in settings.batches or BATCHES[session.device.type][model.is_language]
-    ]
-    for model, batch in session.affordable(SUITE, cases):
-        name = f"{model.name} at batch {batch}"
-        density, scopes = 1 - settings.sparsity, settings.scopes
-        make = partial(case, session, model, batch, structures, density, scopes)
-        yield session.tried(name, make)
-        session.say(f"{SUITE}: {name}")
+    return each_model(settings, session, suite=SUITE, case=case, models=MODELS, batches=BATCHES)
 
 
 def case(
@@ -84,7 +73,13 @@ def case(
     if len(variants) == len(plain):
         return []
     calls = {variant.name: step(session, model, variant, batch) for variant in variants}
-    lines = {v.name: line(model, batch, "training step", v) for v in variants}
+    inputs, _ = model.example(1, torch.Generator().manual_seed(0))
+    inputs = models.to_device(session, inputs, training=True)
+    work = Work(model, plain[0].module, lambda module, x: module(x), inputs)
+    lines = {}
+    for v in variants:
+        floor = work.floor(session, batch, v.sparse_scope, v.density, training=True)
+        lines[v.name] = line(model, batch, "training step", v, floor)
     samples, failed = session.alternate(calls, rounds=ROUNDS, block=BLOCK[session.device.type])
     return timing_rows(session, SUITE, lines, samples, failed)
 

@@ -54,6 +54,11 @@ class Variant:
     learner: Learner | None = None
 
     @property
+    def sparse_scope(self) -> str:
+        """Which layers are sparse; "" for none."""
+        return self.scope if self.side == "sparse" else ""
+
+    @property
     def name(self) -> str:
         """Unlike that of any other variant of a model."""
         parts = [self.structure, self.form]

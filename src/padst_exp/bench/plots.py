@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from padst_exp.engine.plots import BLUE, GREEN, GREY, INK, ORANGE
+from padst_exp.engine.plots import BLUE, GREEN, GREY, INK, ORANGE, STYLE
 
 Row = dict[str, str]
 Rows = Sequence[Row]
@@ -22,24 +22,6 @@ VIOLET, RED = "#8b5fb0", "#c2457a"
 FAMILIES = {"nm": BLUE, "block": ORANGE, "diag": GREEN, "unstructured": VIOLET}
 # A peer has the colour of the structure that it is for, dashed.
 OTHERS = {"dense by oneDNN": INK, "torch BSR": ORANGE, "torch CSR": VIOLET, "torch 2:4": RED}
-STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": "#eceef1",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.dpi": 110,
-}
 OURS = ("packed", "condensed")
 MASKED = "masked dense"
 

@@ -26,7 +26,8 @@ Made from the CSV files beside it by `python -m padst_exp.bench suite=...`; noth
   the small demo models that were trained there, not to the model that is timed. Sides have their
   permutations folded in (`hard`) where those models learned some.
 - The floor is a twin that reads and writes the same bytes and computes nothing, or the arithmetic
-  at the rate of the fastest dense product, whichever takes longer; measured in the same run.
+  at the rate of the fastest dense product, whichever takes longer; measured in the same run. Of a
+  whole model it is its arithmetic, attention included, or reading its weights.
 """
 TITLES = {
     "checks": "Checks against float64",
@@ -230,13 +231,14 @@ def _models(rows: Rows) -> list[str]:
                 row["density"],
                 row["p50_ms"],
                 _ratio(row),
+                row["floor_share"],
                 row["dispatcher"],
             ]
             for row in own
         ]
         head = [
             "structure", "sparse layers", "permutations", "form", "density", "ms", "dense / this",
-            "products by",
+            "floor / this", "products by",
         ]  # fmt: skip
         text.append(table(head, lines))
     return [*text, *_accuracies(rows)]

@@ -19,7 +19,7 @@ from padst_exp.permutations import Permutation
 Rows = Sequence[Mapping[str, Any]]
 
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#e07b39", "#3a9a6b", "#b9bec6", "#22262e"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -58,7 +58,7 @@ def plot_curves(rows: Rows, metric: str, baselines: Mapping[str, float], path: P
     panels = ["loss", "metric"]
     panels += ["topology"] if of["rewire"] else []
     panels += ["penalty"] if of["permutation"] else []
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         across = 2 if len(panels) == 4 else len(panels)
         down = len(panels) // across
         figure = Figure(figsize=(5 * across, 3.2 * down), layout="constrained")
@@ -160,7 +160,7 @@ def plot_topologies(model: nn.Module, initial: Mapping[str, Tensor], path: Path)
     picks = sorted({round(i) for i in np.linspace(0, len(layers) - 1, PLOTTED_LAYERS)})
     chosen = [layers[i] for i in picks]
     bare: Any = {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
-    with rc_context({**_STYLE, **bare}):
+    with rc_context({**STYLE, **bare}):
         figure = Figure(figsize=(11.6, 3.1 * len(chosen)), layout="constrained")
         grid = figure.subplots(len(chosen), 4, squeeze=False)
         for axes, (name, layer) in zip(grid, chosen, strict=True):
