@@ -181,7 +181,9 @@ def environment(device: str) -> dict[str, object]:
     """Return what is needed to tell later where, with what and by which code a run was made."""
     source = Path(__file__).parent
     commit = _git(source, "rev-parse", "HEAD")
-    status = _git(source, "status", "--porcelain", "--untracked-files=no")
+    # Results are what measuring changes.
+    code = ":(top)", ":(top,exclude)results"
+    status = _git(source, "status", "--porcelain", "--untracked-files=no", "--", *code)
     return {
         "git_commit": commit,
         "git_dirty": None if status is None else bool(status),
