@@ -173,22 +173,16 @@ void to_features(const T* in, int64_t in_stride, int64_t num_rows, int64_t num_c
     to([](int64_t j) { return j; });
 }
 
-// The way back: out[i][j] = in[index[j]][i].
+// The way back: out[i][j] = in[j][i].
 template <typename T>
-void to_tokens(const float* in, int64_t in_stride, int64_t num_rows, int64_t num_columns,
-               const int32_t* index, T* out, int64_t out_stride) {
-  const auto from = [&](auto row) {
-    for (int64_t i = 0; i < num_rows; i += LANES)
-      for (int64_t j = 0; j < num_columns; j += LANES)
-        transpose(
-            num_columns - j, num_rows - i,
-            [&](int64_t c, int64_t) { return load(in + row(j + c) * in_stride + i); },
-            [&](int64_t r, vec v, int64_t n) { store(out + (i + r) * out_stride + j, v, n); });
-  };
-  if (index)
-    from([&](int64_t j) -> int64_t { return index[j]; });
-  else
-    from([](int64_t j) { return j; });
+void to_tokens(const float* in, int64_t in_stride, int64_t num_rows, int64_t num_columns, T* out,
+               int64_t out_stride) {
+  for (int64_t i = 0; i < num_rows; i += LANES)
+    for (int64_t j = 0; j < num_columns; j += LANES)
+      transpose(
+          num_columns - j, num_rows - i,
+          [&](int64_t c, int64_t) { return load(in + (j + c) * in_stride + i); },
+          [&](int64_t r, vec v, int64_t n) { store(out + (i + r) * out_stride + j, v, n); });
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ void product_slab(const Weight& weight, const T* x, const T* values,
     if constexpr (tokens == 1)
       convert(out, y + o, size);
     else
-      to_tokens(out, tokens, count, size, nullptr, y + o, out_features);
+      to_tokens(out, tokens, count, size, y + o, out_features);
     for (int i = 0; i < 8; ++i)
       if (highest[i] >= in_features) weight.legal = false;
   }
@@ -124,7 +124,7 @@ void scatter(const Weight& weight, const T* dy, const T* values, T* dx) {
   if constexpr (W == 1)
     convert(sums, dx, in_features);
   else
-    to_tokens(sums, W, weight.num_tokens, in_features, nullptr, dx, in_features);
+    to_tokens(sums, W, weight.num_tokens, in_features, dx, in_features);
 }
 
 template <typename T>

@@ -56,10 +56,8 @@ struct Pair {
     word* out = buffer<Pair>(EXTRA, (end - begin) * depth * stride);
     for (int64_t n = begin; n < end; ++n) {
       const int32_t* column = index.columns + n * width;
-      for (int64_t k = 0; k < width; k += 2, out += stride) {
-        const int32_t second = k + 1 < width ? column[k + 1] : index.in_features;
-        select<NV>(slab, stride, column[k], second, out);
-      }
+      for (int64_t k = 0; k < width; k += 2, out += stride)
+        select<NV>(slab, column[k], k + 1 < width ? column[k + 1] : index.in_features, out);
     }
     return buffer<Pair>(EXTRA, 0);
   }
@@ -75,47 +73,54 @@ struct Pair {
   static const word* dy_of_group(const Index& index, int64_t group, const word* slab) {
     constexpr int64_t stride = NV * LANES;
     const int64_t height = index.height, first = group * height;
-    if (!index.positions() && height % 2 == 0) return slab + first / 2 * stride;
+    if (in_pairs(index)) return slab + first / 2 * stride;
     word* out = buffer<Pair>(EXTRA, (height + 1) / 2 * stride);
-    for (int64_t v = 0; v < height; v += 2) {
-      const int32_t a = index.feature(first + v);
-      const int32_t b = v + 1 < height ? index.feature(first + v + 1) : index.out_features;
-      select<NV>(slab, stride, a, b, out + v / 2 * stride);
-    }
+    for (int64_t v = 0; v < height; v += 2)
+      select<NV>(slab, index.feature(first + v),
+                 v + 1 < height ? index.feature(first + v + 1) : index.out_features,
+                 out + v / 2 * stride);
     return out;
   }
 
+  // Rows that are no neighbouring features are rounded one by one, LANES tokens to 32 bytes.
+  static int64_t y_words(const Index& index) {
+    return std::max(index.num_rows(), index.out_features) / 2 + 1;
+  }
   template <int NROWS, int NV>
-  static void put(const vec (&sum)[NROWS][NV], word* out) {
+  static void put(const Index& index, int64_t row, int64_t end, const vec (&sum)[NROWS][NV],
+                  word* slab) {
+    if (in_pairs(index)) {
 #pragma GCC unroll 8
-    for (int i = 0; i < NROWS; i += 2)
+      for (int i = 0; i < NROWS; i += 2)
+#pragma GCC unroll 3
+        for (int v = 0; v < NV; ++v)
+          store_words(slab + ((row + i) / 2 * NV + v) * LANES, rounded(sum[i][v], sum[i + 1][v]));
+      return;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < NROWS; ++i) {
+      // A pair may reach over the row group.
+      if (NROWS == 2 && row + i == end) return;
+      auto* out = reinterpret_cast<__m256i*>(slab) + index.feature(row + i) * NV;
 #pragma GCC unroll 3
       for (int v = 0; v < NV; ++v)
-        store_words(out + (i / 2 * NV + v) * LANES, rounded(sum[i][v], sum[i + 1][v]));
+        _mm256_storeu_si256(out + v, (__m256i)_mm512_cvtneps_pbh((__m512)sum[i][v]));
+    }
   }
   static void write_y(const Index& index, const word* slab, int64_t stride, int64_t count,
                       bfloat16* y) {
-    const int64_t size = index.out_features;
-    const bool in_order = !index.positions() && index.height % 2 == 0;
-    // Row groups of odd height have one row more in the slab.
-    const auto row = [&](int64_t feature) -> int32_t {
-      const int64_t position = index.positions() ? index.positions()[feature] : feature;
-      return index.height % 2 ? position + position / index.height : position;
-    };
-    if (in_order)
-      write(size, count, y, [&](int64_t o, int64_t i) {
-        return load_words(slab + o / 2 * stride + i);
+    if (in_pairs(index))
+      return write(index.out_features, count, y, [&](int64_t feature, int64_t i) {
+        return load_words(slab + feature / 2 * stride + i);
       });
-    else
-      write(size, count, y, [&](int64_t o, int64_t i) {
-        word words[LANES];
-        select<1>(slab + i, stride, row(o), row(std::min(o + 1, size - 1)), words);
-        return load_words(words);
-      });
+    // An odd feature at the end takes the row of padding along.
+    write(index.out_features, count, y, [&](int64_t feature, int64_t i) {
+      const auto* first = reinterpret_cast<const __m256i*>(slab) + (feature * stride + i) / LANES;
+      return pair(first, first + stride / LANES);
+    });
   }
   static void write_dx(const Index& index, const float* slab, int64_t stride, int64_t count,
                        bfloat16* dx) {
-    // An odd feature at the end takes the row of padding along.
     write(index.in_features, count, dx, [&](int64_t feature, int64_t i) {
       const float* first = slab + feature * stride + i;
       return rounded(load(first), load(first + stride));
@@ -150,7 +155,9 @@ struct Pair {
       out[i / 2] = in[i].bits | (i + 1 < size ? in[i + 1].bits << 16 : 0);
   }
 
-  // Features 2i and 2i + 1 in word row i of the slab; further word rows up to `words` are zero.
+  // Whether neighbouring rows are neighbouring features, in pairs.
+  static bool in_pairs(const Index& index) { return !index.rows && index.height % 2 == 0; }
+  // Features 2i and 2i + 1 to word row i of the slab; further word rows up to `words` are zero.
   static void read(const bfloat16* in, int64_t size, int64_t count, int64_t stride, word* slab,
                    int64_t words) {
     for (int64_t i = 0; i < stride; i += LANES)
@@ -175,20 +182,30 @@ struct Pair {
   }
   // Words of features `first` and `second` of NV vectors of tokens.
   template <int NV>
-  static void select(const word* slab, int64_t stride, int32_t first, int32_t second, word* out) {
+  static void select(const word* slab, int32_t first, int32_t second, word* out) {
     uvec lane;
     for (uint32_t j = 0; j < LANES; ++j) lane[j] = 2 * j | (2 * LANES + 2 * j) << 16;
     const halves mask = (halves)(lane + ((first & 1) | (second & 1) << 16));
+    constexpr int64_t stride = NV * LANES;
     const word *a = slab + (first >> 1) * stride, *b = slab + (second >> 1) * stride;
     for (int v = 0; v < NV; ++v, a += LANES, b += LANES)
       store_words(out + v * LANES,
                   (vec)__builtin_shuffle((halves)load_words(a), (halves)load_words(b), mask));
   }
+  static vec pair(const __m256i* low, const __m256i* high) {
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(low)),
+                                            _mm256_loadu_si256(high), 1);
+    return (vec)_mm512_permutexvar_epi16(to_pairs(), both);
+  }
   static vec rounded(vec first, vec second) {
+    const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (vec)_mm512_permutexvar_epi16(to_pairs(), both);
+  }
+  // Makes pairs of the two halves of a vector.
+  static __m512i to_pairs() {
     halves lane;
     for (int j = 0; j < 2 * LANES; ++j) lane[j] = j / 2 + j % 2 * LANES;
-    const halves both = (halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-    return (vec)__builtin_shuffle(both, lane);
+    return (__m512i)lane;
   }
 };
 

@@ -84,22 +84,27 @@ struct Single {
     return slab + group * index.height * NV * LANES;
   }
 
-  // Finished rows of y go to a slab, and from there to y; dx adds up in a slab of float32.
+  // Sums from `row` on, of a row group up to `end`, go to a slab of the features of y, and from
+  // there to y; dx adds up in a slab of float32. Rows without a feature share one behind the last.
+  static int64_t y_words(const Index& index) { return index.out_features + 1; }
   template <int NROWS, int NV>
-  static void put(const vec (&sum)[NROWS][NV], word* out) {
+  static void put(const Index& index, int64_t row, int64_t, const vec (&sum)[NROWS][NV],
+                  word* slab) {
 #pragma GCC unroll 16
-    for (int i = 0; i < NROWS; ++i)
+    for (int i = 0; i < NROWS; ++i) {
+      word* out = slab + index.feature(row + i) * (NV * LANES);
 #pragma GCC unroll 3
-      for (int v = 0; v < NV; ++v) store(out + (i * NV + v) * LANES, sum[i][v]);
+      for (int v = 0; v < NV; ++v) store(out + v * LANES, sum[i][v]);
+    }
   }
   template <typename T>
   static void write_y(const Index& index, const word* slab, int64_t stride, int64_t count, T* y) {
-    to_tokens(slab, stride, count, index.out_features, index.positions(), y, index.out_features);
+    to_tokens(slab, stride, count, index.out_features, y, index.out_features);
   }
   template <typename T>
   static void write_dx(const Index& index, const float* slab, int64_t stride, int64_t count,
                        T* dx) {
-    to_tokens(slab, stride, count, index.in_features, nullptr, dx, index.in_features);
+    to_tokens(slab, stride, count, index.in_features, dx, index.in_features);
   }
 
   // Word `i` of tokens, of n features from `x` on; tokens from `num_tokens` on are zero.

@@ -70,29 +70,43 @@ void dw_rows(const Index& index, const int32_t* column, const typename Unit::wor
   });
 }
 
-// Word `t` of tokens of every row of dy, to vectors of rows that are `stride` vectors apart.
+// LANES words of tokens, from `start` on, of an activation to rows of words that are `stride` apart.
 template <class Unit, typename T>
-void read_rows(const T* dy, int64_t out_features, int64_t t, int64_t num_tokens,
+void read_features(const T* in, int64_t num_features, int64_t start, int64_t num_tokens,
+                   typename Unit::word* out, int64_t stride) {
+  for (int64_t j = 0; j < num_features; j += LANES)
+    transpose(
+        LANES, num_features - j,
+        [&](int64_t r, int64_t n) {
+          return Unit::load_tokens(in + j, num_features, start + r, num_tokens, n);
+        },
+        [&](int64_t c, vec v, int64_t) { store_words(out + (j + c) * stride, v); });
+  // What padding reads.
+  std::memset(out + num_features * stride, 0, LANES * sizeof(typename Unit::word));
+}
+
+// The same of dy to vectors of rows, each token-major, that are `stride` vectors apart. `features`
+// are those of the rows, none where they are in natural order.
+template <class Unit, typename T>
+void read_rows(const T* dy, int64_t out_features, int64_t start, int64_t num_tokens,
                const std::vector<int32_t>& features, typename Unit::word* out, int64_t stride) {
-  const auto token = [&](auto write) {
-    for (int64_t o = 0; o < out_features; o += LANES)
-      write(o, Unit::load_tokens(dy + o, out_features, t, num_tokens,
-                                 std::min<int64_t>(LANES, out_features - o)));
-  };
   if (features.empty()) {
-    token([&](int64_t o, vec rows) { store_words(out + o * stride, rows); });
+    for (int64_t t = 0; t < LANES; ++t)
+      for (int64_t o = 0; o < out_features; o += LANES)
+        store_words(out + o * stride + t * LANES,
+                    Unit::load_tokens(dy + o, out_features, start + t, num_tokens,
+                                      std::min<int64_t>(LANES, out_features - o)));
     return;
   }
-  // Read singly from one line: written singly to the slab, its rows would share sets of a cache.
-  auto* line = buffer<Unit>(WEIGHT, out_features + LANES);
-  token([&](int64_t o, vec rows) { store_words(line + o, rows); });
-  line[out_features] = 0;
+  // There and back: single words would take several times as long as these transpositions.
+  auto* line = buffer<Unit>(WEIGHT, (out_features + 1) * LANES);
+  read_features<Unit>(dy, out_features, start, num_tokens, line, LANES);
   const auto size = static_cast<int64_t>(features.size());
-  for (int64_t r = 0; r < size; r += LANES) {
-    typename Unit::word rows[LANES];
-    for (int i = 0; i < LANES; ++i) rows[i] = line[features[r + i]];
-    store_words(out + r * stride, load_words(rows));
-  }
+  for (int64_t r = 0; r < size; r += LANES)
+    transpose(
+        LANES, LANES,
+        [&](int64_t i, int64_t) { return load_words(line + features[r + i] * LANES); },
+        [&](int64_t t, vec rows, int64_t) { store_words(out + r * stride + t * LANES, rows); });
 }
 
 template <class Unit, typename T>
@@ -132,18 +146,8 @@ void weight_gradient(const Index& index, const T* x, const T* dy, int64_t num_to
     {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < stride; i += LANES) {
-        for (int64_t j = 0; j < in_features; j += LANES)
-          transpose(
-              LANES, in_features - j,
-              [&](int64_t r, int64_t n) {
-                return Unit::load_tokens(x_part + j, in_features, i + r, count, n);
-              },
-              [&](int64_t c, vec v, int64_t) {
-                store_words(x_slab + (j + c) * stride + i, v);
-              });
-        std::memset(x_slab + in_features * stride + i, 0, LANES * sizeof(word));
-        for (int64_t t = i; t < std::min(words, i + LANES); ++t)
-          read_rows<Unit>(dy_part, out_features, t, count, features, dy_slab + t * LANES, stride);
+        read_features<Unit>(x_part, in_features, i, count, x_slab + i, stride);
+        read_rows<Unit>(dy_part, out_features, i, count, features, dy_slab + i * LANES, stride);
       }
 #pragma omp for schedule(dynamic)
       for (int64_t r = 0; r < index.num_groups; ++r)

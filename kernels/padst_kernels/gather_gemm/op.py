@@ -19,6 +19,8 @@ from padst_kernels.gather_gemm.index import TileIndex
 from padst_kernels.gather_gemm.layout import empty_features
 from padst_kernels.gather_gemm.passes import Backend
 
+BACKENDS = get_args(Backend)
+
 
 def gather_gemm(
     x: Tensor,
@@ -47,7 +49,8 @@ def gather_gemm(
         ValueError: shapes, dtypes or devices disagree, or there is no such backend for `x`.
     """
     check("gather_gemm", x, x.shape[-1], weight, index, out_features, backend)
-    flat = x.reshape(-1, x.shape[-1])
+    # Of few tokens a view takes longer than the product.
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if needs_operator(flat, weight):
         # Out here, so that backward has the copy too.
         flat = passes.shared(flat, index.column_run, backend)
@@ -55,8 +58,8 @@ def gather_gemm(
     elif torch.is_grad_enabled():
         y = _GatherGemm.apply(flat, weight, *index, out_features, backend)
     else:
-        y = _product(flat, weight, *index, out_features, backend=backend)
-    return y.view(*x.shape[:-1], out_features)
+        y = passes.product(flat, weight, index, out_features, backend)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def check(
@@ -69,8 +72,8 @@ def check(
     backend: str,
 ) -> None:
     """Raise a ValueError where the arguments of an operation `name` disagree."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"{name}: backend is {backend!r}, expected one of {get_args(Backend)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{name}: backend is {backend!r}, expected one of {BACKENDS}")
     columns, pointer = index.columns, index.row_pointer
     num_tiles, width, height = weight.shape
     if columns.shape != (num_tiles, width):

@@ -176,8 +176,9 @@ def _models(rows: Rows) -> Figure | None:
         axis.axvline(1, color=INK, lw=1)
         axis.grid(visible=False, axis="y")
         for at, (row, value) in enumerate(zip(own, values, strict=True)):
-            text = f" {value:.2f}x, {float(row['p50_ms']):,.4g} ms"
-            axis.text(value, at, text, va="center", fontsize=8)
+            time = float(row["p50_ms"])
+            digits = f"{time:,.0f}" if time >= 1000 else f"{time:.4g}"
+            axis.text(value, at, f" {value:.2f}x, {digits} ms", va="center", fontsize=8)
         axis.set_xlim(0, 1.3 * max(values))
         axis.set_xlabel("times as fast as the faster of eager and compiled dense")
     for axis in grid.flat[len(panels) :]:
