@@ -28,7 +28,6 @@ void product_slab(const Weight& weight, const T* x, const T* values,
     const auto* own =
         ready ? ready + begin : staged<typename Slab::Value>(weight, values, begin, end);
     float* out = scratch(OUTPUT, BLOCK * tokens + LANES);
-    octet_columns highest = {};
     int64_t next = o;
     for (int64_t r = first; r < last; ++r, ++next) {
       if (tokens > 1)
@@ -37,20 +36,20 @@ void product_slab(const Weight& weight, const T* x, const T* values,
       for (; next < weight.feature(r); ++next)
         std::memset(out + (next - o) * tokens, 0, tokens * sizeof(float));
       const int64_t at = weight.pointer[r], size = weight.pointer[r + 1] - at;
-      if (tokens > 1 && !ready) {
+      if (!ready) {
         if (!weight.order) fetch_far(values + at, size);
         fetch_far(weight.columns + at, size);
       }
       Slab::template row<NV>(in, own + (at - begin), weight.columns + at, size,
-                             weight.num_entries - at, out + (next - o) * tokens, highest);
+                             weight.num_entries - at, out + (next - o) * tokens);
     }
     std::memset(out + (next - o) * tokens, 0, (o + size - next) * tokens * sizeof(float));
     if constexpr (tokens == 1)
       convert(out, y + o, size);
     else
       to_tokens(out, tokens, count, size, y + o, out_features);
-    for (int i = 0; i < 8; ++i)
-      if (highest[i] >= in_features) weight.legal = false;
+    // Now that they are in a cache; with more tokens all were looked at before.
+    if (tokens == 1 && !weight.columns_exist(begin, end)) weight.legal = false;
   }
 }
 

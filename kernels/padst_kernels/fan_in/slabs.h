@@ -17,25 +17,16 @@ namespace {
 constexpr int64_t MAX_FEATURES = 1 << 16;
 constexpr int64_t WIDE = 1536;  // features above which a slab leaves the first-level cache
 
-typedef float octet __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t octet_mask __attribute__((vector_size(32)));
-typedef uint16_t octet_columns __attribute__((vector_size(16), aligned(2), may_alias));
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint16_t quad_bits __attribute__((vector_size(8), aligned(2), may_alias));
 
-inline octet load_octet(const float* p) { return *reinterpret_cast<const octet*>(p); }
-inline octet load_octet(const bfloat16* p) {
-  return (octet)(__builtin_convertvector(*reinterpret_cast<const octet_columns*>(p), octet_mask)
-                 << 16);
+inline quad load_quad(const float* p) { return *reinterpret_cast<const quad*>(p); }
+inline quad load_quad(const bfloat16* p) {
+  typedef int32_t words __attribute__((vector_size(16)));
+  return (quad)(__builtin_convertvector(*reinterpret_cast<const quad_bits*>(p), words) << 16);
 }
-inline octet load_octet(const float16* p) {
-  float wide[8];
-  convert(p, wide, 8);
-  return load_octet(wide);
-}
-
-inline float sum_of_lanes(octet v) {
-  v += __builtin_shuffle(v, octet_mask{4, 5, 6, 7, 0, 1, 2, 3});
-  v += __builtin_shuffle(v, octet_mask{2, 3, 0, 1, 6, 7, 4, 5});
-  return v[0] + v[1];
+inline quad load_quad(const float16* p) {
+  return quad{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
 }
 
 // One token. T is the type of the values.
@@ -49,40 +40,30 @@ struct Token {
     convert(x, slab, num_features);
   }
 
-  // Scalar loads: gather instructions are slower on some CPUs, no faster on the others. Eight at a
-  // time: their columns fit the registers.
-  static octet take(const float* x, const uint16_t* c, octet_columns& highest) {
-    const octet_columns seen = *reinterpret_cast<const octet_columns*>(c);
-    highest = seen > highest ? seen : highest;
-    return octet{x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]};
+  // Scalar loads: gather instructions are slower on some CPUs, no faster on the others. Four
+  // columns come in one load, since a CPU makes few loads at a time.
+  static quad take(const float* x, const uint16_t* columns) {
+    const quad_bits four = *reinterpret_cast<const quad_bits*>(columns);
+    const auto c = (uint64_t)four;
+    return quad{x[c & 0xffff], x[c >> 16 & 0xffff], x[c >> 32 & 0xffff], x[c >> 48]};
   }
 
-  // The last step reads eight entries whatever is left, so `readable` of them must exist.
   template <int NV>
   static void row(const float* slab, const T* values, const uint16_t* columns, int64_t count,
-                  int64_t readable, float* out, octet_columns& highest) {
-    octet sum = {}, other = {};
+                  int64_t, float* out) {
+    quad sum = {}, other = {};
     int64_t k = 0;
-    for (; k + 16 <= count; k += 16) {
-      sum += take(slab, columns + k, highest) * load_octet(values + k);
-      other += take(slab, columns + k + 8, highest) * load_octet(values + k + 8);
+    for (; k + 8 <= count; k += 8) {
+      sum += take(slab, columns + k) * load_quad(values + k);
+      other += take(slab, columns + k + 4) * load_quad(values + k + 4);
     }
-    if (k + 8 <= count) {
-      sum += take(slab, columns + k, highest) * load_octet(values + k);
-      k += 8;
+    if (k + 4 <= count) {
+      sum += take(slab, columns + k) * load_quad(values + k);
+      k += 4;
     }
-    if (k + 8 <= readable) {
-      const octet_mask lane = {0, 1, 2, 3, 4, 5, 6, 7};
-      const octet_mask inside = lane < static_cast<int32_t>(count - k);
-      other += (octet)((octet_mask)take(slab, columns + k, highest) & inside) *
-               (octet)((octet_mask)load_octet(values + k) & inside);
-    } else {
-      for (; k < count; ++k) {
-        highest[0] = std::max<uint16_t>(highest[0], columns[k]);
-        sum[0] += slab[columns[k]] * widen(values[k]);
-      }
-    }
-    *out = sum_of_lanes(sum + other);
+    for (; k < count; ++k) other[0] += slab[columns[k]] * widen(values[k]);
+    sum += other;
+    *out = (sum[0] + sum[2]) + (sum[1] + sum[3]);
   }
 };
 
@@ -108,7 +89,7 @@ struct Floats {
 
   template <int NV>
   static void row(const float* slab, const float* values, const uint16_t* columns, int64_t count,
-                  int64_t, float* out, octet_columns&) {
+                  int64_t, float* out) {
     constexpr int CHAINS = NV == 1 ? 4 : 2;
     V sum[CHAINS][NV] = {};
     const auto add = [&](V(&to)[NV], int64_t k) {
@@ -207,7 +188,7 @@ struct Pairs {
   // Rows of a wide slab lie far: they are fetched ahead, while there are columns to read.
   template <int NV>
   static void row(const float* slab, const bfloat16* values, const uint16_t* columns,
-                  int64_t count, int64_t readable, float* out, octet_columns&) {
+                  int64_t count, int64_t readable, float* out) {
     if (FAR && readable >= count + AHEAD)
       sum_row<NV, true>(slab, values, columns, count, out);
     else
@@ -289,7 +270,7 @@ struct Eights {
 
   template <int NV>
   static void row(const float* slab, const bfloat16* values, const uint16_t* columns,
-                  int64_t count, int64_t, float* out, octet_columns&) {
+                  int64_t count, int64_t, float* out) {
     const auto load_row = [&](int64_t feature) [[gnu::always_inline]] {
       return _mm_loadu_si128(reinterpret_cast<const __m128i*>(slab + feature * WIDTH));
     };

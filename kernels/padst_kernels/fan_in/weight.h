@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t BLOCK = 64;               // rows between which values are staged, y is written
 constexpr int64_t PARALLEL_FROM = 1 << 17;  // multiplications below which threads do not pay
+constexpr int64_t CHECKED = 1 << 14;        // columns that a thread looks at together
 constexpr int64_t AHEAD = 256;              // entries whose values are on their way from memory
 
 enum Scratch { INPUT, OUTPUT, VALUES, SUMS };
@@ -45,11 +46,17 @@ struct Weight {
     }
     return !outside;
   }
-  bool check_columns() const {
+  bool columns_exist(int64_t begin, int64_t end) const {
     uint16_t highest = 0;
-#pragma omp parallel for reduction(max : highest) if (threads_pay())
-    for (int64_t k = 0; k < num_entries; ++k) highest = std::max(highest, columns[k]);
-    return highest < in_features || num_entries == 0;
+    for (int64_t k = begin; k < end; ++k) highest = std::max(highest, columns[k]);
+    return highest < in_features || begin == end;
+  }
+  bool check_columns() const {
+    bool exist = true;
+#pragma omp parallel for reduction(&& : exist) if (threads_pay())
+    for (int64_t k = 0; k < num_entries; k += CHECKED)
+      exist = exist && columns_exist(k, std::min(k + CHECKED, num_entries));
+    return exist;
   }
   // Where the value of an entry stands, forced into range.
   int64_t place(int64_t entry, uint32_t& highest) const {

@@ -7,7 +7,7 @@
 
 namespace {
 
-// y[i] = sum over k of weight[k][i] * x[column[k]], for NROWS rows of one row group from `first` on.
+// y[i] = sum over k of weight[k][i] * x[column[k]], for NROWS rows of a row group from `first` on.
 template <class Unit, int NROWS, int NV>
 inline void forward_rows(const Index& index, int64_t group, int64_t first,
                          const typename Unit::word* x, const typename Unit::word* weight,

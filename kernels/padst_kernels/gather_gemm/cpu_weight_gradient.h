@@ -70,7 +70,7 @@ void dw_rows(const Index& index, const int32_t* column, const typename Unit::wor
   });
 }
 
-// LANES words of tokens, from `start` on, of an activation to rows of words that are `stride` apart.
+// LANES words of tokens from `start` on, transposed to rows of words that are `stride` apart.
 template <class Unit, typename T>
 void read_features(const T* in, int64_t num_features, int64_t start, int64_t num_tokens,
                    typename Unit::word* out, int64_t stride) {
