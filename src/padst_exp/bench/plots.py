@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from padst_exp.bench.report import readable
 from padst_exp.engine.plots import BLUE, GREEN, GREY, INK, ORANGE, STYLE
 
 Row = dict[str, str]
@@ -176,9 +177,8 @@ def _models(rows: Rows) -> Figure | None:
         axis.axvline(1, color=INK, lw=1)
         axis.grid(visible=False, axis="y")
         for at, (row, value) in enumerate(zip(own, values, strict=True)):
-            time = float(row["p50_ms"])
-            digits = f"{time:,.0f}" if time >= 1000 else f"{time:.4g}"
-            axis.text(value, at, f" {value:.2f}x, {digits} ms", va="center", fontsize=8)
+            text = f" {value:.2f}x, {readable(float(row['p50_ms']))} ms"
+            axis.text(value, at, text, va="center", fontsize=8)
         axis.set_xlim(0, 1.3 * max(values))
         axis.set_xlabel("times as fast as the faster of eager and compiled dense")
     for axis in grid.flat[len(panels) :]:

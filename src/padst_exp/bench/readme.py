@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from padst_exp.bench.report import read_csv
+from padst_exp.bench.report import read_csv, readable
 
 Rows = Sequence[dict[str, str]]
 Cells = dict[tuple[str, ...], str]
@@ -172,8 +172,9 @@ def _slower(rows: Rows) -> list[str]:
     if not slow:
         return []
     lines = []
-    for *side, what, chosen in _unique(slow, *_SIDE, "pass", "dispatcher"):
-        alike = [row for row in ours if [row[k] for k in (*_SIDE, "pass")] == [*side, what]]
+    keys = *_SIDE, "density_asked", "pass"
+    for *group, chosen in _unique(slow, *keys, "dispatcher"):
+        alike = [row for row in ours if [row[key] for key in keys] == group]
         own = [row for row in alike if row in slow and row["dispatcher"] == chosen]
         ratios = [float(row["ratio"]) for row in own]
         where = "; ".join(
@@ -181,8 +182,9 @@ def _slower(rows: Rows) -> list[str]:
             for (tokens,) in _unique(own, "tokens")
         )
         count = f"{len(own)} of {len(alike)}; tokens {where}"
-        lines.append([_name(side), what, count, _range(ratios), chosen])
-    head = ["slower than dense", "pass", "cells", "ratio", "the dispatcher trains it by"]
+        *side, density, what = group
+        lines.append([_name(side), density, what, count, _range(ratios), chosen])
+    head = ["slower than dense", "density", "pass", "cells", "ratio", "trained by"]
     explained = (
         "Layers with `torch` are trained by it all the same: to train them by a dense product, "
         "their values would first have to be put into a dense weight, which takes longer.\n"
@@ -203,8 +205,8 @@ def _conversions(rows: Rows) -> list[str]:
     """What a rewiring and a condensation cost."""
     own = [row for row in rows if row["pass"] == "conversion"]
     explained = (
-        "Milliseconds after a rewiring (`fold`: the indices of the product) and once for "
-        "inference (`condense`). A hard permutation is folded with them and costs nothing later.\n"
+        "Milliseconds after a rewiring (`fold`: the indices of the product, hard permutations "
+        "with them) and once for inference (`condense`).\n"
     )
     conversions = _ranges("density", own, ("density_asked",), "p50_ms")
     return ["### Conversions\n", explained, conversions] if own else []
@@ -229,7 +231,7 @@ def _models(rows: Rows) -> list[str]:
                 row["permutation"],
                 row["form"],
                 row["density"],
-                row["p50_ms"],
+                readable(float(row["p50_ms"])) if row["p50_ms"] else "",
                 _ratio(row),
                 row["floor_share"],
                 row["dispatcher"],

@@ -143,6 +143,11 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def readable(value: float) -> str:
+    """Four digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write rows that all have the columns of the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
