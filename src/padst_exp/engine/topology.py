@@ -96,6 +96,8 @@ def rewire(
         if name in averaged:
             averaged[name].relayout_(relayout)
         replaced += tracker.record(name, relayout)
+    for changed in (model, *([average.model] if average is not None else [])):
+        fold(changed)
     tracker.rewires += 1
     if world.size > 1:
         world.assert_identical(topology_digest(model), f"topologies after step {step}")
@@ -202,7 +204,7 @@ def harden(
 
 
 def fold(model: nn.Module) -> None:
-    """Fold what has hardened now, not in a forward pass, which may be a compiled one."""
+    """Fold what has changed now, not in a forward pass, which may be a compiled one."""
     for layer in model.modules():
         if isinstance(layer, SparseLinear) and layer.stale:
             layer.fold()

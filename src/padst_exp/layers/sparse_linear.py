@@ -51,7 +51,7 @@ class SparseLinear(nn.Module):
         self._folded: list[bool] = []
         self.fold()
         for weight in weights:
-            weight.on_change = self.fold
+            weight.on_change = self._outdate
         self.register_load_state_dict_post_hook(_fold)
 
     def fold(self) -> None:
@@ -78,8 +78,14 @@ class SparseLinear(nn.Module):
 
     @property
     def stale(self) -> bool:
-        """Whether a permutation hardened since the last `fold`; forward then folds by itself."""
+        """Whether a topology changed or a permutation hardened since the last `fold`.
+
+        Forward then folds by itself, once for all weights.
+        """
         return self._folded != self._soft()
+
+    def _outdate(self) -> None:
+        self._folded = []
 
     def _soft(self) -> list[bool]:
         return [_is_soft(self.input_permutation), *map(_is_soft, self.output_permutations)]

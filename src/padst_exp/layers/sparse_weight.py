@@ -109,9 +109,8 @@ class SparseWeight(nn.Module):
         """
         kept = relayout.source >= 0
         if self.storage == "packed":
-            moved = tensor.new_full((len(relayout.active), *tensor.shape[1:]), fill)
-            moved[kept] = tensor[relayout.source[kept]]
-            return moved
+            moved = tensor.index_select(0, relayout.source.clamp(min=0))
+            return moved.masked_fill_(~kept[:, None], fill)
         kept_entries = self.layout.entries(relayout.active[kept])
         grown_entries = self.layout.entries(relayout.active[~kept])
         values = torch.cat(

@@ -156,7 +156,8 @@ class Layout(abc.ABC):
 def gather_entries(dense: Tensor, entries: Tensor) -> Tensor:
     """Values of `dense` `[O, I]` at flat `entries` (any shape), zero where they are O * I."""
     flat = torch.cat([dense.flatten(), dense.new_zeros(1)])
-    return flat[entries]
+    # Several times as fast as indexing by a matrix.
+    return flat.index_select(0, entries.flatten()).view(entries.shape)
 
 
 def scatter_entries(values: Tensor, entries: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -79,9 +79,11 @@ class NMLayout(Layout):
         self.merged_tiles = n * num_chunks
 
     def _place(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        pool, index = units // self.pool_size, units % self.pool_size
-        column = self.first_column.to(units.device)[pool % self.num_chunks] + index
-        return pool // self.num_chunks, column
+        # Products, since remainders of int64 take as long as quotients.
+        pool = units // self.pool_size
+        row_group = pool // self.num_chunks
+        chunk, index = pool - row_group * self.num_chunks, units - pool * self.pool_size
+        return row_group, self.first_column.to(units.device)[chunk] + index
 
     def cells(self, units: Tensor) -> tuple[Tensor, Tensor]:
         row_group, column = self._place(units)
