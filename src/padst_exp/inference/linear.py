@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class PackedLinear(nn.Module, abc.ABC):
         self.backend: Literal["torch", "triton"] = "torch"
         self.in_features, self.out_features = in_features, out_features
         self.weight = _constant(weight)
-        self.bias = None if bias is None else _constant(bias)
+        self.register_parameter("bias", None if bias is None else _constant(bias))
 
     @abc.abstractmethod
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -54,15 +54,23 @@ class PackedLinear(nn.Module, abc.ABC):
         """Raise a ValueError where an index names a feature that does not exist."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return self._forward(x)
+        if x.requires_grad:
             raise ValueError("x requires a gradient, but an exported layer is for inference only")
+        with torch.no_grad():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        # Attributes of a module are found slowly; with few tokens that shows.
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
-        with torch.no_grad():
-            y = self.product(x.to(dtype), self.weight.to(dtype))
-            # In place: y is ours, and a second one of its size costs more than the sum.
-            return y if self.bias is None else y.add_(self.bias.to(dtype))
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        y = self.product(x.to(dtype), weight.to(dtype))
+        # In place: y is ours, and a second one of its size costs more than the sum.
+        return y if bias is None else y.add_(bias.to(dtype))
 
     def dense(self) -> nn.Linear:
         """The same layer with a dense weight."""
@@ -106,13 +114,14 @@ class TiledLinear(PackedLinear):
 
     def index(self) -> TileIndex:
         """What `gather_gemm` needs for a forward pass."""
+        buffers: dict[str, Any] = self._buffers
         return TileIndex(
-            columns=self.columns,
-            rows=self.rows,
-            row_pointer=self.row_pointer,
+            columns=buffers["columns"],
+            rows=buffers["rows"],
+            row_pointer=buffers["row_pointer"],
             order=None,
-            column_pointer=self.column_pointer,
-            transposed_pointer=self.column_groups,
+            column_pointer=buffers["column_pointer"],
+            transposed_pointer=buffers["column_groups"],
         )
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -198,7 +207,8 @@ class CondensedLinear(PackedLinear):
         return cls(condense(dense.flatten()[entries], entries, *dense.shape), bias)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        index = self.columns, self.row_pointer, self.rows
+        buffers: dict[str, Any] = self._buffers
+        index = buffers["columns"], buffers["row_pointer"], buffers["rows"]
         condensed = FanIn(weight, *index, self.in_features, self.out_features)
         return fan_in_linear(x, condensed, backend=self.backend)
 
