@@ -319,15 +319,18 @@ def test_no_compiler_no_library(
     assert "plain PyTorch instead" in caplog.text
 
 
-def test_says_why_the_compiler_refuses(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where a library may be written, with an empty cache, if there is a compiler."""
     if cpu._library() is None:
         pytest.skip("no compiler")
     monkeypatch.setenv("PADST_CACHE", str(tmp_path / "cache"))
-    source, header = tmp_path / "kernel.cpp", tmp_path / "wrong.h"
+    return tmp_path / "kernel.cpp"
+
+
+def test_says_why_the_compiler_refuses(source: Path, caplog: pytest.LogCaptureFixture) -> None:
     source.write_text('#include "wrong.h"\n')
-    header.write_text("int one() { return two; }\n")
+    source.with_name("wrong.h").write_text("int one() { return two; }\n")
     assert compiled(source) is None
     assert "error: " in caplog.text and "In file included" not in caplog.text
 
@@ -346,12 +349,9 @@ def test_no_home_directory_no_library(
 
 
 def test_a_library_is_built_once_for_each_version_of_its_files(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    source: Path, tmp_path: Path
 ) -> None:
-    if cpu._library() is None:
-        pytest.skip("no compiler")
-    monkeypatch.setenv("PADST_CACHE", str(tmp_path / "cache"))
-    source, header = tmp_path / "kernel.cpp", tmp_path / "one.h"
+    header = source.with_name("one.h")
     source.write_text('#include "one.h"\nextern "C" int one() { return ONE; }\n')
     header.write_text("#define ONE 1\n")
     first = compiled_module._build(source)

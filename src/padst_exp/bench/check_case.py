@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from padst_exp.bench.configurations import Shape, describe
 from padst_exp.bench.timing import reason
 from padst_exp.bench.topology import Topology
-from padst_exp.structures import Structure, scatter_entries
+from padst_exp.structures import Structure, gather_entries, scatter_entries
 
 # What two roundings of a result may differ by where a dense product happens to be exact.
 EXACT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -139,8 +139,7 @@ class Case:
             x, weight = x.detach().requires_grad_(), weight.requires_grad_()
             y = layer(x, weight)
             dx, dweight = torch.autograd.grad(y, (x, weight), self.dy.to(dtype))
-            flat = torch.cat([dweight.flatten(), dweight.new_zeros(1)])
-            return [y.detach(), dx, flat[topology.entries()]]
+            return [y.detach(), dx, gather_entries(dweight, topology.entries())]
 
         return plain
 

@@ -10,7 +10,7 @@ from padst_exp.dispatch.backends import (
     reuse,
     save,
 )
-from padst_exp.dispatch.decision import Decision, device_name, fastest, measure
+from padst_exp.dispatch.decision import Decision, device_name, fastest, is_recording, measure
 
 __all__ = [
     "Choice",
@@ -21,6 +21,7 @@ __all__ = [
     "difference",
     "fastest",
     "forced",
+    "is_recording",
     "measure",
     "require_device",
     "restore",

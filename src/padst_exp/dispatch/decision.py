@@ -64,8 +64,7 @@ def fastest(
     path = cache_folder() / "decisions.json"
     if key in (known := _read(path)):
         return known[key]
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing:
+    if is_recording(device):
         raise RuntimeError("nothing can be measured while a model is compiled or captured")
     # Processes that start together measure one after the other, undisturbed, and agree.
     with _locked(path):
@@ -78,6 +77,12 @@ def fastest(
             with contextlib.suppress(OSError):
                 write_atomically(path, text.encode())
     return known[key]
+
+
+def is_recording(device: torch.device) -> bool:
+    """Whether what runs now is being compiled or captured: a timing would end up in that."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or capturing
 
 
 def measure(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:

@@ -46,27 +46,18 @@ def choose_backends(
     # Rank 0 alone decides: the devices of others may differ.
     choices = None
     if world.main:
-        choices = _decide(model, backend, task, trainer, world, saved)
+        if backend != "auto":
+            choices = dispatch.forced(model, backend, world.device)
+        else:
+            choices = dispatch.restore(saved, model, world.device)
+            choices = _measure(model, task, trainer, world) if choices is None else choices
     choices = world.from_main(choices)
     assert choices is not None
     dispatch.reuse(model, choices)
     return choices
 
 
-def _decide(
-    model: nn.Module,
-    backend: Backend,
-    task: Task,
-    trainer: Trainer,
-    world: World,
-    saved: Mapping[str, Any] | None,
-) -> dict[str, Choice]:
-    if backend != "auto":
-        return dispatch.forced(model, backend, world.device)
-    restored = dispatch.restore(saved, model, world.device)
-    if restored is not None:
-        return restored
-
+def _measure(model: nn.Module, task: Task, trainer: Trainer, world: World) -> dict[str, Choice]:
     @torch.no_grad()
     def one_sample() -> None:
         batches = validation_loader(task, batch_size=1, rank=0, world_size=1, workers=0)

@@ -96,8 +96,9 @@ def rewire(
         if name in averaged:
             averaged[name].relayout_(relayout)
         replaced += tracker.record(name, relayout)
-    for changed in (model, *([average.model] if average is not None else [])):
-        fold(changed)
+    fold(model)
+    if average is not None:
+        fold(average.model)
     tracker.rewires += 1
     if world.size > 1:
         world.assert_identical(topology_digest(model), f"topologies after step {step}")

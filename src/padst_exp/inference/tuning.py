@@ -11,7 +11,7 @@ from typing import cast, get_args
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dispatch import agrees, device_name, fastest
+from padst_exp.dispatch import agrees, device_name, fastest, is_recording
 from padst_exp.inference.blocks import TOKENS
 from padst_exp.inference.convert import feature_stack, stack_name
 from padst_exp.inference.features import Around, DenseFeatureLinear, FeatureLinear
@@ -104,8 +104,7 @@ def tune(
     """
     device = example.device
     autocast = torch.is_autocast_enabled(device.type)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing:
+    if is_recording(device):
         raise ValueError("tune measures; call it before compiling or capturing the model")
     packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     inputs = inputs_of(model, example, packed)

@@ -71,10 +71,12 @@ class SparseLinear(nn.Module):
 
     def use_backends(self, backends: Sequence[Backend]) -> None:
         """Compute each of `parts` with its backend, one of those it has on its device."""
-        for product, backend in zip(self.parts(), backends, strict=True):
-            if product.backend != backend:
-                product.use_backend(backend)
-        self.fold()
+        pairs = zip(self.parts(), backends, strict=True)
+        changed = [(product, backend) for product, backend in pairs if product.backend != backend]
+        for product, backend in changed:
+            product.use_backend(backend)
+        if changed:
+            self.fold()
 
     @property
     def stale(self) -> bool:

@@ -56,7 +56,7 @@ class SparseWeight(nn.Module):
         self.register_buffer("carry", torch.zeros((), dtype=torch.float64, device=dense.device))
         # The layer this weight belongs to derives its indices from `active`.
         self.on_change: Callable[[], None] | None = None
-        self.register_load_state_dict_post_hook(_check_and_fold)
+        self.register_load_state_dict_post_hook(_check_loaded)
 
     def topology(self) -> Topology:
         """The active units as tables, for a DST algorithm."""
@@ -137,8 +137,8 @@ class SparseWeight(nn.Module):
         return f"{rows}x{columns}, density={self.layout.density:.4f}, storage={self.storage}"
 
 
-def _check_and_fold(weight: nn.Module, _: object) -> None:
-    """After a checkpoint is loaded: check its topology and rebuild what derives from it."""
+def _check_loaded(weight: nn.Module, _: object) -> None:
+    """After a checkpoint is loaded: check its topology, and tell the layer that it changed."""
     assert isinstance(weight, SparseWeight)
     units, layout = weight.active.long(), weight.layout
     legal = bool((units >= 0).all() and (units < layout.num_pools * layout.pool_size).all())
