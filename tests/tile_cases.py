@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from padst_kernels.gather_gemm import TileIndex, tile_index
+from padst_kernels.tiles import TileIndex, tile_index
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -73,9 +73,9 @@ def test_condensed_triton_passes_for_as_many_tokens_as_it_is_for(
     [(lambda y: y * 1.001, 0), (lambda y: y * torch.nan, 0), (lambda y: y, 1)],
 )
 def test_wrong_results_fail(monkeypatch: pytest.MonkeyPatch, wrong: object, kept: int) -> None:
-    right = checks.fan_in_linear
+    right = checks.condensed_matmul
     monkeypatch.setattr(
-        checks, "fan_in_linear", lambda x, w, backend: wrong(right(x, w, backend=backend))  # type: ignore[operator]
+        checks, "condensed_matmul", lambda x, w, backend: wrong(right(x, w, backend=backend))  # type: ignore[operator]
     )  # fmt: skip
     condensed = [result for result in found("unstructured") if result.kernel == "condensed"]
     assert condensed and all(result.passed == bool(kept) for result in condensed)
@@ -85,7 +85,7 @@ def test_kernels_that_do_not_run_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(x: Tensor, weight: object, backend: str) -> Tensor:
         raise RuntimeError("no kernel\nimage")
 
-    monkeypatch.setattr(checks, "fan_in_linear", broken)
+    monkeypatch.setattr(checks, "condensed_matmul", broken)
     results = [result for result in found("unstructured") if result.kernel == "condensed"]
     assert {result.note for result in results} == {"RuntimeError: no kernel image"}
     assert not any(result.passed for result in results)

@@ -92,9 +92,9 @@ def rows(asked: BenchSchema, said: list[str]) -> dict[str, list[Row]]:
 def test_what_failed_or_was_not_checked_is_not_timed(
     small: BenchSchema, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = gpu_all.checks.fan_in_linear
+    right = gpu_all.checks.condensed_matmul
     monkeypatch.setattr(
-        gpu_all.checks, "fan_in_linear", lambda x, w, backend: right(x, w, backend=backend) + 1
+        gpu_all.checks, "condensed_matmul", lambda x, w, backend: right(x, w, backend=backend) + 1
     )
     product = gpu_all.checks._product
 

@@ -16,7 +16,7 @@ from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear
 from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import NM, Backend, Block, Unstructured
-from padst_kernels.scatter_linear import scatter_linear
+from padst_kernels.scatter import scatter_matmul
 
 CPU = torch.device("cpu")
 
@@ -183,9 +183,9 @@ def test_a_backend_that_computes_something_else_is_not_chosen(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def wrong(x: torch.Tensor, *rest: object) -> torch.Tensor:
-        return spoil(scatter_linear(x, *rest))  # type: ignore[arg-type]
+        return spoil(scatter_matmul(x, *rest))  # type: ignore[arg-type]
 
-    monkeypatch.setattr("padst_exp.structures.forms.scatter_linear", wrong)
+    monkeypatch.setattr("padst_exp.structures.forms.scatter_matmul", wrong)
     layout = Block(size=8, balanced=False).layout(32, 32, 0.25)
     arguments = ["torch", "dense"], 4, torch.float32, CPU, False
     found = backends.training_decision([layout], *arguments)  # type: ignore[arg-type]

@@ -29,10 +29,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from padst_kernels.activations import empty_features
 from padst_kernels.diagonals import kernels as diagonals
-from padst_kernels.gather_gemm import kernels as gather
-from padst_kernels.gather_gemm.kernels import input_gradient, product, weight_gradient
-from padst_kernels.gather_gemm.layout import empty_features
+from padst_kernels.tiles import kernels as gather
+from padst_kernels.tiles.kernels import input_gradient, product, weight_gradient
 
 _TOOLS = Path(os.path.dirname(triton.backends.nvidia.__file__)) / "bin"
 _TYPES = {

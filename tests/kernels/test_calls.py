@@ -10,31 +10,31 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from padst_kernels.diagonals import diagonal_linear
-from padst_kernels.fan_in import (
-    FanIn,
-    FanInIndex,
+from padst_kernels.diagonals import diagonal_matmul
+from padst_kernels.entries import (
+    Condensed,
+    EntryIndex,
     condense,
-    fan_in_index,
-    fan_in_linear,
-    fan_in_product,
+    condensed_matmul,
+    entry_index,
+    entry_matmul,
 )
-from padst_kernels.gather_gemm import (
+from padst_kernels.tiles import (
     TileIndex,
     aligned_features,
-    gather_gemm,
-    gather_gemm_fused,
     kernels,
     passes,
+    tile_matmul,
+    tile_matmul_fused,
 )
-from padst_kernels.gather_gemm.kernels import product
+from padst_kernels.tiles.kernels import product
 from tile_cases import DEVICE, blocks, vector_nm
 
 Operation = Callable[[Tensor], Tensor]
 BACKENDS = ["torch", "triton"]
 
 
-def moved(index: TileIndex | FanInIndex | FanIn, device: str) -> list:
+def moved(index: TileIndex | EntryIndex | Condensed, device: str) -> list:
     return [t.to(device) if isinstance(t, Tensor) else t for t in index]
 
 
@@ -45,23 +45,23 @@ def operations(backend: str, device: str = DEVICE) -> dict[str, Operation]:
     index = TileIndex._make(None if t is None else t.to(device) for t in case.index)
     entries = torch.randperm(45 * 30)[:200]
     values = torch.randn(200, device=device, requires_grad=True)
-    single = FanInIndex(*moved(fan_in_index(entries, 30, 45), device))
-    condensed = FanIn(*moved(condense(torch.randn(200), entries, 30, 45), device))
+    single = EntryIndex(*moved(entry_index(entries, 30, 45), device))
+    condensed = Condensed(*moved(condense(torch.randn(200), entries, 30, 45), device))
     offsets = torch.tensor([0, 3], dtype=torch.int32, device=device)
     diagonals = torch.randn(2, 30, device=device, requires_grad=True)
     columns = torch.randperm(45, device=device, dtype=torch.int32)
     made = {
-        "gather_gemm": lambda x: gather_gemm(x, weight, index, 44, backend=backend),
-        "gather_gemm_fused": lambda x: gather_gemm_fused(
+        "tile_matmul": lambda x: tile_matmul(x, weight, index, 44, backend=backend),
+        "tile_matmul_fused": lambda x: tile_matmul_fused(
             aligned_features(x), weight, index, 44, backend=backend, gelu=True
         ).t(),
-        "diagonal_linear": lambda x: diagonal_linear(
+        "diagonal_matmul": lambda x: diagonal_matmul(
             x, diagonals, offsets, 30, columns=columns, backend=backend
         ),
-        "fan_in_linear": lambda x: fan_in_linear(x, condensed, backend=backend),
+        "condensed_matmul": lambda x: condensed_matmul(x, condensed, backend=backend),
     }
     if backend == "torch":
-        made["fan_in_product"] = lambda x: fan_in_product(x, values, single, 30)
+        made["entry_matmul"] = lambda x: entry_matmul(x, values, single, 30)
     return made
 
 
@@ -69,19 +69,19 @@ NAMES = [(backend, name) for backend in BACKENDS for name in operations(backend)
 
 
 # Where a copy is aligned, PyTorch itself tells multiples of 16 tokens, whose rows are contiguous,
-# from others. Eager `gather_gemm` on Triton makes no such copy of few tokens.
+# from others. Eager `tile_matmul` on Triton makes no such copy of few tokens.
 @pytest.mark.parametrize(
     ("backend", "name", "most"),
     [
-        ("torch", "gather_gemm", 1),
-        ("torch", "gather_gemm_fused", 2),
-        ("torch", "diagonal_linear", 1),
-        ("torch", "fan_in_linear", 1),
-        ("torch", "fan_in_product", 1),
-        ("triton", "gather_gemm", 3),
-        ("triton", "gather_gemm_fused", 2),
-        ("triton", "diagonal_linear", 1),
-        ("triton", "fan_in_linear", 1),
+        ("torch", "tile_matmul", 1),
+        ("torch", "tile_matmul_fused", 2),
+        ("torch", "diagonal_matmul", 1),
+        ("torch", "condensed_matmul", 1),
+        ("torch", "entry_matmul", 1),
+        ("triton", "tile_matmul", 3),
+        ("triton", "tile_matmul_fused", 2),
+        ("triton", "diagonal_matmul", 1),
+        ("triton", "condensed_matmul", 1),
     ],
 )
 def test_a_graph_serves_many_numbers_of_tokens(backend: str, name: str, most: int) -> None:
@@ -89,7 +89,7 @@ def test_a_graph_serves_many_numbers_of_tokens(backend: str, name: str, most: in
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(operation, fullgraph=True, backend=graphs)
-    needs_grad = name != "fan_in_linear"
+    needs_grad = name != "condensed_matmul"
     for tokens in (197, 64, 130, 96, 63, 16, 5, 48, 33):
         x = torch.randn(tokens, 45, device=DEVICE, requires_grad=needs_grad)
         y, expected = compiled(x), operation(x)
@@ -123,7 +123,7 @@ def test_every_operand_is_on_the_device_of_x(what: str) -> None:
     tensors = {name: t.to("meta" if name == what else DEVICE) for name, t in tensors.items()}
     norm = tuple(tensors.pop(name) for name in ("mean", "rstd", "row_sums"))
     with torch.no_grad(), pytest.raises(ValueError, match=f"{what} is on meta"):
-        gather_gemm_fused(x, case.weight, case.index, 44, norm=norm, **tensors)
+        tile_matmul_fused(x, case.weight, case.index, 44, norm=norm, **tensors)
 
 
 @pytest.mark.parametrize(("backend", "name"), NAMES)
@@ -163,7 +163,7 @@ def test_a_copy_in_another_layout_serves_both_passes(
     monkeypatch.setattr(kernels, "launch_weight_gradient", launch_weight_gradient)
     case = make(True)
     torch._dynamo.reset()
-    operation = torch.compile(gather_gemm, backend="aot_eager") if compiles else gather_gemm
+    operation = torch.compile(tile_matmul, backend="aot_eager") if compiles else tile_matmul
     x = torch.randn(70, case.shape[1], device=DEVICE, requires_grad=case.index.slots is None)
     y = operation(x, case.weight, case.index, case.shape[0], backend=backend)
     y.backward(torch.randn_like(y))
@@ -177,7 +177,7 @@ def test_a_copy_in_another_layout_serves_both_passes(
 @pytest.mark.parametrize(("backend", "name"), NAMES)
 def test_the_host_never_waits_for_the_device(backend: str, name: str) -> None:
     operation = operations(backend)[name]
-    x = torch.randn(70, 45, device=DEVICE, requires_grad=name != "fan_in_linear")
+    x = torch.randn(70, 45, device=DEVICE, requires_grad=name != "condensed_matmul")
     for mode in ("default", "error"):  # Compiles, then runs.
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -188,7 +188,7 @@ def test_the_host_never_waits_for_the_device(backend: str, name: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["gather_gemm", "diagonal_linear", "fan_in_linear"])
+@pytest.mark.parametrize("name", ["tile_matmul", "diagonal_matmul", "condensed_matmul"])
 def test_kernels_run_on_the_device_of_their_tensors(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +213,7 @@ def test_kernels_run_on_the_device_of_their_tensors(
     kind = type(product._product_kernel)
     get = kind.__getitem__
     monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: checked(get(kernel, grid)))
-    x = torch.randn(5, 45, device=DEVICE, requires_grad=name != "fan_in_linear")
+    x = torch.randn(5, 45, device=DEVICE, requires_grad=name != "condensed_matmul")
     y = operations("triton")[name](x)
     if x.requires_grad:
         y.sum().backward()
@@ -225,8 +225,8 @@ def test_float64_is_copied_into_no_other_layout(monkeypatch: pytest.MonkeyPatch)
     case = vector_nm(True)
     x = torch.randn(70, 45, dtype=torch.float64, device=DEVICE, requires_grad=True)
     weight = case.weight.detach().double().requires_grad_()
-    gather_gemm(x, weight, case.index, 44, backend="triton").sum().backward()
-    y = gather_gemm_fused(
+    tile_matmul(x, weight, case.index, 44, backend="triton").sum().backward()
+    y = tile_matmul_fused(
         x.t(), weight, case.index, 44, backend="triton", gelu=True, feature_major=False
     )
     y.sum().backward()

@@ -10,8 +10,8 @@ import pytest
 import torch
 import triton.backends.nvidia
 
-from padst_kernels.gather_gemm import cuda
-from padst_kernels.gather_gemm.cuda import input_gradient, nvrtc
+from padst_kernels.tiles import cuda
+from padst_kernels.tiles.cuda import input_gradient, nvrtc
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.gather_gemm import cuda, gather_gemm, kernels, tile_index
-from padst_kernels.gather_gemm.cuda import input_gradient, nvrtc
-from padst_kernels.gather_gemm.kernels import launch_input_gradient
-from padst_kernels.gather_gemm.layout import empty_features
+from padst_kernels.activations import empty_features
+from padst_kernels.tiles import cuda, kernels, tile_index, tile_matmul
+from padst_kernels.tiles.cuda import input_gradient, nvrtc
+from padst_kernels.tiles.kernels import launch_input_gradient
 
 HERE = Path(__file__).parent
 DTYPES = [torch.bfloat16, torch.float16]
@@ -250,10 +250,10 @@ def test_the_backend_computes_dx_with_it(
     x = torch.randn(num_tokens, 45).half().requires_grad_()
     weight = torch.randn(4, 9, 16).half().requires_grad_()
     dy = torch.randn(num_tokens, 61).half()
-    y = gather_gemm(x, weight, index, 61, backend="triton")
+    y = tile_matmul(x, weight, index, 61, backend="triton")
     expected = torch.autograd.grad(y, (x, weight), dy)
     monkeypatch.setattr(kernels, "launch_input_gradient", None)
-    y = gather_gemm(x, weight, index, 61, backend="cuda")
+    y = tile_matmul(x, weight, index, 61, backend="cuda")
     for ours, theirs in zip(torch.autograd.grad(y, (x, weight), dy), expected, strict=True):
         assert ours.is_contiguous() and ours.dtype == theirs.dtype
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
@@ -267,11 +267,11 @@ def test_operators_pass_opcheck(emulator: Emulator) -> None:
     for tokens in (5, 70):
         x, dy = torch.randn(tokens, 45).half().requires_grad_(), torch.randn(tokens, 61).half()
         torch.library.opcheck(
-            torch.ops.padst.gather_gemm.default, (x, weight, *index, 61), {"backend": "cuda"}
+            torch.ops.padst.tile_matmul.default, (x, weight, *index, 61), {"backend": "cuda"}
         )
         for feature_major in (False, True):
             torch.library.opcheck(
-                torch.ops.padst.gather_gemm_input_gradient.default,
+                torch.ops.padst.tile_matmul_input_gradient.default,
                 (dy, weight.detach(), *index),
                 {"feature_major": feature_major, "backend": "cuda"},
             )

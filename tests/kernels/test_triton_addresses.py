@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from padst_kernels.diagonals.kernels import launch_diagonals, launch_diagonals_gradient
-from padst_kernels.fan_in.kernels import launch_fan_in
-from padst_kernels.gather_gemm import kernels
+from padst_kernels.entries.kernels import launch_condensed
+from padst_kernels.tiles import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Fits in 32 bits; three times as much does not.
@@ -51,6 +51,6 @@ def test_offsets_pass_32_bits(activation: Tensor) -> None:
     )
     dvalues = launch_diagonals_gradient(x, x, offsets, by_row=True)
     assert_close(dvalues[0], (small * small.roll(-1, 0)).sum(1))
-    y = launch_fan_in(x, values[0], int32(3, 2, 1, 0), int32(0, 2, 4), int32(1, 0), 2)
+    y = launch_condensed(x, values[0], int32(3, 2, 1, 0), int32(0, 2, 4), int32(1, 0), 2)
     products = values[0].float()[:, None] * small.flip(0)
     assert_close(y, torch.stack([products[2:].sum(0), products[:2].sum(0)]))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.diagonals import diagonal_linear
+from padst_kernels.activations import empty_features
+from padst_kernels.diagonals import diagonal_matmul
 from padst_kernels.diagonals.kernels import launch_diagonals, launch_diagonals_gradient
-from padst_kernels.gather_gemm.layout import empty_features
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -83,7 +83,7 @@ def make_layer(shape: tuple[int, int], permuted: bool) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_diagonal_linear_equals_the_dense_product(
+def test_diagonal_matmul_equals_the_dense_product(
     backend: str, shape: tuple[int, int], permuted: bool, dtype: torch.dtype
 ) -> None:
     values, offsets, columns, rows, *cells = make_layer(shape, permuted)
@@ -91,7 +91,7 @@ def test_diagonal_linear_equals_the_dense_product(
     fold = {"columns": columns, "rows": rows} if permuted else {}
     for tokens in ((), (5,), (3, 23)):
         x = torch.randn(*tokens, shape[1], device=DEVICE, dtype=dtype, requires_grad=True)
-        y = diagonal_linear(x, values, offsets, shape[0], backend=backend, **fold)
+        y = diagonal_matmul(x, values, offsets, shape[0], backend=backend, **fold)
         dy = torch.randn_like(y)
         ours = y, *torch.autograd.grad(y, (x, values), dy)
         exact_x, exact_values = (t.detach().double().cpu().requires_grad_() for t in (x, values))
@@ -110,22 +110,22 @@ def test_diagonal_operators_pass_opcheck(backend: str, permuted: bool) -> None:
     fold = (columns, rows) if permuted else (None, None)
     x, dy = torch.randn(5, 40, device=DEVICE, requires_grad=True), torch.randn(5, 24, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.padst.diagonal_linear.default,
+        torch.ops.padst.diagonal_matmul.default,
         (x, values, offsets, *fold, 24, True, backend),
     )
     torch.library.opcheck(
-        torch.ops.padst.diagonal_linear_values_gradient.default,
+        torch.ops.padst.diagonal_matmul_values_gradient.default,
         (x.detach(), dy, offsets, *fold, True, backend),
     )
 
 
-def test_diagonal_linear_compiles_whole_and_survives_new_topologies() -> None:
+def test_diagonal_matmul_compiles_whole_and_survives_new_topologies() -> None:
     torch._dynamo.reset()
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=count)
     def run(x: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
-        return diagonal_linear(x, values, offsets, 40, backend="triton").relu()
+        return diagonal_matmul(x, values, offsets, 40, backend="triton").relu()
 
     x = torch.randn(5, 24, device=DEVICE, requires_grad=True)
     kept = torch.zeros(4, dtype=torch.int32, device=DEVICE)
@@ -133,7 +133,7 @@ def test_diagonal_linear_compiles_whole_and_survives_new_topologies() -> None:
         values, offsets, *_ = make_layer((40, 24), False)
         kept.copy_(offsets)
         results = []
-        for y in (run(x, values, kept), diagonal_linear(x, values, offsets, 40).relu()):
+        for y in (run(x, values, kept), diagonal_matmul(x, values, offsets, 40).relu()):
             results.append((y, *torch.autograd.grad(y.square().sum(), (x, values))))
         torch.testing.assert_close(*results)
     assert count.frame_count == 1
@@ -145,7 +145,7 @@ def test_indices_may_have_any_strides(backend: str) -> None:
     x = torch.randn(5, 40, device=DEVICE)
     results = []
     for offsets, columns, rows in (indices, [torch.stack([t, t], 1)[:, 0] for t in indices]):
-        y = diagonal_linear(x, values, offsets, 24, columns=columns, rows=rows, backend=backend)
+        y = diagonal_matmul(x, values, offsets, 24, columns=columns, rows=rows, backend=backend)
         results.append((y, *torch.autograd.grad(y.square().sum(), values)))
     for plain, loose in zip(*results, strict=True):
         assert torch.equal(plain, loose)
@@ -156,7 +156,7 @@ def test_no_diagonals(backend: str) -> None:
     values, offsets, *_ = make_layer((24, 40), False)
     none, x = values.detach()[:0].requires_grad_(), torch.randn(5, 40, device=DEVICE)
     x.requires_grad_()
-    y = diagonal_linear(x, none, offsets[:0], 24, backend=backend)
+    y = diagonal_matmul(x, none, offsets[:0], 24, backend=backend)
     dx, dvalues = torch.autograd.grad(y, (x, none), torch.ones_like(y))
     assert (y == 0).all() and (dx == 0).all() and dvalues.shape == (0, 24)
 
@@ -165,19 +165,19 @@ def test_no_diagonals(backend: str) -> None:
 def test_more_tokens_than_a_grid_has_tiles_along_its_second_axis() -> None:
     x = torch.randn(16 * 65_536 + 5, 24, device=DEVICE)
     values, offsets, *_ = make_layer((16, 24), False)
-    y = diagonal_linear(x, values, offsets, 16, backend="triton")
-    expected = diagonal_linear(x[-20:], values, offsets, 16)
+    y = diagonal_matmul(x, values, offsets, 16, backend="triton")
+    expected = diagonal_matmul(x[-20:], values, offsets, 16)
     torch.testing.assert_close(y[-20:], expected)
 
 
-def test_diagonal_linear_names_what_disagrees() -> None:
+def test_diagonal_matmul_names_what_disagrees() -> None:
     values, offsets, columns, *_ = make_layer((40, 24), False)
     x = torch.randn(5, 24, device=DEVICE)
     with pytest.raises(ValueError, match=r"values is \(4, 24\), expected \(4, 23\)"):
-        diagonal_linear(x[:, :23], values, offsets, 40)
+        diagonal_matmul(x[:, :23], values, offsets, 40)
     with pytest.raises(ValueError, match=r"rows is \(24,\), expected \(40,\)"):
-        diagonal_linear(x, values, offsets, 40, rows=columns)
+        diagonal_matmul(x, values, offsets, 40, rows=columns)
     with pytest.raises(ValueError, match=r"x is torch\.float64"):
-        diagonal_linear(x.double(), values, offsets, 40)
+        diagonal_matmul(x.double(), values, offsets, 40)
     with pytest.raises(ValueError, match="backend is 'opencl'"):
-        diagonal_linear(x, values, offsets, 40, backend="opencl")
+        diagonal_matmul(x, values, offsets, 40, backend="opencl")

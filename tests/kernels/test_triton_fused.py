@@ -1,11 +1,11 @@
-"""`gather_gemm_fused` of both backends, in both layouts, against dense float64."""
+"""`tile_matmul_fused` of both backends, in both layouts, against dense float64."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.gather_gemm import aligned_features, gather_gemm_fused, kernels
-from padst_kernels.gather_gemm.layout import has_aligned_rows
+from padst_kernels.activations import has_aligned_rows
+from padst_kernels.tiles import aligned_features, kernels, tile_matmul_fused
 from tile_cases import CASES, DEVICE, Case, blocks, relative_error, vector_nm
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -65,7 +65,7 @@ def compare(
     if "residual" in epilogue:
         residual = activation(out_features, num_tokens, writes).requires_grad_()
     gelu = "gelu" in epilogue
-    y = gather_gemm_fused(
+    y = tile_matmul_fused(
         x, case.weight, case.index, out_features, backend=backend, bias=bias, gelu=gelu,
         residual=residual, feature_major=writes == "feature-major",
     )  # fmt: skip
@@ -101,7 +101,7 @@ def test_folds_layer_norm(backend: str, gelu: bool) -> None:
     dense = case.dense().detach()
     norm = mean, (variance + 1e-6).rsqrt(), dense.sum(1).float().to(DEVICE)
     with torch.no_grad():
-        y = gather_gemm_fused(
+        y = tile_matmul_fused(
             x, case.weight, case.index, 44, backend=backend, bias=bias, gelu=gelu,
             residual=residual, norm=norm,
         )  # fmt: skip
@@ -109,7 +109,7 @@ def test_folds_layer_norm(backend: str, gelu: bool) -> None:
     expected = finish(dense @ normal, exact(bias), gelu, exact(residual))
     assert relative_error(y, expected) < 1e-5
     with pytest.raises(ValueError, match="norm has no gradient"):
-        gather_gemm_fused(x, case.weight, case.index, 44, backend=backend, norm=norm)
+        tile_matmul_fused(x, case.weight, case.index, 44, backend=backend, norm=norm)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -120,7 +120,7 @@ def test_vectors_may_have_any_strides(backend: str) -> None:
     mean, rstd = torch.rand(21, 2, device=DEVICE).unbind(1)
     with torch.no_grad():
         loose, plain = (
-            gather_gemm_fused(
+            tile_matmul_fused(
                 x, case.weight, case.index, 44, backend=backend, bias=vectors[0],
                 norm=vectors[1:],
             )
@@ -146,19 +146,19 @@ def test_refuses_what_is_not_aligned(backend: str) -> None:
     arguments = case.weight, case.index, 44
     for wrong in (x.clone(memory_format=torch.contiguous_format), activation(45, 21)[:, 1:6]):
         with pytest.raises(ValueError, match="x has strides"):
-            gather_gemm_fused(wrong, *arguments, backend=backend)
+            tile_matmul_fused(wrong, *arguments, backend=backend)
     loose = residual.clone(memory_format=torch.contiguous_format)
     with pytest.raises(ValueError, match="residual has strides"):
-        gather_gemm_fused(x, *arguments, backend=backend, residual=loose)
+        tile_matmul_fused(x, *arguments, backend=backend, residual=loose)
     with pytest.raises(ValueError, match=r"residual is \(44, 4\), expected \(44, 5\)"):
-        gather_gemm_fused(x, *arguments, backend=backend, residual=residual[:, :4])
+        tile_matmul_fused(x, *arguments, backend=backend, residual=residual[:, :4])
     with pytest.raises(ValueError, match=r"bias is \(45,\), expected \(44,\)"):
-        gather_gemm_fused(x, *arguments, backend=backend, bias=torch.zeros(45))
+        tile_matmul_fused(x, *arguments, backend=backend, bias=torch.zeros(45))
     with pytest.raises(ValueError, match=r"residual is torch\.float16, expected torch\.float32"):
-        gather_gemm_fused(x, *arguments, backend=backend, residual=residual.half())
+        tile_matmul_fused(x, *arguments, backend=backend, residual=residual.half())
     norm = torch.zeros(5), torch.zeros(5), torch.zeros(44, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"row_sums is torch\.float64, expected torch\.float32"):
-        gather_gemm_fused(x, *arguments, backend=backend, norm=[t.to(DEVICE) for t in norm])
+        tile_matmul_fused(x, *arguments, backend=backend, norm=[t.to(DEVICE) for t in norm])
 
 
 def test_rows_that_share_memory_are_not_aligned() -> None:
@@ -168,7 +168,7 @@ def test_rows_that_share_memory_are_not_aligned() -> None:
     assert has_aligned_rows(torch.randn(96).as_strided((3, 21), (32, 1)))
     case = vector_nm(False)
     with pytest.raises(ValueError, match="x has strides"):
-        gather_gemm_fused(torch.randn(21).expand(45, 21), case.weight, case.index, 44)
+        tile_matmul_fused(torch.randn(21).expand(45, 21), case.weight, case.index, 44)
 
 
 def test_saves_neither_y_nor_what_stands_before_gelu() -> None:
@@ -181,7 +181,7 @@ def test_saves_neither_y_nor_what_stands_before_gelu() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        gather_gemm_fused(x, case.weight, case.index, 44, backend="triton", gelu=True)
+        tile_matmul_fused(x, case.weight, case.index, 44, backend="triton", gelu=True)
     assert [t.shape for t in saved if t.is_floating_point()] == [x.shape, case.weight.shape]
     assert has_aligned_rows(saved[0])
 
@@ -195,28 +195,28 @@ def test_operators_pass_opcheck(backend: str, layout: str) -> None:
     dy, residual = activation(40, 5), activation(40, 5)
     bias = torch.randn(40, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.padst.gather_gemm_fused.default,
+        torch.ops.padst.tile_matmul_fused.default,
         (x, case.weight, bias, residual, None, None, None, *case.index, 40),
         {"gelu": True, **how},
     )
     norm = (torch.randn(5, device=DEVICE), torch.rand(5, device=DEVICE), bias)
     torch.library.opcheck(
-        torch.ops.padst.gather_gemm_fused.default,
+        torch.ops.padst.tile_matmul_fused.default,
         (x.detach(), case.weight.detach(), bias, residual, *norm, *case.index, 40),
         {"gelu": False, **how},
     )
     torch.library.opcheck(
-        torch.ops.padst.gather_gemm_gelu_gradient.default,
+        torch.ops.padst.tile_matmul_gelu_gradient.default,
         (dy, x.detach(), case.weight.detach(), bias, *case.index),
         how,
     )
 
 
 def mlp(x: Tensor, up: Case, down: Case, bias: Tensor, weights: list[Tensor]) -> Tensor:
-    hidden = gather_gemm_fused(
+    hidden = tile_matmul_fused(
         aligned_features(x), weights[0], up.index, 40, backend="triton", bias=bias, gelu=True
     )
-    y = gather_gemm_fused(
+    y = tile_matmul_fused(
         hidden, weights[1], down.index, 67, backend="triton", residual=x.t(), feature_major=False
     )
     return y.t()

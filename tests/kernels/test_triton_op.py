@@ -1,10 +1,10 @@
-"""`gather_gemm(backend="triton")` against dense float64; interpreted where there is no GPU."""
+"""`tile_matmul(backend="triton")` against dense float64; interpreted where there is no GPU."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.gather_gemm import TileIndex, gather_gemm, kernels, passes, tile_index
+from padst_kernels.tiles import TileIndex, kernels, passes, tile_index, tile_matmul
 from tile_cases import CASES, DEVICE, blocks, relative_error, vector_nm
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -18,7 +18,7 @@ def test_equals_the_dense_product(name: str, permuted: bool, num_tokens: int) ->
     out_features, in_features = case.shape
     x = torch.randn(num_tokens, in_features, device=DEVICE, requires_grad=True)
     dy = torch.randn(num_tokens, out_features, device=DEVICE)
-    y = gather_gemm(x, case.weight, case.index, out_features, backend="triton")
+    y = tile_matmul(x, case.weight, case.index, out_features, backend="triton")
     dx, dweight = torch.autograd.grad(y, (x, case.weight), dy)
     exact_x = x.detach().cpu().double().requires_grad_()
     exact = exact_x @ case.dense().T
@@ -36,7 +36,7 @@ def test_transposable_structures_need_no_slots(monkeypatch: pytest.MonkeyPatch) 
         assert case.index.slots is None and case.index.tile_rows is None
         assert case.index.column_run == (1 if permuted else 8)
         x = torch.randn(3, 67, device=DEVICE, requires_grad=True)
-        gather_gemm(x, case.weight.detach(), case.index, 40, backend="triton").sum().backward()
+        tile_matmul(x, case.weight.detach(), case.index, 40, backend="triton").sum().backward()
         assert x.grad is not None
 
 
@@ -71,7 +71,7 @@ def test_tiles_of_padding_alone_change_nothing() -> None:
     results = []
     for tiles, these in ((weight[:2], index), (weight, padded)):
         these = TileIndex._make(None if t is None else t.to(DEVICE) for t in these)
-        y = gather_gemm(x, tiles, these, 16, backend="triton")
+        y = tile_matmul(x, tiles, these, 16, backend="triton")
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))
     torch.testing.assert_close(*results)
 
@@ -80,14 +80,14 @@ def test_float64_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "launch_product", None)
     case = vector_nm(True)
     x = torch.randn(3, 45, dtype=torch.float64, device=DEVICE)
-    y = gather_gemm(x, case.weight.double(), case.index, 44, backend="triton")
+    y = tile_matmul(x, case.weight.double(), case.index, 44, backend="triton")
     assert relative_error(y, x.cpu() @ case.dense().T) < 1e-12
 
 
 def test_says_where_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     case = vector_nm(False)
     with pytest.raises(ValueError, match="backend is 'opencl', expected one of"):
-        gather_gemm(torch.zeros(1, 45), case.weight, case.index, 44, backend="opencl")
+        tile_matmul(torch.zeros(1, 45), case.weight, case.index, 44, backend="opencl")
     monkeypatch.setattr(kernels, "are_interpreted", lambda: False)
     with pytest.raises(ValueError, match="backend 'triton' needs a GPU, got a tensor on cpu"):
         passes.product(torch.zeros(1, 45), case.weight, case.index, 44, "triton")
@@ -109,7 +109,7 @@ def test_a_weight_without_tiles_is_zero(backend: str, num_column_groups: int | N
     index = TileIndex._make(None if t is None else t.to(DEVICE) for t in index)
     x = torch.randn(5, 15, device=DEVICE, requires_grad=True)
     weight = torch.empty(0, 8, 8, device=DEVICE, requires_grad=True)
-    y = gather_gemm(x, weight, index, 16, backend=backend)
+    y = tile_matmul(x, weight, index, 16, backend=backend)
     dx, dweight = torch.autograd.grad(y, (x, weight), torch.randn_like(y))
     assert y.shape == (5, 16) and (y == 0).all()
     assert dx.shape == (5, 15) and (dx == 0).all() and dweight.shape == (0, 8, 8)
@@ -125,7 +125,7 @@ def test_an_index_is_made_of_columns_of_any_strides(backend: str) -> None:
         index = tile_index(these, None, None, **options)
         assert all(t is None or t.is_contiguous() for t in index)
         index = TileIndex._make(None if t is None else t.to(DEVICE) for t in index)
-        results.append(gather_gemm(x, weight, index, 44, backend=backend))
+        results.append(tile_matmul(x, weight, index, 44, backend=backend))
     assert torch.equal(*results)
 
 
@@ -143,10 +143,10 @@ def test_float32_is_as_precise_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatc
     x = torch.randn(5, 45, device=DEVICE)
     try:
         for matmul.fp32_precision in ("tf32", "ieee"):
-            gather_gemm(x, case.weight, case.index, 44, backend="triton")
-            gather_gemm(x.half(), case.weight.half(), case.index, 44, backend="triton")
+            tile_matmul(x, case.weight, case.index, 44, backend="triton")
+            tile_matmul(x.half(), case.weight.half(), case.index, 44, backend="triton")
         torch.set_float32_matmul_precision("high")
-        gather_gemm(x, case.weight, case.index, 44, backend="triton")
+        tile_matmul(x, case.weight, case.index, 44, backend="triton")
     finally:
         matmul.fp32_precision = before
     assert asked == ["tf32", "ieee", "ieee", "ieee", "tf32"]
@@ -160,18 +160,18 @@ def test_operators_pass_opcheck(name: str) -> None:
     dy = torch.randn(5, out_features, device=DEVICE)
     weight = case.weight
     torch.library.opcheck(
-        torch.ops.padst.gather_gemm.default,
+        torch.ops.padst.tile_matmul.default,
         (x, weight, *case.index, out_features),
         {"backend": "triton"},
     )
     torch.library.opcheck(
-        torch.ops.padst.gather_gemm_weight_gradient.default,
+        torch.ops.padst.tile_matmul_weight_gradient.default,
         (x.detach(), dy, *case.index, weight.shape[2]),
         {"backend": "triton"},
     )
     for feature_major in (False, True):
         torch.library.opcheck(
-            torch.ops.padst.gather_gemm_input_gradient.default,
+            torch.ops.padst.tile_matmul_input_gradient.default,
             (dy, weight.detach(), *case.index),
             {"feature_major": feature_major, "backend": "triton"},
         )
@@ -183,7 +183,7 @@ def test_compiles_whole_and_survives_new_topologies() -> None:
 
     @torch.compile(fullgraph=True, backend=count)
     def run(x: Tensor, weight: Tensor, index: TileIndex) -> Tensor:
-        return gather_gemm(x, weight, index, 40, backend="triton").relu()
+        return tile_matmul(x, weight, index, 40, backend="triton").relu()
 
     first = blocks((40, 67), 8, True)
     x = torch.randn(5, 67, device=DEVICE, requires_grad=True)

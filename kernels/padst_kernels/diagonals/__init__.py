@@ -1,5 +1,5 @@
 """Products with single pseudo-diagonals, on CUDA cores: correct, and not claimed to be fast."""
 
-from padst_kernels.diagonals.op import diagonal_linear
+from padst_kernels.diagonals.op import diagonal_matmul
 
-__all__ = ["diagonal_linear"]
+__all__ = ["diagonal_matmul"]

@@ -10,7 +10,7 @@ O <= I, and at ((j + o) mod O, j) where not, which needs O >= I. A weight `[O, I
 where O < I, by column otherwise. Its transpose has the same offsets and values and the other
 `by_row`, so dX is `launch_diagonals` on dY, with I and O, and `rows` and `columns`, exchanged.
 
-Activations are `[features, T]` views, feature-major or token-major, see `gather_gemm.layout`.
+Activations are `[features, T]` views, feature-major or token-major, see `padst_kernels.activations`.
 Neighbouring rows of randomly placed diagonals share no columns, so there is nothing for matrix
 instructions: the products run on CUDA cores, and every x is read D times, through L2.
 """
@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from padst_kernels.activations import empty_features, readable_tokens
 from padst_kernels.calls import on_its_device
-from padst_kernels.gather_gemm.layout import empty_features, readable_tokens
 
 
 @triton.jit

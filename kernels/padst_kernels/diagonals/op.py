@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from padst_kernels.calls import needs_operator
-from padst_kernels.gather_gemm.passes import (
+from padst_kernels.tiles.passes import (
     MIN_RUN,
     Backend,
     pays_to_transpose,
@@ -25,7 +25,7 @@ from padst_kernels.gather_gemm.passes import (
 )
 
 
-def diagonal_linear(
+def diagonal_matmul(
     x: Tensor,
     values: Tensor,
     offsets: Tensor,
@@ -56,11 +56,11 @@ def diagonal_linear(
     in_features = x.shape[-1]
     if backend not in get_args(Backend):
         raise ValueError(
-            f"diagonal_linear: backend is {backend!r}, expected one of {get_args(Backend)}"
+            f"diagonal_matmul: backend is {backend!r}, expected one of {get_args(Backend)}"
         )
     if x.dtype != values.dtype:
         raise ValueError(
-            f"diagonal_linear: x is {x.dtype}, expected the dtype of values {values.dtype}"
+            f"diagonal_matmul: x is {x.dtype}, expected the dtype of values {values.dtype}"
         )
     for name, tensor, shape in (
         ("values", values, (offsets.shape[0], min(in_features, out_features))),
@@ -71,15 +71,15 @@ def diagonal_linear(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"diagonal_linear: {name} is {tuple(tensor.shape)}, expected {shape}")
+            raise ValueError(f"diagonal_matmul: {name} is {tuple(tensor.shape)}, expected {shape}")
         if tensor.device != x.device:
-            raise ValueError(f"diagonal_linear: {name} is on {tensor.device}, x on {x.device}")
+            raise ValueError(f"diagonal_matmul: {name} is on {tensor.device}, x on {x.device}")
     flat, by_row = x.reshape(-1, in_features), out_features < in_features
     arguments = flat, values, offsets, columns, rows, out_features
     if needs_operator(x, values):
         y = _operator(*arguments, by_row, backend)
     elif torch.is_grad_enabled():
-        y = _DiagonalLinear.apply(*arguments, by_row, backend)
+        y = _DiagonalMatmul.apply(*arguments, by_row, backend)
     else:
         y = _product(*arguments, by_row, backend)
     return y.view(*x.shape[:-1], out_features)
@@ -162,9 +162,9 @@ def _entries(
 
 # The same passes as operators that torch.compile takes as they are.
 
-_operator = torch.library.custom_op("padst::diagonal_linear", _product, mutates_args=())
+_operator = torch.library.custom_op("padst::diagonal_matmul", _product, mutates_args=())
 _values_gradient_operator = torch.library.custom_op(
-    "padst::diagonal_linear_values_gradient", _values_gradient, mutates_args=()
+    "padst::diagonal_matmul_values_gradient", _values_gradient, mutates_args=()
 )
 
 
@@ -178,7 +178,7 @@ def _(x: Tensor, dy: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(offsets.shape[0], min(x.shape[1], dy.shape[1]))
 
 
-class _DiagonalLinear(torch.autograd.Function):
+class _DiagonalMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         _setup_context(ctx, arguments, arguments[0])

@@ -23,8 +23,8 @@ from padst_exp.bench.forms import CONDENSED, CUDA, FEATURES, TRITON, Inference, 
 from padst_exp.bench.topology import Topology
 from padst_exp.errors import UserError
 from padst_exp.structures import Backend, Diagonal, Product, Structure, permuted_tiles
-from padst_kernels.fan_in import condense, fan_in_linear
-from padst_kernels.gather_gemm import aligned_features, gather_gemm_fused
+from padst_kernels.entries import condense, condensed_matmul
+from padst_kernels.tiles import aligned_features, tile_matmul_fused
 
 EPILOGUES = ("", "bias", "bias gelu", "bias gelu residual", "norm bias")
 NORM_EPSILON = 1e-6
@@ -125,7 +125,7 @@ def _features(case: Case, topology: Topology, suffix: str) -> Iterator[Check]:
             norm = wide.mean(1), rstd, case.weight(torch.float32, topology).sum(1)
 
         def product(x: Tensor, values: Sequence[Tensor]) -> Tensor:
-            return gather_gemm_fused(
+            return tile_matmul_fused(
                 x,
                 torch.cat([part.reshape(tiles) for part in values]),
                 index,
@@ -171,7 +171,7 @@ def _condensed(case: Case, topology: Topology, suffix: str) -> Iterator[Check]:
         def ours(backend: Inference = backend) -> Sequence[Tensor]:
             flat = torch.cat([values.flatten() for values in case.values])
             weight = condense(flat, topology.entries(), *topology.shape)
-            return [fan_in_linear(case.x, weight, backend=backend)]
+            return [condensed_matmul(case.x, weight, backend=backend)]
 
         yield from case.compare(
             CONDENSED[backend],

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from padst_exp.structures import Backend
-from padst_kernels.fan_in.passes import MAX_TRITON_TOKENS
+from padst_kernels.entries.passes import MAX_TRITON_TOKENS
 
 Inference = Literal["torch", "triton"]
 

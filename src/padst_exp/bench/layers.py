@@ -30,7 +30,7 @@ from padst_exp.config import BenchSchema
 from padst_exp.dispatch.backends import training_decision
 from padst_exp.errors import UserError
 from padst_exp.structures import Product, Structure
-from padst_kernels.fan_in import condense
+from padst_kernels.entries import condense
 
 SUITE = "layers"
 ROUNDS = {"cpu": 11, "cuda": 7}

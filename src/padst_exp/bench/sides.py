@@ -24,7 +24,7 @@ from padst_exp.layers import SparseLinear, permutations
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import Backend, Layout, Product, Structure, scatter_entries
-from padst_kernels.fan_in import FanIn, condense, fan_in_linear
+from padst_kernels.entries import Condensed, condense, condensed_matmul
 
 Weight = Any
 
@@ -190,7 +190,7 @@ def _condensed(session: Session, found: Topology) -> list[Side]:
     first = condense(session.random(len(places)), places, *found.shape)
     size = sum(part.nbytes for part in first if isinstance(part, Tensor))
 
-    def another() -> FanIn:
+    def another() -> Condensed:
         return first._replace(
             values=first.values.clone(),
             columns=first.columns.clone(),
@@ -203,7 +203,7 @@ def _condensed(session: Session, found: Topology) -> list[Side]:
         _side(
             found,
             form=CONDENSED[backend],
-            product=partial(fan_in_linear, backend=backend),
+            product=partial(condensed_matmul, backend=backend),
             weights=weights,
             trained=None,
             size=size,

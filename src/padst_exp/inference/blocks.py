@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.inference.features import FeatureLinear, Statistics
-from padst_kernels.gather_gemm import aligned_features
+from padst_kernels.tiles import aligned_features
 
 # Tokens are padded to multiples of this, which aligns every row of a feature-major activation.
 TOKENS = 16

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.inference.linear import PackedLinear, TiledLinear, describe_tiles
-from padst_kernels.gather_gemm import Backend, TileIndex, gather_gemm_fused
+from padst_kernels.tiles import Backend, TileIndex, tile_matmul_fused
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -108,7 +108,7 @@ class TiledFeatureLinear(FeatureLinear):
         norm = None
         if statistics is not None and self.row_sums is not None:
             norm = (*statistics, self.row_sums)
-        y = gather_gemm_fused(
+        y = tile_matmul_fused(
             x.t(),
             self.weight,
             self.index(),
@@ -126,7 +126,7 @@ class TiledFeatureLinear(FeatureLinear):
         return describe_tiles(self.weight, self.index(), self.backend)
 
     def index(self) -> TileIndex:
-        """What `gather_gemm_fused` needs."""
+        """What `tile_matmul_fused` needs."""
         return TileIndex(*(getattr(self, name) for name in TileIndex._fields))
 
 

@@ -20,8 +20,8 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from padst_exp.errors import UserError
 from padst_exp.inference.linear import ConcatenatedLinear, CondensedLinear, TiledLinear
-from padst_kernels.fan_in import FanIn
-from padst_kernels.gather_gemm import TileIndex
+from padst_kernels.entries import Condensed
+from padst_kernels.tiles import TileIndex
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -231,7 +231,7 @@ def _part(
     elif rows is None or row_pointer is None:
         raise KeyError(f"{prefix}row_pointer")
     else:
-        entries = FanIn(weight, columns, row_pointer, rows, in_features, out_features)
+        entries = Condensed(weight, columns, row_pointer, rows, in_features, out_features)
         layer = CondensedLinear(entries, bias)
     layer.check()
     return layer

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from padst_kernels.fan_in import FanIn, condense, fan_in_linear
-from padst_kernels.gather_gemm import TileIndex, gather_gemm
+from padst_kernels.entries import Condensed, condense, condensed_matmul
+from padst_kernels.tiles import TileIndex, tile_matmul
 
 
 class PackedLinear(nn.Module, abc.ABC):
@@ -81,7 +81,7 @@ class PackedLinear(nn.Module, abc.ABC):
 
 
 class TiledLinear(PackedLinear):
-    """A weight of dense tiles, multiplied by `gather_gemm`.
+    """A weight of dense tiles, multiplied by `tile_matmul`.
 
     Args:
         weight: `[G, K, V]`, the tiles.
@@ -113,7 +113,7 @@ class TiledLinear(PackedLinear):
         )
 
     def index(self) -> TileIndex:
-        """What `gather_gemm` needs for a forward pass."""
+        """What `tile_matmul` needs for a forward pass."""
         buffers: dict[str, Any] = self._buffers
         return TileIndex(
             columns=buffers["columns"],
@@ -125,7 +125,7 @@ class TiledLinear(PackedLinear):
         )
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return gather_gemm(x, weight, self.index(), self.out_features, backend=self.backend)
+        return tile_matmul(x, weight, self.index(), self.out_features, backend=self.backend)
 
     def scaled_weight(self, columns: Tensor | None, rows: Tensor | None) -> Tensor:
         """The tiles of the weight W[o, i] * columns[i] * rows[o]; None scales nothing."""
@@ -181,7 +181,7 @@ class TiledLinear(PackedLinear):
 
 
 class CondensedLinear(PackedLinear):
-    """A weight of single entries, multiplied by `fan_in_linear`.
+    """A weight of single entries, multiplied by `condensed_matmul`.
 
     Rows without entries (ablated neurons) take no storage and no time.
 
@@ -194,7 +194,7 @@ class CondensedLinear(PackedLinear):
     row_pointer: Tensor
     rows: Tensor
 
-    def __init__(self, weight: FanIn, bias: Tensor | None) -> None:
+    def __init__(self, weight: Condensed, bias: Tensor | None) -> None:
         super().__init__(weight.values, bias, weight.in_features, weight.out_features)
         self.register_buffer("columns", weight.columns)
         self.register_buffer("row_pointer", weight.row_pointer)
@@ -209,8 +209,8 @@ class CondensedLinear(PackedLinear):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         buffers: dict[str, Any] = self._buffers
         index = buffers["columns"], buffers["row_pointer"], buffers["rows"]
-        condensed = FanIn(weight, *index, self.in_features, self.out_features)
-        return fan_in_linear(x, condensed, backend=self.backend)
+        condensed = Condensed(weight, *index, self.in_features, self.out_features)
+        return condensed_matmul(x, condensed, backend=self.backend)
 
     def dense_weight(self) -> Tensor:
         rows = self.rows.long().repeat_interleave(self.row_pointer.diff().long())

@@ -17,7 +17,7 @@ from padst_exp.inference.linear import (
 from padst_exp.layers import SparseLinear, SparseWeight, permutations
 from padst_exp.permutations import Permutation
 from padst_exp.structures import Product, permuted_entries, permuted_tiles
-from padst_kernels.fan_in import condense
+from padst_kernels.entries import condense
 
 
 @torch.no_grad()

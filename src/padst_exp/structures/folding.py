@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from padst_exp.structures.layout import Layout
-from padst_kernels.gather_gemm import TileIndex, tile_index
+from padst_kernels.tiles import TileIndex, tile_index
 
 
 def joined_output(

@@ -15,11 +15,11 @@ from padst_exp.structures.folding import (
     permuted_tiles,
 )
 from padst_exp.structures.layout import Layout, scatter_entries
-from padst_kernels.diagonals import diagonal_linear
-from padst_kernels.fan_in import FanInIndex, fan_in_index, fan_in_product
-from padst_kernels.gather_gemm import Backend, TileIndex, gather_gemm
-from padst_kernels.gather_gemm.cuda import slices_on
-from padst_kernels.scatter_linear import scatter_linear
+from padst_kernels.diagonals import diagonal_matmul
+from padst_kernels.entries import EntryIndex, entry_index, entry_matmul
+from padst_kernels.scatter import scatter_matmul
+from padst_kernels.tiles import Backend, TileIndex, tile_matmul
+from padst_kernels.tiles.cuda import slices_on
 
 
 class Form(nn.Module, abc.ABC):
@@ -103,7 +103,7 @@ class ThroughDense(Form):
 
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
         flat = _join([value.flatten() for value in values])
-        return scatter_linear(x, flat, self.entries, self.out_features)
+        return scatter_matmul(x, flat, self.entries, self.out_features)
 
 
 class Tiles(Form):
@@ -137,7 +137,7 @@ class Tiles(Form):
         # Attributes of a module are found slowly; with few tokens that shows.
         buffers = self._buffers
         index = TileIndex._make([buffers[name] for name in TileIndex._fields])
-        return gather_gemm(x, tiles, index, self.out_features, backend=self.backend)
+        return tile_matmul(x, tiles, index, self.out_features, backend=self.backend)
 
 
 class Entries(Form):
@@ -153,15 +153,15 @@ class Entries(Form):
         in_order = all(index is None for index in output_indices)
         by_row = in_order and all(layout.by_row for layout in self.layouts)
         in_features = self.layouts[0].shape[1]
-        index = fan_in_index(entries, self.out_features, in_features, by_row=by_row)
+        index = entry_index(entries, self.out_features, in_features, by_row=by_row)
         for name, tensor in index._asdict().items():
             self._set(name, tensor)
 
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
         buffers = self._buffers
-        index = FanInIndex._make([buffers[name] for name in FanInIndex._fields])
+        index = EntryIndex._make([buffers[name] for name in EntryIndex._fields])
         flat = _join([value.flatten() for value in values])
-        return fan_in_product(x, flat, index, self.out_features)
+        return entry_matmul(x, flat, index, self.out_features)
 
 
 class Diagonals(Form):
@@ -194,7 +194,7 @@ class Diagonals(Form):
         offsets = self.offsets.split([layout.num_active for layout in self.layouts])
         rows = [None] * len(heights) if self.rows is None else self.rows.split(heights)
         parts = [
-            diagonal_linear(x, value, at, height, columns=self.columns, rows=to, backend="triton")
+            diagonal_matmul(x, value, at, height, columns=self.columns, rows=to, backend="triton")
             for value, at, height, to in zip(values, offsets, heights, rows, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from padst_exp.structures.forms import Diagonals, Entries, Form, Masked, ThroughDense, Tiles
 from padst_exp.structures.layout import Layout
-from padst_kernels.gather_gemm.cuda import slices_on
+from padst_kernels.tiles.cuda import slices_on
 
 Storage = Literal["packed", "masked"]
 Backend = Literal["torch", "triton", "cuda", "dense"]
