@@ -15,10 +15,11 @@ from padst_exp.structures.folding import (
     permuted_tiles,
 )
 from padst_exp.structures.layout import Layout, scatter_entries
+from padst_kernels import Backend
 from padst_kernels.diagonals import diagonal_matmul
 from padst_kernels.entries import EntryIndex, entry_index, entry_matmul
 from padst_kernels.scatter import scatter_matmul
-from padst_kernels.tiles import Backend, TileIndex, tile_matmul
+from padst_kernels.tiles import TileIndex, tile_matmul
 from padst_kernels.tiles.cuda import slices_on
 
 
@@ -137,7 +138,8 @@ class Tiles(Form):
         # Attributes of a module are found slowly; with few tokens that shows.
         buffers = self._buffers
         index = TileIndex._make([buffers[name] for name in TileIndex._fields])
-        return tile_matmul(x, tiles, index, self.out_features, backend=self.backend)
+        backend = "native" if x.is_cpu and self.backend == "torch" else self.backend
+        return tile_matmul(x, tiles, index, self.out_features, backend=backend)
 
 
 class Entries(Form):
@@ -161,7 +163,8 @@ class Entries(Form):
         buffers = self._buffers
         index = EntryIndex._make([buffers[name] for name in EntryIndex._fields])
         flat = _join([value.flatten() for value in values])
-        return entry_matmul(x, flat, index, self.out_features)
+        backend: Backend = "native" if x.is_cpu else "torch"
+        return entry_matmul(x, flat, index, self.out_features, backend=backend)
 
 
 class Diagonals(Form):
