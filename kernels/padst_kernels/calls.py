@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec
-
 import torch
 from torch import Tensor
-
-P = ParamSpec("P")
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
@@ -27,16 +21,3 @@ def needs_operator(x: Tensor, weight: Tensor) -> bool:
         or type(weight) not in _PLAIN
         or x.is_meta
     )
-
-
-def on_its_device(
-    launch: Callable[Concatenate[Tensor, P], Tensor],
-) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """`launch` with the device of its first argument current: Triton launches on that one."""
-
-    @functools.wraps(launch)
-    def launched(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        with torch.cuda.device_of(x):
-            return launch(x, *args, **kwargs)
-
-    return launched

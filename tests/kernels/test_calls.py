@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from padst_kernels import devices
 from padst_kernels.diagonals import diagonal_matmul
 from padst_kernels.entries import (
     Condensed,
@@ -227,6 +228,7 @@ def test_kernels_run_on_the_device_of_their_tensors(
 
 def test_float64_is_copied_into_no_other_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "aligned_features", None)
+    monkeypatch.setattr(devices, "aligned_features", None)
     case = vector_nm(True)
     x = torch.randn(70, 45, dtype=torch.float64, device=DEVICE, requires_grad=True)
     weight = case.weight.detach().double().requires_grad_()

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from padst_kernels import Backend
 from padst_kernels.calls import needs_operator
-from padst_kernels.tiles.passes import (
+from padst_kernels.devices import (
     MIN_RUN,
     pays_to_transpose,
     readable,

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from padst_kernels.activations import aligned_features
 from padst_kernels.compiled import compiled
+from padst_kernels.devices import runs_native, runs_on_triton
 from padst_kernels.entries.index import Condensed, EntryIndex
 from padst_kernels.scatter import scatter_matmul
-from padst_kernels.tiles.passes import runs_on_triton
 
 # Tokens that plain PyTorch sums at a time: their features stay in a cache.
 TOKENS = 64
@@ -117,11 +117,7 @@ def _run(
     out: Tensor,
 ) -> bool:
     """Run one pass of cpu.cpp into `out`; False where there is none for these tensors."""
-    if backend != "native":
-        return False
-    if not out.is_cpu:
-        raise ValueError(f"backend 'native' needs a CPU, got a tensor on {out.device}")
-    function = _functions().get((name, out.dtype))
+    function = _functions().get((name, out.dtype)) if runs_native(out, backend) else None
     if function is None or [t for t in features if t.dtype != torch.uint16]:
         return False
     legal = function(

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from padst_kernels import Backend
 from padst_kernels.activations import empty_features, has_aligned_rows
 from padst_kernels.calls import needs_operator
+from padst_kernels.devices import shared
 from padst_kernels.tiles import passes
 from padst_kernels.tiles.index import TileIndex
 from padst_kernels.tiles.op import (
@@ -236,7 +237,7 @@ def _gradients(
             dy, x, weight, bias, *fields, feature_major=feature_major, backend=backend
         )
     else:
-        dz = passes.shared(dy.t(), TileIndex(*fields).row_run(weight.shape[2]), backend).t()
+        dz = shared(dy.t(), TileIndex(*fields).row_run(weight.shape[2]), backend).t()
     if needs_dx:
         like_x = has_aligned_rows(x)
         dx = input_gradient(dz.t(), weight, *fields, feature_major=like_x, backend=backend).t()

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from padst_kernels import Backend
 from padst_kernels.activations import empty_features
 from padst_kernels.calls import needs_operator
+from padst_kernels.devices import shared
 from padst_kernels.tiles import passes
 from padst_kernels.tiles.index import TileIndex
 
@@ -55,7 +56,7 @@ def tile_matmul(
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if needs_operator(flat, weight):
         # Out here, so that backward has the copy too.
-        flat = passes.shared(flat, index.column_run, backend)
+        flat = shared(flat, index.column_run, backend)
         y = _operator(flat, weight, *index, out_features, backend=backend)
     elif torch.is_grad_enabled():
         y = _TileMatmul.apply(flat, weight, *index, out_features, backend)
@@ -158,7 +159,7 @@ class _TileMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         *fields, out_features, ctx.backend = rest
-        x = passes.shared(x, TileIndex(*fields).column_run, ctx.backend)
+        x = shared(x, TileIndex(*fields).column_run, ctx.backend)
         ctx.save_for_backward(x, weight, *fields)
         return _product(x, weight, *fields, out_features, backend=ctx.backend)
 
@@ -186,7 +187,7 @@ def _gradients(
     weight_gradient: Callable[..., Tensor],
 ) -> tuple[Tensor | None, ...]:
     x, weight, *fields = ctx.saved_tensors
-    dy = passes.shared(dy, TileIndex(*fields).row_run(weight.shape[2]), ctx.backend)
+    dy = shared(dy, TileIndex(*fields).row_run(weight.shape[2]), ctx.backend)
     dx = dweight = None
     if ctx.needs_input_grad[0]:
         dx = input_gradient(dy, weight, *fields, feature_major=False, backend=ctx.backend)

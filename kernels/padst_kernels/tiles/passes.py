@@ -11,17 +11,11 @@ from torch import Tensor
 
 from padst_kernels import Backend
 from padst_kernels.activations import aligned_features, has_aligned_rows
-from padst_kernels.tiles import cpu, cuda
+from padst_kernels.devices import pays_to_transpose, readable, runs_native, runs_on_triton
+from padst_kernels.tiles import cuda, native, plain
 from padst_kernels.tiles.index import TileIndex
 
 Norm = tuple[Tensor, Tensor, Tensor]
-
-# From here on a token-major activation whose features are read or written singly is transposed
-# first: one more pass over it, where a gather would move 2 bytes of each 32 it touches, again for
-# every row group. By arithmetic, not measured.
-MIN_TRANSPOSED_TOKENS = 64
-# Neighbouring features that make a token-major access 16 bytes wide.
-MIN_RUN = 8
 
 
 def product(
@@ -40,7 +34,9 @@ def product(
 ) -> Tensor:
     """y `[T, O]` of x `[T, I]`; the epilogues are those of `launch_product`."""
     if not runs_on_triton(x, backend):
-        y = cpu.product(x, weight, index, out_features, native=backend == "native")
+        y = native.product(x, weight, index, out_features) if runs_native(x, backend) else None
+        if y is None:
+            y = plain.product(x, weight, index, out_features)
         y = _epilogue(y, bias, gelu, gelu_gradient, residual, norm)
         return aligned_features(y).t() if feature_major else y
     from padst_kernels.tiles import kernels
@@ -72,7 +68,9 @@ def input_gradient(
 ) -> Tensor:
     """dx `[T, I]` of dy `[T, O]`."""
     if not runs_on_triton(dy, backend):
-        dx = cpu.input_gradient(dy, weight, index, index.in_features, native=backend == "native")
+        dx = native.input_gradient(dy, weight, index) if runs_native(dy, backend) else None
+        if dx is None:
+            dx = plain.input_gradient(dy, weight, index)
         return aligned_features(dx).t() if feature_major else dx
     run = index.row_run(weight.shape[2])
     dy, weight = readable(dy, run), weight.contiguous()
@@ -142,7 +140,8 @@ def weight_gradient(
 ) -> Tensor:
     """dweight `[G, K, V]` of x `[T, I]` and dy `[T, O]`."""
     if not runs_on_triton(x, backend):
-        return cpu.weight_gradient(x, dy, index, height, native=backend == "native")
+        dweight = native.weight_gradient(x, dy, index, height) if runs_native(x, backend) else None
+        return plain.weight_gradient(x, dy, index, height) if dweight is None else dweight
     from padst_kernels.tiles import kernels
 
     run = index.column_run
@@ -159,53 +158,11 @@ def weight_gradient(
     )
 
 
-def runs_on_triton(x: Tensor, backend: str) -> bool:
-    """Whether the Triton kernels compute with `x`.
-
-    Raises:
-        ValueError: they should, but cannot.
-    """
-    if not _prefers_triton(x, backend):
-        return False
-    if not x.is_cuda:
-        from padst_kernels.tiles import kernels
-
-        if not kernels.are_interpreted():
-            raise ValueError(
-                f"backend {backend!r} needs a GPU, got a tensor on {x.device}; use 'torch' there"
-            )
-    return True
-
-
-def _prefers_triton(x: Tensor, backend: str) -> bool:
-    # Triton has no float64 matrix instructions.
-    return backend in ("triton", "cuda") and x.dtype != torch.float64
-
-
 def _precision(x: Tensor) -> str:
     # Not allow_tf32, which raises once fp32_precision was set to TF32.
     if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
-
-
-def pays_to_transpose(x: Tensor) -> bool:
-    """Whether token-major `x`, read or written feature by feature, is better transposed first."""
-    return x.shape[0] >= MIN_TRANSPOSED_TOKENS
-
-
-def shared(x: Tensor, run: int, backend: str) -> Tensor:
-    """`x`, or the copy of it that every pass would make."""
-    return readable(x, run) if _prefers_triton(x, backend) else x
-
-
-def readable(x: Tensor, run: int) -> Tensor:
-    """`x`, or a copy in the layout in which aligned runs of `run` features are best read."""
-    if has_aligned_rows(x.t()):
-        return x
-    if run < MIN_RUN and pays_to_transpose(x):
-        return aligned_features(x).t()
-    return x.contiguous()
 
 
 def _epilogue(
