@@ -21,19 +21,6 @@ MIN_TRANSPOSED_TOKENS = 64
 MIN_RUN = 8
 
 
-def runs_native(x: Tensor, backend: str) -> bool:
-    """Whether C++ may compute with `x`.
-
-    Raises:
-        ValueError: it should, but cannot.
-    """
-    if backend != "native":
-        return False
-    if not x.is_cpu:
-        raise ValueError(f"backend 'native' needs a CPU, got a tensor on {x.device}")
-    return True
-
-
 def runs_on_triton(x: Tensor, backend: str) -> bool:
     """Whether Triton kernels compute with `x`.
 

@@ -51,6 +51,8 @@ def _run(
     weight_shape: torch.Size,
 ) -> Tensor | None:
     """`out`, filled by one pass of cpu.cpp."""
+    if not out.is_cpu:
+        raise ValueError(f"backend 'native' needs a CPU, got a tensor on {out.device}")
     element = _TYPES.get(out.dtype)
     function = None if element is None else library()
     if function is None:

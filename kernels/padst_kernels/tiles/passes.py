@@ -11,33 +11,39 @@ from torch import Tensor
 
 from padst_kernels import Backend
 from padst_kernels.activations import aligned_features, has_aligned_rows
-from padst_kernels.devices import pays_to_transpose, readable, runs_native, runs_on_triton
+from padst_kernels.devices import pays_to_transpose, readable, runs_on_triton
 from padst_kernels.tiles import cuda, native, plain
 from padst_kernels.tiles.index import TileIndex
-
-Norm = tuple[Tensor, Tensor, Tensor]
 
 
 def product(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
     index: TileIndex,
+    gelu_gradient: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    row_sums: Tensor | None,
     out_features: int,
+    gelu: bool,
+    feature_major: bool,
+    x_feature_major: bool,
     backend: Backend,
-    *,
-    feature_major: bool = False,
-    bias: Tensor | None = None,
-    gelu: bool = False,
-    gelu_gradient: Tensor | None = None,
-    residual: Tensor | None = None,
-    norm: Norm | None = None,
 ) -> Tensor:
-    """y `[T, O]` of x `[T, I]`; the epilogues are those of `launch_product`."""
-    if not runs_on_triton(x, backend):
-        y = native.product(x, weight, index, out_features) if runs_native(x, backend) else None
-        if y is None:
-            y = plain.product(x, weight, index, out_features)
-        y = _epilogue(y, bias, gelu, gelu_gradient, residual, norm)
+    """y `[T, O]` of x `[T, I]`, with the epilogues of `launch_product`.
+
+    `x_feature_major` is the layout that its gradient shall have.
+    """
+    norm = None
+    if mean is not None and rstd is not None and row_sums is not None:
+        norm = mean, rstd, row_sums
+    y = native.product(x, weight, index, out_features) if backend == "native" else None
+    if y is None and not runs_on_triton(x, backend):
+        y = plain.product(x, weight, index, out_features)
+    if y is not None:
+        y = _epilogue(y, norm, bias, gelu, gelu_gradient, residual)
         return aligned_features(y).t() if feature_major else y
     from padst_kernels.tiles import kernels
 
@@ -64,13 +70,13 @@ def product(
 
 
 def input_gradient(
-    dy: Tensor, weight: Tensor, index: TileIndex, backend: Backend, *, feature_major: bool = False
+    dy: Tensor, weight: Tensor, index: TileIndex, feature_major: bool, backend: Backend
 ) -> Tensor:
     """dx `[T, I]` of dy `[T, O]`."""
-    if not runs_on_triton(dy, backend):
-        dx = native.input_gradient(dy, weight, index) if runs_native(dy, backend) else None
-        if dx is None:
-            dx = plain.input_gradient(dy, weight, index)
+    dx = native.input_gradient(dy, weight, index) if backend == "native" else None
+    if dx is None and not runs_on_triton(dy, backend):
+        dx = plain.input_gradient(dy, weight, index)
+    if dx is not None:
         return aligned_features(dx).t() if feature_major else dx
     run = index.row_run(weight.shape[2])
     dy, weight = readable(dy, run), weight.contiguous()
@@ -139,9 +145,11 @@ def weight_gradient(
     x: Tensor, dy: Tensor, index: TileIndex, height: int, backend: Backend
 ) -> Tensor:
     """dweight `[G, K, V]` of x `[T, I]` and dy `[T, O]`."""
-    if not runs_on_triton(x, backend):
-        dweight = native.weight_gradient(x, dy, index, height) if runs_native(x, backend) else None
-        return plain.weight_gradient(x, dy, index, height) if dweight is None else dweight
+    dweight = native.weight_gradient(x, dy, index, height) if backend == "native" else None
+    if dweight is None and not runs_on_triton(x, backend):
+        dweight = plain.weight_gradient(x, dy, index, height)
+    if dweight is not None:
+        return dweight
     from padst_kernels.tiles import kernels
 
     run = index.column_run
@@ -167,11 +175,11 @@ def _precision(x: Tensor) -> str:
 
 def _epilogue(
     y: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor] | None,
     bias: Tensor | None,
     gelu: bool,
     gelu_gradient: Tensor | None,
     residual: Tensor | None,
-    norm: Norm | None,
 ) -> Tensor:
     if norm is not None:
         mean, rstd, row_sums = norm
