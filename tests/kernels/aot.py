@@ -173,8 +173,8 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"forward nm{height} fm fm gelu gradient",
             forward(x=x, **nm, rows=rows, bias=bias, gelu_gradient=dy),
         )
-        in_l1 = tiles.Tile(tokens=64, columns=64, warps=4, stages=5, row_blocks=groups)
-        yield f"forward nm{height} fm fm in L1", forward(x=x, **nm, rows=rows, tile=in_l1)
+        in_l1 = tiles.LaunchShape(tokens=64, columns=64, warps=4, stages=5, row_blocks=groups)
+        yield f"forward nm{height} fm fm in L1", forward(x=x, **nm, rows=rows, launch=in_l1)
         yield f"forward nm{height} fm fm ragged", forward(x=few_x, **nm, rows=rows)
         yield f"forward nm{height} fm fm few", forward(x=features(768, 5), **nm, rows=rows)
         yield (

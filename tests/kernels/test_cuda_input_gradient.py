@@ -58,12 +58,12 @@ def make_case(
 
 
 def input_gradient_of(
-    case: Case, dy: Tensor, slices: int = 1, tile: cuda.Tile | None = None
+    case: Case, dy: Tensor, slices: int = 1, launch: cuda.LaunchShape | None = None
 ) -> Tensor:
     in_features = case.dense.shape[1]
     entries = cuda.slice_entries(case.columns, in_features, slices)
     return cuda.launch_input_gradient_tile(
-        dy, case.weight, case.rows, entries, in_features, tile=tile
+        dy, case.weight, case.rows, entries, in_features, launch=launch
     )
 
 
@@ -197,7 +197,9 @@ def test_slices_of_any_columns(emulator: Emulator, warps: int, stages: int) -> N
     case = make_case(torch.bfloat16, 16, 6, 140, (700, 40), first_columns=ends)
     dy = activation(40, 33, dtype=case.weight.dtype)
     for slices in (1, 2, 5):
-        assert_rounded(input_gradient_of(case, dy, slices, cuda.Tile(warps, stages)), case, dy)
+        assert_rounded(
+            input_gradient_of(case, dy, slices, cuda.LaunchShape(warps, stages)), case, dy
+        )
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_the_emulation_counts_bank_conflicts(emulator: Emulator) -> None:
         case = make_case(FLOAT16, 16, 1, 32, (256, 40))
         case.columns[:] = torch.arange(32)
         emulator.fault = unswizzled, unswizzled.split()[0][1:]
-        input_gradient_of(case, activation(40, 64, dtype=FLOAT16), tile=cuda.Tile(4, 8))
+        input_gradient_of(case, activation(40, 64, dtype=FLOAT16), launch=cuda.LaunchShape(4, 8))
         assert emulator.conflicts > 0
 
 

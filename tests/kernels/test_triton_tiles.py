@@ -229,8 +229,10 @@ def test_several_row_blocks_in_a_program() -> None:
     x = activation(40, 33)
     arguments = case.weight, case.columns, case.row_pointer, case.out_features
     for row_blocks in (3, 4):
-        tile = kernels.Tile(tokens=16, columns=16, warps=4, stages=2, row_blocks=row_blocks)
-        y = kernels.launch_product(x, *arguments, rows=case.rows, tile=tile)
+        launch = kernels.LaunchShape(
+            tokens=16, columns=16, warps=4, stages=2, row_blocks=row_blocks
+        )
+        y = kernels.launch_product(x, *arguments, rows=case.rows, launch=launch)
         assert_close(y, case.dense @ x.double().cpu())
 
 
