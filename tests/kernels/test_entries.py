@@ -43,10 +43,7 @@ def test_the_reference_multiplies_with_the_weight_that_the_index_was_made_for() 
             assert torch.equal(dense_weight(case.values, case.index, shape[0][0]), case.dense())
 
 
-@pytest.mark.parametrize("dtype", FLOORS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_the_reference(backend: Backend, dtype: torch.dtype) -> None:
-    needs(backend)
+def check_shapes(backend: Backend, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         for by_row in (False, True):
             for tokens in (0, 1, 5, 9, 33, 197):
@@ -59,6 +56,20 @@ def test_equals_the_reference(backend: Backend, dtype: torch.dtype) -> None:
                     about=(shape, by_row, tokens),
                 )
                 assert (dvalues[case.entries == case.shape[0] * case.shape[1]] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", FLOORS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_the_reference(backend: Backend, dtype: torch.dtype) -> None:
+    needs(backend)
+    check_shapes(backend, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_instructions")
+def test_equals_the_reference_with_other_instructions() -> None:
+    for dtype in FLOORS:
+        check_shapes("native", dtype)
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)

@@ -1,7 +1,5 @@
 """`tile_matmul` and `tile_index` on every backend; interpreted Triton where there is no GPU."""
 
-import functools
-import platform
 from collections.abc import Callable
 
 import pytest
@@ -24,8 +22,6 @@ from kernel_cases import (
     vector_nm,
 )
 from padst_kernels import Backend
-from padst_kernels import compiled as compiled_module
-from padst_kernels.compiled import compiled
 from padst_kernels.tiles import TileIndex, native, tile_index, tile_matmul
 from padst_kernels.tiles.reference import dense_weight
 
@@ -80,18 +76,9 @@ def test_equals_the_reference(backend: Backend, dtype: torch.dtype) -> None:
     check_shapes(backend, dtype)
 
 
-# What the compiler may use of this CPU; each set takes other paths through the C++ code.
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", ["-mno-avx512bf16", "-mno-avx512f", "-march=x86-64"])
-def test_equals_the_reference_with_other_instructions(
-    flag: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needs("native")
-    if platform.machine() != "x86_64":
-        pytest.skip("instruction sets of another kind of CPU")
-    monkeypatch.setattr(compiled_module, "COMPILE", [*compiled_module.COMPILE, flag])
-    monkeypatch.setattr(native, "compiled", compiled.__wrapped__)
-    monkeypatch.setattr(native, "library", functools.cache(native.library.__wrapped__))
+@pytest.mark.usefixtures("other_instructions")
+def test_equals_the_reference_with_other_instructions() -> None:
     for dtype in FLOORS:
         check_shapes("native", dtype)
 
