@@ -2,6 +2,7 @@
 
 from padst_exp.structures.block import Block
 from padst_exp.structures.diagonal import Diagonal
+from padst_exp.structures.fan_in import FanIn
 from padst_exp.structures.geometry import Geometry, Tiling, gather_entries, scatter_entries
 from padst_exp.structures.index import Folding, permuted_tiles, tile_shape
 from padst_exp.structures.nm import NM
@@ -16,6 +17,7 @@ __all__ = [
     "Block",
     "Dense",
     "Diagonal",
+    "FanIn",
     "Folding",
     "Geometry",
     "Product",
