@@ -10,6 +10,6 @@ class UserError(ValueError):
 
 
 def require(valid: bool, key: str, value: object, wanted: str) -> None:
-    """Raise a one-line `UserError` naming `key`, `value` and what is `wanted`, unless `valid`."""
+    """Unless `valid`, raise a one-line `UserError` naming `key`, `value` and what is `wanted`."""
     if not valid:
         raise UserError(f"{key}: expected {wanted}, got {value}")

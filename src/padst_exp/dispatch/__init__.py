@@ -9,10 +9,13 @@ from padst_exp.dispatch.backends import (
     restore,
     reuse,
     save,
+    use_usual,
 )
 from padst_exp.dispatch.decision import Decision, device_name, fastest, is_recording, measure
+from padst_kernels import Backend
 
 __all__ = [
+    "Backend",
     "Choice",
     "Decision",
     "agrees",
@@ -27,4 +30,5 @@ __all__ = [
     "restore",
     "reuse",
     "save",
+    "use_usual",
 ]
