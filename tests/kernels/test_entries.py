@@ -1,6 +1,5 @@
 """Condensed weights for inference."""
 
-
 import pytest
 import torch
 from torch import Tensor
