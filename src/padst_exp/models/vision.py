@@ -1,6 +1,6 @@
 """Image classifiers over timm: targets of conf/model/*.yaml. They map `[B, C, H, W]` to logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from timm.models import (
@@ -14,7 +14,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 
 
 def vit(
@@ -55,8 +55,8 @@ def vit(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     _require_divisor(patch_size, image_size)
-    if dim < 1 or heads < 1 or dim % heads:
-        raise UserError(f"model.heads: expected a divisor of dim={dim}, got {heads}")
+    fits = dim >= 1 and heads >= 1 and dim % heads == 0
+    require(fits, "model.heads", heads, f"a divisor of model.dim={dim}")
     model = VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -80,7 +80,7 @@ def mixer(
     patch_size: int,
     dim: int,
     depth: int,
-    mlp_ratio: Sequence[float],
+    mlp_ratio: tuple[float, float],
     drop_path: float,
     image_size: int,
     channels: int,
@@ -98,11 +98,6 @@ def mixer(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     _require_divisor(patch_size, image_size)
-    if len(mlp_ratio) != 2:
-        raise UserError(
-            f"model.mlp_ratio: expected two numbers, of token and channel mixing, "
-            f"got {list(mlp_ratio)}"
-        )
     model = MlpMixer(
         img_size=image_size,
         patch_size=patch_size,
@@ -110,17 +105,15 @@ def mixer(
         num_classes=num_classes,
         embed_dim=dim,
         num_blocks=depth,
-        mlp_ratio=(mlp_ratio[0], mlp_ratio[1]),
+        mlp_ratio=mlp_ratio,
         drop_path_rate=drop_path,
     )
     return _load(model, mlp_mixer.checkpoint_filter_fn, name, pretrained, checkpoint)
 
 
 def _require_divisor(patch_size: int, image_size: int) -> None:
-    if patch_size < 1 or image_size % patch_size:
-        raise UserError(
-            f"model.patch_size: expected a divisor of the image size {image_size}, got {patch_size}"
-        )
+    fits = patch_size >= 1 and image_size % patch_size == 0
+    require(fits, "model.patch_size", patch_size, f"a divisor of the image size {image_size}")
 
 
 def _load(
@@ -130,13 +123,12 @@ def _load(
     pretrained: bool,
     checkpoint: str | None,
 ) -> nn.Module:
-    if pretrained and checkpoint is not None:
-        raise UserError("model.checkpoint: set either this or model.pretrained")
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise UserError(f"model.checkpoint: no file {checkpoint}")
+    if checkpoint is not None:
+        require(not pretrained, "model.checkpoint", checkpoint, "null beside model.pretrained=true")
+        require(Path(checkpoint).is_file(), "model.checkpoint", checkpoint, "an existing file")
     source_cfg = get_pretrained_cfg(name)
-    if pretrained and source_cfg is None:
-        raise UserError(f"model.name: timm has no weights called {name!r}")
+    known = not pretrained or source_cfg is not None
+    require(known, "model.name", name, "a name that timm has weights for")
     try:
         if pretrained and source_cfg is not None:
             load_pretrained(
@@ -152,7 +144,9 @@ def _load(
                 state.update({f"head.{k}": v for k, v in model.head.state_dict().items()})
             model.load_state_dict(state)
     except (OSError, RuntimeError, KeyError) as error:
-        source = f"pretrained: {name}" if pretrained else f"checkpoint: {checkpoint}"
+        key, source = ("pretrained", name) if pretrained else ("checkpoint", checkpoint)
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.{source} cannot be loaded ({reason})") from error
+        raise UserError(
+            f"model.{key}: expected weights to load, got {source} ({reason})"
+        ) from error
     return model
