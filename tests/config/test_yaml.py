@@ -66,7 +66,9 @@ def test_every_model_meets_every_data_set(compose: Compose) -> None:
             cfg = compose(f"model={model}", f"dataset={dataset}")
             run_settings(cfg)
             cfg.model.depth = 2  # as many tell as well
-            fits = set(shape) <= set(
+            gives: tuple[str, ...] = config.resolve_target(cfg.dataset, "dataset").gives
+            assert set(gives) == set(shape)
+            fits = set(gives) <= set(
                 config.keyword_parameters(config.resolve_target(cfg.model, "model"))
             )
             try:
