@@ -14,13 +14,8 @@ STRUCTURES: dict[str, Structure] = {
     "diag-stride": Diagonal(bundle="stride", stride=8, width=16),
 }
 
-# Square, rectangular both ways, and odd both ways; strides need a common divisor.
-EVEN_SHAPES = [(64, 64), (96, 64), (64, 96)]
-ODD_SHAPES = [(67, 41), (41, 67)]
 
-CASES = [
-    (name, shape)
-    for name in STRUCTURES
-    for shape in EVEN_SHAPES + ([] if name == "diag-stride" else ODD_SHAPES)
-]
-CASE_IDS = [f"{name}-{shape[0]}x{shape[1]}" for name, shape in CASES]
+def shapes(name: str) -> list[tuple[int, int]]:
+    """Square, rectangular both ways, and odd both ways; strides need a common divisor."""
+    odd = [] if name == "diag-stride" else [(67, 41), (41, 67)]
+    return [(64, 64), (96, 64), (64, 96), *odd]
