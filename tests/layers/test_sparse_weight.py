@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_an_illegal_change_is_refused_and_nothing_has_happened() -> None:
         if size == 1:
             del cases[f"beyond the {units * size} old"]
         told: list[bool] = []
-        weight.on_change.append(lambda: told.append(True))
+        weight.on_change.append(partial(told.append, True))
         before, state = weight.values, copy.deepcopy(layer.state_dict())
         for message, change in cases.items():
             with pytest.raises(ValueError) as error:
@@ -203,7 +204,7 @@ class Asks(Algorithm):
 
 
 def test_an_algorithm_sees_what_it_names_and_nothing_else() -> None:
-    for where, layer, weight in weights():
+    for where, _, weight in weights():
         gradient = weight.values.grad
         assert gradient is not None
         weight.weight_gradient = gradient.clone()

@@ -67,7 +67,7 @@ class Move:
         return scatter_entries(moved, entries, self.geometry.shape)
 
     def units(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
-        """The same for one number per unit, `[N]`: of the old units that one is made of, the last's."""
+        """The same for one number per unit, `[N]`; one made of several keeps the last one's."""
         source = self.source
         if source.dim() == 2:
             source = torch.where(source >= 0, source // source.shape[1], -1).amax(1)
