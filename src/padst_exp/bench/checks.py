@@ -130,7 +130,7 @@ def _features(case: Case, topology: Topology, suffix: str) -> Iterator[Check]:
                 torch.cat([part.reshape(tiles) for part in values]),
                 index,
                 case.shape.out_features,
-                backend=backend,
+                backend="native" if x.is_cpu and backend == "torch" else backend,
                 bias=bias if "bias" in epilogue else None,
                 gelu="gelu" in epilogue,
                 residual=aligned_features(residual) if "residual" in epilogue else None,
@@ -171,7 +171,8 @@ def _condensed(case: Case, topology: Topology, suffix: str) -> Iterator[Check]:
         def ours(backend: Inference = backend) -> Sequence[Tensor]:
             flat = torch.cat([values.flatten() for values in case.values])
             weight = condense(flat, topology.entries(), *topology.shape)
-            return [condensed_matmul(case.x, weight, backend=backend)]
+            on_cpu = case.device.type == "cpu"
+            return [condensed_matmul(case.x, weight, backend="native" if on_cpu else backend)]
 
         yield from case.compare(
             CONDENSED[backend],

@@ -203,7 +203,9 @@ def _condensed(session: Session, found: Topology) -> list[Side]:
         _side(
             found,
             form=CONDENSED[backend],
-            product=partial(condensed_matmul, backend=backend),
+            product=partial(
+                condensed_matmul, backend="native" if session.device.type == "cpu" else backend
+            ),
             weights=weights,
             trained=None,
             size=size,

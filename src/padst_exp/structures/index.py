@@ -92,6 +92,12 @@ class Folding:
         outside = self.entries == num_rows * num_columns
         return torch.where(outside, self.entries, rows * num_columns + columns)
 
+    def live_rows(self) -> Tensor:
+        """Which rows of P_out S P_in have entries, bool `[sum of O]`."""
+        rows = self.permuted_entries // self.in_features
+        counts = torch.bincount(rows.flatten(), minlength=self.out_features + 1)
+        return counts[: self.out_features] > 0
+
 
 def tile_shape(geometry: Geometry, units: Tensor) -> tuple[int, int] | None:
     """Columns and rows of the tiles that `units` multiply as; None where single entries do.
