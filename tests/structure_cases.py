@@ -1,6 +1,6 @@
 """Every structure once per kind of geometry. A new structure adds its line here and is tested."""
 
-from padst_exp.structures import NM, Block, Diagonal, Structure, Unstructured
+from padst_exp.structures import NM, Block, Diagonal, FanIn, Structure, Unstructured
 
 STRUCTURES: dict[str, Structure] = {
     "unstructured": Unstructured(),
@@ -9,6 +9,8 @@ STRUCTURES: dict[str, Structure] = {
     "block-4": Block(size=4, balanced=False),
     "nm-1": NM(n=1, m=None, group=1),
     "nm-16": NM(n=2, m=None, group=16),
+    "fan-in-1": FanIn(group=1),
+    "fan-in-16": FanIn(group=16),
     "diag": Diagonal(bundle=1, stride=16, width=16),
     "diag-band": Diagonal(bundle="band", stride=16, width=5),
     "diag-stride": Diagonal(bundle="stride", stride=8, width=16),

@@ -5,18 +5,16 @@ import pytest
 import torch
 from torch import nn
 
+from dst_cases import rigl
 from layers.layer_cases import LIVES, Life, learned, linear, sparse_layer
 from layers.reference import assert_close, expected, run
-from padst_exp.dst import Change, DropGrow, Gradient, Magnitude
+from padst_exp.dst import Change
 from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear, SparseWeight, sparse_weights
 from padst_exp.structures import NM, Block, Diagonal, Structure, Unstructured, random_units
 from structure_cases import STRUCTURES, shapes
 
 CPU = torch.device("cpu")
-RIGL = DropGrow(
-    drop=Magnitude(), grow=Gradient(), fraction=0.6, interval=1, stop=1.0, moments="age"
-)
 
 
 def variants(structure: Structure, shape: tuple[int, int]) -> Iterator[tuple[str, SparseLinear]]:
@@ -109,7 +107,7 @@ def test_every_backend_follows_every_kind_of_change(name: str) -> None:
                     check(layer, (7,), where)
                 for weight in layer.parts():  # the last run collected dense gradients
                     generator = torch.Generator().manual_seed(1)
-                    weight.adopt(weight.decide(RIGL, step=1, total=10, generator=generator))
+                    weight.adopt(weight.decide(rigl(), step=1, total=10, generator=generator))
                 check(layer, (7,), f"{shape} {life} {storage} rewired")
 
 

@@ -8,16 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dst_cases import rigl
 from layers.layer_cases import linear, sparse_layer
 from layers.reference import run
-from padst_exp.dst import Algorithm, Change, DropGrow, Gradient, Magnitude, Signals, Topology
+from padst_exp.dst import Algorithm, Change, Signals, Topology
 from padst_exp.layers import SparseLinear, SparseWeight
 from padst_exp.structures import random_units
 from structure_cases import STRUCTURES, shapes
-
-RIGL = DropGrow(
-    drop=Magnitude(), grow=Gradient(), fraction=0.6, interval=1, stop=1.0, moments="age"
-)
 
 
 def weights() -> Iterator[tuple[str, SparseLinear, SparseWeight]]:
@@ -33,7 +30,7 @@ def weights() -> Iterator[tuple[str, SparseLinear, SparseWeight]]:
 
 
 def decided(weight: SparseWeight) -> Change:
-    return weight.decide(RIGL, step=1, total=10, generator=torch.Generator().manual_seed(1))
+    return weight.decide(rigl(), step=1, total=10, generator=torch.Generator().manual_seed(1))
 
 
 def drawn(weight: SparseWeight, share: float) -> Change:
