@@ -126,7 +126,7 @@ class Classification(Task):
             return inputs, targets
         from timm.data.mixup import Mixup
 
-        from padst_exp.data.seeding import preserved_rng
+        from padst_exp.seeds import preserved_rng
 
         if len(inputs) % 2:
             raise UserError(
