@@ -79,6 +79,7 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
         distribution=settings.distribution,
         learner=learner,
         algorithm=algorithm,
+        low_rank=settings.low_rank,
         storage=settings.storage,
         topology="magnitude" if pretrained else "random",
         rescale=not pretrained,
