@@ -18,7 +18,8 @@ import torch
 from filelock import FileLock
 
 import padst_kernels
-from padst_exp.cache import cache_folder, write_atomically
+from padst_exp.atomic import replacing
+from padst_exp.cache import cache_folder
 from padst_kernels.compiled import compiled
 
 # Rounds of one timing of every candidate, in turn; at least this long a timing, in seconds.
@@ -74,8 +75,8 @@ def fastest(
             known[key] = Decision(choice, seconds)
             text = json.dumps({name: asdict(value) for name, value in known.items()}, indent=0)
             # Where nothing can be written, the next run measures again.
-            with contextlib.suppress(OSError):
-                write_atomically(path, text.encode())
+            with contextlib.suppress(OSError), replacing(path) as file:
+                file.write(text.encode())
     return known[key]
 
 
