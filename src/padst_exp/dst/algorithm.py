@@ -160,7 +160,9 @@ class DropGrow(Periodic):
         scores = self.drop(topology, signals)
         leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=device))[0]
         survivors = topology.with_active(topology.active[~leaving])
-        counts = self.counts(topology, step / total)
+        # Whatever the schedule of counts, the last update reaches the density asked.
+        last = step + self.interval >= self.stop * total
+        counts = self.counts(topology, 1.0 if last else step / total)
         if bool((survivors.counts() > counts).any()):
             table = scores.new_full(topology.exists().shape, -torch.inf)
             table.view(-1)[survivors.active] = scores[~leaving]
