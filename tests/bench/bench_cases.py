@@ -8,10 +8,10 @@ import torch
 from padst_exp.bench.accuracy import Accuracies
 from padst_exp.bench.configurations import Model
 from padst_exp.bench.environment import environment
+from padst_exp.bench.keys import BenchSchema
 from padst_exp.bench.roofline import Ceilings
 from padst_exp.bench.session import Session
 from padst_exp.bench.timing import Budget, Clock
-from padst_exp.config import BenchSchema
 
 CPU = torch.device("cpu")
 VIT = Model(
@@ -51,10 +51,15 @@ def session(
 def settings(suite: str = "layers") -> BenchSchema:
     """Keys for tiny layers."""
     return BenchSchema(
-        suite=suite,
+        suite=suite,  # type: ignore[arg-type]
         device="cpu",
         threads=1,
         clock="cpu",
+        dtype=None,
+        rounds=None,
+        models=None,
+        batches=None,
+        budget=None,
         sparsities=[0.75],
         shapes=["48x32"],
         tokens=[5],

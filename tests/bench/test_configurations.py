@@ -14,7 +14,7 @@ from padst_exp.bench.configurations import (
     shapes,
     structure,
 )
-from padst_exp.config import build, config_dir, register_schemas
+from padst_exp.config import build, config_dir
 from padst_exp.errors import UserError
 
 
@@ -92,7 +92,6 @@ def test_accuracy_is_looked_up_by_configuration(tmp_path: Path) -> None:
     ],
 )
 def test_the_demos_train_what_the_lookup_says(dataset: str, overrides: list[str]) -> None:
-    register_schemas()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = hydra.compose("config", overrides)
     trained = describe(build(cfg.structure, "structure")), round(1 - cfg.sparsity, 6)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from padst_exp.bench import gpu_all, layers, roofline, sides
 from padst_exp.bench.check_case import Check
 from padst_exp.bench.configurations import Shape, describe, structure
 from padst_exp.bench.gpu_all import Part, Point, apart, checks_at
+from padst_exp.bench.keys import BenchSchema
 from padst_exp.bench.report import Row
-from padst_exp.config import BenchSchema
 from padst_exp.dispatch import decision
 from padst_exp.structures import Structure
 
@@ -78,9 +79,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> BenchSchema:
         monkeypatch.setattr(module, "rotation", lambda size, device: 2)
     monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(gpu_all, "check", check)
-    asked = settings("gpu_all")
-    asked.structures = ["nm-16", "unstructured"]
-    return asked
+    return replace(settings("gpu_all"), structures=["nm-16", "unstructured"])
 
 
 def rows(asked: BenchSchema, said: list[str]) -> dict[str, list[Row]]:

@@ -138,7 +138,7 @@ def test_the_command_measures_and_writes(
         (["suite=layers", "budget=0"], "budget: expected seconds, got 0"),
         (["suite=layers", "budget=nan"], "budget: expected seconds, got nan"),
         (["suite=gpu_all", "device=cpu"], "suite: gpu_all needs a GPU, and "),
-        ([], "suite: missing, set it on the command line"),
+        ([], "suite: missing, expected layers or model_inference or "),
     ],
 )
 def test_mistakes_end_in_one_line(

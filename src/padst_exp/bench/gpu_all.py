@@ -26,10 +26,10 @@ from padst_exp.bench import checks, configurations, layers, memory, model_infere
 from padst_exp.bench.check_case import Check
 from padst_exp.bench.configurations import Shape, describe
 from padst_exp.bench.forms import EVERY
+from padst_exp.bench.keys import BenchSchema
 from padst_exp.bench.report import Row
 from padst_exp.bench.session import Session
 from padst_exp.bench.timing import reason
-from padst_exp.config import BenchSchema
 from padst_exp.structures import Structure
 
 SUITE = "gpu_all"
@@ -82,7 +82,8 @@ class Part:
         }
         # These two are never nothing.
         own |= {key: self.keys[key] for key in ("sparsities", "scopes") if key in self.keys}
-        return replace(asked, suite=self.suite, rounds=asked.rounds or ROUNDS, **own)
+        own |= {"suite": self.suite, "rounds": asked.rounds or ROUNDS}
+        return replace(asked, **own)
 
 
 _MAIN, _ONE = ["nm-64", "nm-16"], ["nm-64"]

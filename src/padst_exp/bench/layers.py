@@ -12,6 +12,7 @@ from torch import Tensor
 
 from padst_exp.bench import configurations
 from padst_exp.bench.configurations import Shape, describe
+from padst_exp.bench.keys import BenchSchema
 from padst_exp.bench.report import Line, Row, timing_rows
 from padst_exp.bench.roofline import BytesTwin
 from padst_exp.bench.session import Session
@@ -26,7 +27,6 @@ from padst_exp.bench.sides import (
 )
 from padst_exp.bench.timing import Call, captured
 from padst_exp.bench.topology import is_permuted, topology
-from padst_exp.config import BenchSchema
 from padst_exp.dispatch.backends import training_decision
 from padst_exp.errors import UserError
 from padst_exp.structures import Product, Structure

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from padst_exp.bench import models
 from padst_exp.bench.configurations import Model, describe
+from padst_exp.bench.keys import BenchSchema
 from padst_exp.bench.model_cases import each_model
 from padst_exp.bench.model_train import step
 from padst_exp.bench.models import Variant
 from padst_exp.bench.report import SCOPES, Row
 from padst_exp.bench.session import Session
-from padst_exp.config import BenchSchema
 from padst_exp.layers import SparseLinear, SparseWeight
 from padst_exp.structures import Structure
 

@@ -7,9 +7,9 @@ from functools import partial
 
 from padst_exp.bench import configurations
 from padst_exp.bench.configurations import Model
+from padst_exp.bench.keys import BenchSchema
 from padst_exp.bench.report import Row
 from padst_exp.bench.session import Session
-from padst_exp.config import BenchSchema
 from padst_exp.structures import Structure
 
 # Rows of one model at one batch size: structures, their density, and scopes follow.

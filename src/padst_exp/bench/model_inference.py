@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from padst_exp.bench import models
 from padst_exp.bench.configurations import Model, describe
+from padst_exp.bench.keys import BenchSchema
 from padst_exp.bench.model_cases import each_model
 from padst_exp.bench.models import Variant
 from padst_exp.bench.report import Line, Row, timing_rows
 from padst_exp.bench.session import Session
 from padst_exp.bench.timing import Call, captured
 from padst_exp.bench.work import Work
-from padst_exp.config import BenchSchema
 from padst_exp.structures import Structure
 
 SUITE = "model_inference"

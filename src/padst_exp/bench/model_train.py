@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from padst_exp.bench import models
 from padst_exp.bench.configurations import Model, describe
+from padst_exp.bench.keys import BenchSchema
 from padst_exp.bench.model_cases import each_model
 from padst_exp.bench.model_inference import line
 from padst_exp.bench.models import Variant, phases
@@ -22,7 +23,6 @@ from padst_exp.bench.report import Row, timing_rows
 from padst_exp.bench.session import Session
 from padst_exp.bench.timing import Call
 from padst_exp.bench.work import Work
-from padst_exp.config import BenchSchema
 from padst_exp.layers import permutations
 from padst_exp.structures import Structure
 

@@ -23,10 +23,11 @@ from padst_exp.bench import (
     roofline,
 )
 from padst_exp.bench.accuracy import Accuracies
+from padst_exp.bench.keys import BenchSchema
 from padst_exp.bench.report import Row
 from padst_exp.bench.session import Say, Session
 from padst_exp.bench.timing import Budget, Clock
-from padst_exp.config import BenchSchema, config_dir
+from padst_exp.config import config_dir
 from padst_exp.dispatch import device_name
 from padst_exp.errors import UserError
 
