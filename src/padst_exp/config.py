@@ -155,19 +155,21 @@ class BenchSchema:
         device: "auto" takes the GPU where there is one.
         dtype: of weights and activations; of autocast in training.
         threads: of a CPU.
-        rounds: timings of each side; they alternate.
+        rounds: timings of each contender; they take turns.
         clock: "wall", or "cpu": time of one thread, for a machine that others share.
-        shapes: of single layers, a model's name for all of its own, or outputs x inputs.
-        tokens: that single layers multiply.
-        sparsities: of single layers.
-        structures: names as `nm-64`, `block-32`, `diag-stride-32`, `diag-1`, `unstructured`.
-        models: options of the group `model`.
-        batches: of the models.
-        sparsity: of the models.
-        scopes: which layers of a model are sparse: "all" block linears, or "dense_qkv".
-        budget: seconds that all of `gpu_all` may take, or one other suite; then what is left is
-            named and skipped.
+        budget: seconds that a suite may take; what is left then is named and skipped.
         out: folder of the results.
+        sparsities: of single layers and of models.
+        structures: options of the group `structure`, or mappings with their keys.
+        shapes: of single layers, outputs x inputs, or the width of a transformer.
+        tokens: that single layers multiply.
+        models: options of the group `model`, or mappings with their keys.
+        batches: of the models; or a mapping from `images` and `text` to batches.
+        scopes: which layers of a model are sparse: "all" block linears, or "dense_qkv".
+        images: size of the inputs of a vision model.
+        text: size of the inputs of a language model.
+        usual: by suite, and by device therein, what null keys are.
+        gpu_all: suites with keys of theirs, and a `share` of the time that is left.
     """
 
     suite: str = MISSING
@@ -176,16 +178,19 @@ class BenchSchema:
     threads: int = MISSING
     rounds: int | None = None
     clock: str = MISSING
-    shapes: list[str] | None = None
-    tokens: list[int] | None = None
-    sparsities: list[float] = MISSING
-    structures: list[str] | None = None
-    models: list[str] | None = None
-    batches: list[int] | None = None
-    sparsity: float = MISSING
-    scopes: list[str] = MISSING
     budget: float | None = None
     out: str = MISSING
+    sparsities: list[float] | None = None
+    structures: list[Any] | None = None
+    shapes: list[str] | None = None
+    tokens: list[int] | None = None
+    models: list[Any] | None = None
+    batches: Any = None
+    scopes: list[str] | None = None
+    images: dict[str, int] = MISSING
+    text: dict[str, int] = MISSING
+    usual: dict[str, Any] = MISSING
+    gpu_all: list[Any] = MISSING
 
     def validate(self) -> None:
         """Check values (the types were checked on composition); `UserError` names the key."""
@@ -194,10 +199,9 @@ class BenchSchema:
         _require_choice("clock", self.clock, CLOCKS)
         if self.dtype is not None:
             _require_choice("dtype", self.dtype, DTYPES)
-        for scope in self.scopes:
+        for scope in self.scopes or ():
             _require_choice("scopes", scope, ("all", "dense_qkv"))
-        _require_sparsity("sparsity", self.sparsity)
-        for sparsity in self.sparsities:
+        for sparsity in self.sparsities or ():
             _require_sparsity("sparsities", sparsity)
         for key in ("threads", "rounds", "tokens", "batches"):
             value = getattr(self, key)

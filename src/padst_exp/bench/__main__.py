@@ -1,0 +1,24 @@
+"""Measure speed and memory beside dense: `python -m padst_exp.bench suite=... [key=value] ...`."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from padst_exp.cli import command_line
+from padst_exp.config import bench_settings
+
+
+@command_line("bench")
+def main(cfg: DictConfig) -> None:
+    """Run one suite; write its table, its figure and the README of all tables."""
+    settings = bench_settings(cfg)
+
+    from padst_exp.bench import suites
+    from padst_exp.engine.progress import say
+
+    for path in suites.run(settings, say):
+        say(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
