@@ -23,13 +23,17 @@ COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", f"-I{HEADE
 def compiled(source: Path) -> ctypes.CDLL | None:
     """The shared library of one C++ `source` file, or None where it cannot be had.
 
+    PADST_NATIVE=0 in the environment, read at the first use, does without.
+
     Needs GCC (`CXX`, by default g++) at the first use on a machine: some seconds. Libraries
     stay in `PADST_CACHE` (else `~/.cache/padst_exp`), by the hash of source, headers, compiler and
     CPU.
     """
     try:
+        if os.environ.get("PADST_NATIVE") == "0":
+            raise RuntimeError("PADST_NATIVE is 0")
         return ctypes.CDLL(str(_build(source)))
-    # RuntimeError: there is no home directory.
+    # RuntimeError: also where there is no home directory.
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[-1])

@@ -23,7 +23,7 @@ from padst_exp.errors import UserError
 
 if TYPE_CHECKING:
     Storage = Literal["packed", "masked"]
-    Backend = Literal["auto", "torch", "triton", "cuda", "dense"]
+    Backend = Literal["auto", "native", "torch", "triton", "cuda", "scatter"]
 else:
     Storage = Backend = str  # OmegaConf knows no Literal; `validate` checks
 
@@ -31,7 +31,7 @@ DISTRIBUTIONS = ("uniform", "erk")
 STORAGES = ("packed", "masked")
 RESUMES = ("never", "auto")
 DEVICES = ("auto", "cpu", "cuda")
-BACKENDS = ("auto", "torch", "triton", "cuda", "dense")
+BACKENDS = ("auto", "native", "torch", "triton", "cuda", "scatter")
 EXPORT_FORMATS = ("packed", "dense")
 SUITES = ("layers", "model_inference", "model_train", "memory", "gpu_all")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -73,7 +73,8 @@ class Run:
         runs: folder that holds the run directories.
         name: of the run directory; null derives it from the config.
         device: "auto" takes the GPU where there is one.
-        backend: of sparse products: "torch", "triton", "cuda", "dense", or "auto", which measures.
+        backend: of sparse layers: "native", "torch", "triton", "cuda", "scatter", or "auto", which
+            measures.
     """
 
     sparse: list[SparseRule] = MISSING

@@ -116,13 +116,18 @@ def restore_run(path: Path, world: World) -> RestoredRun:
         cfg = _config(run / "config.yaml", run / "config.yaml")
     task = build_task(cfg, world)
     trainer = build(cfg.trainer, "trainer")
-    model, report = sparse_model(cfg, task, build(cfg.permutation, "permutation"))
+    model, report = sparse_model(
+        cfg, task, build(cfg.permutation, "permutation"), build(cfg.dst, "dst")
+    )
     model.to(world.device, trainer.dtype)
     averaged = saved["average"] is not None
     checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
     # As in training, whose device may have been another.
     choices = dispatch.restore(saved["backends"], model, world.device)
-    dispatch.reuse(model, choices or dispatch.forced(model, "torch", world.device))
+    if choices is None:
+        dispatch.use_usual(model, world.device)
+    else:
+        dispatch.reuse(model, choices)
     return RestoredRun(
         config=cfg,
         run=run,

@@ -16,10 +16,11 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from torch import nn
 
     from padst_exp.data.task import Task
+    from padst_exp.dst import Algorithm
     from padst_exp.engine.distributed import World
     from padst_exp.engine.run_directory import RunDirectory
     from padst_exp.engine.settings import Trainer
-    from padst_exp.permutations import Learner
+    from padst_exp.permutations import PermutationLearner
     from padst_exp.sparsify import Report
 
 
@@ -61,6 +62,7 @@ def train(
         prepare: what else to do to the sparse model before it is trained.
     """
     from padst_exp.dispatch import require_device
+    from padst_exp.engine.experiment import Experiment
     from padst_exp.engine.loop import run
     from padst_exp.engine.progress import say
 
@@ -72,7 +74,19 @@ def train(
     optimizer = build(cfg.optimizer, "optimizer")
     trainer = build(cfg.trainer, "trainer")
     logger = build(cfg.logger, "logger")
-    model, report = sparse_model(cfg, task, learner)
+    model, report = sparse_model(cfg, task, learner, algorithm)
+    experiment = Experiment(
+        task=task,
+        model=model,
+        report=report,
+        algorithm=algorithm,
+        learner=learner,
+        optimizer=optimizer,
+        trainer=trainer,
+        logger=logger,
+        seed=settings.seed,
+        backend=settings.backend,
+    )
     if prepare is not None:
         prepare(model)
     folder = directory(trainer.keep_last) if directory else run_directory(cfg, world, trainer)
@@ -84,23 +98,9 @@ def train(
         say(
             f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
             f"entries, {report.density('model'):.2%} of the model's parameters remain; "
-            f"{trainer.total_steps(len(task.train))} steps on {world.device}, in {folder.path}"
+            f"{experiment.total_steps} steps on {world.device}, in {folder.path}"
         )
-    summary = run(
-        model=model,
-        task=task,
-        algorithm=algorithm,
-        learner=learner,
-        optimizer=optimizer,
-        trainer=trainer,
-        report=report,
-        directory=folder,
-        logger=logger,
-        world=world,
-        seed=settings.seed,
-        backend=settings.backend,
-    )
-    return folder.path, summary
+    return folder.path, run(experiment, folder, world)
 
 
 def build_task(cfg: DictConfig, world: World) -> Task:
@@ -110,7 +110,9 @@ def build_task(cfg: DictConfig, world: World) -> Task:
     return build(cfg.dataset, "dataset") if task is None else task
 
 
-def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Module, Report]:
+def sparse_model(
+    cfg: DictConfig, task: Task, learner: PermutationLearner, algorithm: Algorithm
+) -> tuple[nn.Module, Report]:
     """The model of `cfg` for the data of `task`, its layers sparse, and what was done to it.
 
     Pretrained weights keep their largest units and their scale; fresh ones start from a random
@@ -131,6 +133,7 @@ def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Modu
         density=1 - settings.sparsity,
         distribution=settings.distribution,
         learner=learner,
+        algorithm=algorithm,
         storage=settings.storage,
         topology="magnitude" if pretrained else "random",
         rescale=not pretrained,

@@ -19,7 +19,7 @@ from padst_exp.inference.features import (
 from padst_exp.inference.linear import PackedLinear, TiledLinear
 from padst_exp.permutations import RandomPermutation
 from padst_exp.sparsify import sparsify
-from padst_kernels.tiles import Backend
+from padst_kernels import Backend
 from structure_cases import STRUCTURES
 
 

@@ -31,7 +31,7 @@ from padst_kernels.tiles.kernels import product
 from tile_cases import DEVICE, blocks, vector_nm
 
 Operation = Callable[[Tensor], Tensor]
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["native", "torch", "triton"]
 
 
 def moved(index: TileIndex | EntryIndex | Condensed, device: str) -> list:
@@ -55,13 +55,14 @@ def operations(backend: str, device: str = DEVICE) -> dict[str, Operation]:
         "tile_matmul_fused": lambda x: tile_matmul_fused(
             aligned_features(x), weight, index, 44, backend=backend, gelu=True
         ).t(),
-        "diagonal_matmul": lambda x: diagonal_matmul(
-            x, diagonals, offsets, 30, columns=columns, backend=backend
-        ),
         "condensed_matmul": lambda x: condensed_matmul(x, condensed, backend=backend),
     }
-    if backend == "torch":
-        made["entry_matmul"] = lambda x: entry_matmul(x, values, single, 30)
+    if backend != "triton":
+        made["entry_matmul"] = lambda x: entry_matmul(x, values, single, 30, backend=backend)
+    if backend != "native":
+        made["diagonal_matmul"] = lambda x: diagonal_matmul(
+            x, diagonals, offsets, 30, columns=columns, backend=backend
+        )
     return made
 
 
@@ -73,6 +74,10 @@ NAMES = [(backend, name) for backend in BACKENDS for name in operations(backend)
 @pytest.mark.parametrize(
     ("backend", "name", "most"),
     [
+        ("native", "tile_matmul", 1),
+        ("native", "tile_matmul_fused", 2),
+        ("native", "condensed_matmul", 1),
+        ("native", "entry_matmul", 1),
         ("torch", "tile_matmul", 1),
         ("torch", "tile_matmul_fused", 2),
         ("torch", "diagonal_matmul", 1),

@@ -98,16 +98,17 @@ def library(flags: tuple[str, ...]) -> Callable[..., bool] | None:
     ]
 )
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    function = None
-    if request.param != "torch":
-        flags = INSTRUCTIONS[request.param]
-        if flags and platform.machine() != "x86_64":
-            pytest.skip("instruction sets of another kind of CPU")
-        function = library(flags)
-        if function is None:
-            pytest.skip("no compiler")
+    if request.param == "torch":
+        yield "torch"
+        return
+    flags = INSTRUCTIONS[request.param]
+    if flags and platform.machine() != "x86_64":
+        pytest.skip("instruction sets of another kind of CPU")
+    function = library(flags)
+    if function is None:
+        pytest.skip("no compiler")
     monkeypatch.setattr(cpu, "_library", lambda: function)
-    yield request.param
+    yield "native"
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_equals_the_dense_product(
     shape: tuple[int, ...], permuted: bool, dtype: torch.dtype, backend: str
 ) -> None:
     case = make_case(shape, permuted, dtype)
-    y = tile_matmul(case.x, case.weight, case.index, case.out_features)
+    y = tile_matmul(case.x, case.weight, case.index, case.out_features, backend=backend)
     dy = torch.randn_like(y)
     ours = (y, *torch.autograd.grad(y, (case.x, case.weight), dy))
 
@@ -168,7 +169,7 @@ def test_what_no_column_reads_leaks_nowhere(tokens: int, dtype: torch.dtype, bac
     zeroed = x.nan_to_num(0).requires_grad_()
     results = []
     for inputs in (x.requires_grad_(), zeroed):
-        y = tile_matmul(inputs, case.weight, case.index, 90)
+        y = tile_matmul(inputs, case.weight, case.index, 90, backend=backend)
         grads = torch.autograd.grad(y, (inputs, case.weight), torch.ones_like(y))
         results.append((y, *grads))
     for poisoned, clean in zip(*results, strict=True):
@@ -179,7 +180,7 @@ def test_takes_any_strides_and_leading_dimensions(backend: str) -> None:
     case = make_case((60, 33, 6, 5, 8, 3, 21), True, torch.float32)
     weight = case.weight.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     x = case.x.detach().t().contiguous().t().view(5, 12, 33).requires_grad_()
-    y = tile_matmul(x, weight, case.index, 21)
+    y = tile_matmul(x, weight, case.index, 21, backend=backend)
     assert y.shape == (5, 12, 21)
     dy = torch.randn(21, 12, 5).permute(2, 1, 0)
     dx, dweight = torch.autograd.grad(y, (x, weight), dy)
@@ -193,11 +194,11 @@ def test_takes_any_strides_and_leading_dimensions(backend: str) -> None:
 def test_computes_only_the_gradients_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case((9, 33, 6, 5, 8, 3, 21), False, torch.float64)
     monkeypatch.setattr(cpu, "input_gradient", None)
-    tile_matmul(case.x.detach(), case.weight, case.index, 21).sum().backward()
+    tile_matmul(case.x.detach(), case.weight, case.index, 21, backend="native").sum().backward()
     assert case.weight.grad is not None
     monkeypatch.undo()
     monkeypatch.setattr(cpu, "weight_gradient", None)
-    tile_matmul(case.x, case.weight.detach(), case.index, 21).sum().backward()
+    tile_matmul(case.x, case.weight.detach(), case.index, 21, backend="native").sum().backward()
     assert case.x.grad is not None
 
 
@@ -207,7 +208,7 @@ def test_threads_change_no_bit(shape: tuple[int, ...], dtype: torch.dtype) -> No
     case = make_case(shape, True, dtype)
 
     def run() -> tuple[Tensor, ...]:
-        y = tile_matmul(case.x, case.weight, case.index, case.out_features)
+        y = tile_matmul(case.x, case.weight, case.index, case.out_features, backend="native")
         return y, *torch.autograd.grad(y, (case.x, case.weight), torch.ones_like(y))
 
     single = run()
@@ -237,7 +238,7 @@ def test_compiles_whole_and_survives_new_topologies() -> None:
 
     @torch.compile(fullgraph=True, backend=count)
     def run(x: Tensor, weight: Tensor, index: TileIndex) -> Tensor:
-        return tile_matmul(x, weight, index, 21).relu()
+        return tile_matmul(x, weight, index, 21, backend="native").relu()
 
     for _ in range(2):
         y = run(case.x, case.weight, case.index)
@@ -262,13 +263,13 @@ def test_compiles_whole_and_survives_new_topologies() -> None:
 def test_names_shapes_and_dtypes_that_disagree() -> None:
     case = make_case((4, 33, 6, 5, 8, 3, 21), False, torch.float32)
     with pytest.raises(ValueError, match=r"columns is \(6, 5\)"):
-        tile_matmul(case.x, case.weight[:, :3], case.index, 21)
+        tile_matmul(case.x, case.weight[:, :3], case.index, 21, backend="native")
     with pytest.raises(ValueError, match="expected 33 features"):
-        tile_matmul(case.x[:, :32], case.weight, case.index, 21)
+        tile_matmul(case.x[:, :32], case.weight, case.index, 21, backend="native")
     with pytest.raises(ValueError, match=r"x is torch\.float32"):
-        tile_matmul(case.x, case.weight.double(), case.index, 21)
+        tile_matmul(case.x, case.weight.double(), case.index, 21, backend="native")
     with pytest.raises(ValueError, match="out_features is 25, the index has 24 rows"):
-        tile_matmul(case.x, case.weight, case.index, 25)
+        tile_matmul(case.x, case.weight, case.index, 25, backend="native")
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -294,19 +295,18 @@ def test_an_index_out_of_range_is_an_error_not_a_crash(
     index, dy = case.index, torch.ones(tokens, 21)
     getattr(index, field).view(-1)[place] = number
     with pytest.raises(IndexError, match="out of range"):
-        cpu.product(case.x, case.weight, index, 21)
+        cpu.product(case.x, case.weight, index, 21, native=True)
     with pytest.raises(IndexError, match="out of range"):
-        cpu.input_gradient(dy, case.weight, index, 33)
+        cpu.input_gradient(dy, case.weight, index, 33, native=True)
     with pytest.raises(IndexError, match="out of range"):
-        cpu.weight_gradient(case.x, dy, index, 8)
+        cpu.weight_gradient(case.x, dy, index, 8, native=True)
 
 
-def test_plain_pytorch_sees_features_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+def test_plain_pytorch_sees_features_out_of_range() -> None:
     case = make_case((40, 33, 6, 5, 8, 3, 21), False, torch.float32)
     case.index.columns[2, 3] = 34
     with pytest.raises(IndexError, match="out of range"):
-        tile_matmul(case.x, case.weight, case.index, 21)
+        tile_matmul(case.x, case.weight, case.index, 21, backend="torch")
 
 
 def test_no_compiler_no_library(

@@ -10,7 +10,7 @@ O <= I, and at ((j + o) mod O, j) where not, which needs O >= I. A weight `[O, I
 where O < I, by column otherwise. Its transpose has the same offsets and values and the other
 `by_row`, so dX is `launch_diagonals` on dY, with I and O, and `rows` and `columns`, exchanged.
 
-Activations are `[features, T]` views, feature-major or token-major, see `padst_kernels.activations`.
+Activations are `[features, T]` views, feature-major or token-major, see activations.py.
 Neighbouring rows of randomly placed diagonals share no columns, so there is nothing for matrix
 instructions: the products run on CUDA cores, and every x is read D times, through L2.
 """

@@ -3,7 +3,7 @@
     launch_condensed(x, values, columns, row_pointer, rows, out_features, *, tile) -> y [O, T]
 
 Shape letters: T tokens, I and O features in and out, S entries, N rows that have entries.
-Activations are `[features, T]` views, feature-major or token-major, as in `padst_kernels.activations`.
+Activations are `[features, T]` views, feature-major or token-major, see activations.py.
 Rows share no columns, so there is nothing for matrix instructions, and with few tokens the bytes of
 the weight are what counts: each is read once for up to 16 tokens, x comes from a cache.
 """

@@ -10,40 +10,51 @@ Shape letters: T tokens, I and O features in and out, S entries, N rows that hav
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from padst_kernels import Backend
 from padst_kernels.calls import needs_operator
 from padst_kernels.entries import passes
 from padst_kernels.entries.index import Condensed, EntryIndex
 
-Backend = Literal["torch", "triton"]
-BACKENDS = get_args(Backend)
+BACKENDS = ("native", "torch")
+CONDENSED_BACKENDS = ("native", "torch", "triton")
 
 
-def entry_matmul(x: Tensor, values: Tensor, index: EntryIndex, out_features: int) -> Tensor:
+def entry_matmul(
+    x: Tensor,
+    values: Tensor,
+    index: EntryIndex,
+    out_features: int,
+    *,
+    backend: Backend = "torch",
+) -> Tensor:
     """y = x @ W^T, where W `[O, I]` holds `values` at the entries of `index`, zeros elsewhere.
-
-    On a CPU, in single and half precision, a compiled kernel multiplies the entries alone, with
-    float32 sums. Elsewhere they go through a dense weight that lives only during a pass.
 
     Args:
         x: floating point `[..., I]`.
         values: any shape of S elements, dtype of x.
         index: made by `entry_index`.
         out_features: O.
+        backend: `"native"`: a compiled kernel, for tensors on a CPU, that multiplies the entries
+            alone, with float32 sums. `"torch"`: plain PyTorch, through a dense weight that lives
+            only during a pass. float64, more than 65,536 features, and machines without a compiler
+            go to `"torch"` all the same.
 
     Returns:
         `[..., O]`, contiguous, dtype of x. Differentiable in `x` and `values` (zero at padding),
         once and in reverse mode.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree, or there is no such backend for `x`.
         IndexError: on a CPU, a feature in `index` does not exist.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"entry_matmul: backend is {backend!r}, expected one of {BACKENDS}")
     columns = index.columns
     if values.numel() != columns.numel():
         raise ValueError(
@@ -53,11 +64,11 @@ def entry_matmul(x: Tensor, values: Tensor, index: EntryIndex, out_features: int
     _check("entry_matmul", x, values, columns, index.column_pointer.numel() - 1)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if needs_operator(flat, values):
-        y = _product_operator(flat, values, *index, out_features)
+        y = _product_operator(flat, values, *index, out_features, backend)
     elif torch.is_grad_enabled():
-        y = _EntryMatmul.apply(flat, values, *index, out_features)
+        y = _EntryMatmul.apply(flat, values, *index, out_features, backend)
     else:
-        y = passes.product(flat, values, index, out_features)
+        y = passes.product(flat, values, index, out_features, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
@@ -67,9 +78,8 @@ def condensed_matmul(x: Tensor, weight: Condensed, *, backend: Backend = "torch"
     Args:
         x: `[..., I]`, dtype of the values.
         weight: made by `condense`.
-        backend: `"torch"`: a compiled kernel on a CPU, plain PyTorch elsewhere. `"triton"`: the
-            Triton kernel for up to 64 tokens on a GPU; more tokens, and float64, go to `"torch"`
-            all the same.
+        backend: `"native"` and `"torch"`: as in `entry_matmul`. `"triton"`: the Triton kernel for
+            up to 64 tokens on a GPU; more tokens, and float64, go to `"torch"` all the same.
 
     Returns:
         `[..., O]`, contiguous. Not differentiable.
@@ -81,8 +91,10 @@ def condensed_matmul(x: Tensor, weight: Condensed, *, backend: Backend = "torch"
     """
     values, columns, row_pointer, rows, in_features, out_features = weight
     _check("condensed_matmul", x, values, columns, in_features)
-    if backend not in BACKENDS:
-        raise ValueError(f"condensed_matmul: backend is {backend!r}, expected one of {BACKENDS}")
+    if backend not in CONDENSED_BACKENDS:
+        raise ValueError(
+            f"condensed_matmul: backend is {backend!r}, expected one of {CONDENSED_BACKENDS}"
+        )
     if values.numel() != columns.numel() or row_pointer.numel() != rows.numel() + 1:
         raise ValueError(
             f"condensed_matmul: {values.numel()} values, {columns.numel()} columns, {rows.numel()} "
@@ -133,20 +145,22 @@ def _(x: Tensor, values: Tensor, columns: Tensor, *rest: Any) -> Tensor:
 class _EntryMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, *rest: Any) -> Tensor:
-        index, out_features = EntryIndex(*rest[:-1]), rest[-1]
+        *fields, out_features, ctx.backend = rest
+        index = EntryIndex(*fields)
         ctx.save_for_backward(x, values, *index)
-        return passes.product(x, values, index, out_features)
+        return passes.product(x, values, index, out_features, ctx.backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *rest = ctx.saved_tensors
         index = EntryIndex(*rest)
-        dx = passes.input_gradient(dy, values, index) if ctx.needs_input_grad[0] else None
-        dvalues = None
+        dx = dvalues = None
+        if ctx.needs_input_grad[0]:
+            dx = passes.input_gradient(dy, values, index, ctx.backend)
         if ctx.needs_input_grad[1]:
-            dvalues = passes.values_gradient(x, dy, index).view(values.shape)
-        return dx, dvalues, *(None for _ in index), None
+            dvalues = passes.values_gradient(x, dy, index, ctx.backend).view(values.shape)
+        return dx, dvalues, *(None for _ in index), None, None
 
 
 # The same passes as operators that torch.compile takes as they are.
@@ -163,14 +177,15 @@ def _product_operator(
     rows: Tensor,
     slots: Tensor,
     out_features: int,
+    backend: str,
 ) -> Tensor:
     index = EntryIndex(row_pointer, columns, order, column_pointer, rows, slots)
-    return passes.product(x, values, index, out_features)
+    return passes.product(x, values, index, out_features, backend)
 
 
 @_product_operator.register_fake
 def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[-1])
+    return x.new_empty(x.shape[0], rest[-2])
 
 
 @torch.library.custom_op("padst::entry_matmul_input_gradient", mutates_args=())
@@ -183,14 +198,15 @@ def _input_gradient_operator(
     column_pointer: Tensor,
     rows: Tensor,
     slots: Tensor,
+    backend: str,
 ) -> Tensor:
     index = EntryIndex(row_pointer, columns, order, column_pointer, rows, slots)
-    return passes.input_gradient(dy, values, index)
+    return passes.input_gradient(dy, values, index, backend)
 
 
 @_input_gradient_operator.register_fake
 def _(dy: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return dy.new_empty(dy.shape[0], EntryIndex(*rest).column_pointer.shape[0] - 1)
+    return dy.new_empty(dy.shape[0], EntryIndex(*rest[:-1]).column_pointer.shape[0] - 1)
 
 
 @torch.library.custom_op("padst::entry_matmul_values_gradient", mutates_args=())
@@ -203,28 +219,30 @@ def _values_gradient_operator(
     column_pointer: Tensor,
     rows: Tensor,
     slots: Tensor,
+    backend: str,
 ) -> Tensor:
     index = EntryIndex(row_pointer, columns, order, column_pointer, rows, slots)
-    return passes.values_gradient(x, dy, index)
+    return passes.values_gradient(x, dy, index, backend)
 
 
 @_values_gradient_operator.register_fake
 def _(x: Tensor, dy: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(EntryIndex(*rest).columns.shape[0])
+    return x.new_empty(EntryIndex(*rest[:-1]).columns.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-1])
+    ctx.save_for_backward(*inputs[:-2])
+    ctx.backend = inputs[-1]
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, values, *index = ctx.saved_tensors
     dx = dvalues = None
     if ctx.needs_input_grad[0]:
-        dx = _input_gradient_operator(dy, values, *index)
+        dx = _input_gradient_operator(dy, values, *index, ctx.backend)
     if ctx.needs_input_grad[1]:
-        dvalues = _values_gradient_operator(x, dy, *index).view(values.shape)
-    return dx, dvalues, *(None for _ in index), None
+        dvalues = _values_gradient_operator(x, dy, *index, ctx.backend).view(values.shape)
+    return dx, dvalues, *(None for _ in index), None, None
 
 
 _product_operator.register_autograd(_backward, setup_context=_setup_context)

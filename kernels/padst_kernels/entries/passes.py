@@ -34,17 +34,19 @@ _Sizes = ctypes.c_int64 * 5
 _ARGUMENTS = {"": 8, "dx_": 10, "dvalues_": 7}
 
 
-def product(x: Tensor, values: Tensor, index: EntryIndex, out_features: int) -> Tensor:
+def product(
+    x: Tensor, values: Tensor, index: EntryIndex, out_features: int, backend: str
+) -> Tensor:
     """`[T, O]`, contiguous."""
     sizes = (*x.shape, out_features, out_features, index.columns.numel())
     y = x.new_empty(sizes[0], out_features)
     tensors = x.contiguous(), values.contiguous(), *index[:3], None
-    if not _run("", tensors, (index.columns,), sizes, y):
+    if not _run(backend, "", tensors, (index.columns,), sizes, y):
         y = scatter_matmul(x, values.flatten(), _entries(*index[:3], x.shape[1]), out_features)
     return y
 
 
-def input_gradient(dy: Tensor, values: Tensor, index: EntryIndex) -> Tensor:
+def input_gradient(dy: Tensor, values: Tensor, index: EntryIndex, backend: str) -> Tensor:
     """`[T, I]`, contiguous."""
     sizes = (
         dy.shape[0],
@@ -55,18 +57,18 @@ def input_gradient(dy: Tensor, values: Tensor, index: EntryIndex) -> Tensor:
     )
     dx = dy.new_empty(sizes[:2])
     tensors = dy.contiguous(), values.contiguous(), *index
-    if not _run("dx_", tensors, (index.columns, index.rows), sizes, dx):
+    if not _run(backend, "dx_", tensors, (index.columns, index.rows), sizes, dx):
         transposed = _entries(*index[3:], dy.shape[1])
         dx = scatter_matmul(dy, values.flatten(), transposed, sizes[1])
     return dx
 
 
-def values_gradient(x: Tensor, dy: Tensor, index: EntryIndex) -> Tensor:
+def values_gradient(x: Tensor, dy: Tensor, index: EntryIndex, backend: str) -> Tensor:
     """`[S]`, zero at padding."""
     sizes = x.shape[0], x.shape[1], dy.shape[1], dy.shape[1], index.slots.numel()
     dvalues = x.new_empty(index.slots.numel())
     tensors = x.contiguous(), dy.contiguous(), *index[:3]
-    if not _run("dvalues_", tensors, (index.columns,), sizes, dvalues):
+    if not _run(backend, "dvalues_", tensors, (index.columns,), sizes, dvalues):
         dense = (dy.t() @ x).flatten()
         dvalues = torch.cat([dense, dense.new_zeros(1)])[_entries(*index[:3], x.shape[1])]
     return dvalues
@@ -89,7 +91,7 @@ def condensed_product(x: Tensor, weight: Condensed, backend: str) -> Tensor:
     # numel: len of a tensor takes longer than all the rest.
     sizes = num_tokens, in_features, weight.out_features, num_rows, columns.numel()
     tensors = x.contiguous(), values.contiguous(), row_pointer, columns, None, rows
-    if _run("", tensors, (columns,), sizes, y):
+    if _run(backend, "", tensors, (columns,), sizes, y):
         return y
     y.zero_()
     columns = columns.int()
@@ -107,6 +109,7 @@ def condensed_product(x: Tensor, weight: Condensed, backend: str) -> Tensor:
 
 
 def _run(
+    backend: str,
     name: str,
     tensors: tuple[Tensor | None, ...],
     features: tuple[Tensor, ...],
@@ -114,7 +117,11 @@ def _run(
     out: Tensor,
 ) -> bool:
     """Run one pass of cpu.cpp into `out`; False where there is none for these tensors."""
-    function = _functions().get((name, out.dtype)) if out.is_cpu else None
+    if backend != "native":
+        return False
+    if not out.is_cpu:
+        raise ValueError(f"backend 'native' needs a CPU, got a tensor on {out.device}")
+    function = _functions().get((name, out.dtype))
     if function is None or [t for t in features if t.dtype != torch.uint16]:
         return False
     legal = function(

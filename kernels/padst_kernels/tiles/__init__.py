@@ -4,11 +4,9 @@ from padst_kernels.activations import aligned_features, empty_features
 from padst_kernels.tiles.fused import tile_matmul_fused
 from padst_kernels.tiles.index import TileIndex, tile_index
 from padst_kernels.tiles.op import tile_matmul
-from padst_kernels.tiles.passes import Backend
 from padst_kernels.tiles.reference import tile_matmul_reference
 
 __all__ = [
-    "Backend",
     "TileIndex",
     "aligned_features",
     "empty_features",

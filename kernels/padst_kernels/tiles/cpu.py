@@ -32,20 +32,24 @@ _PRODUCT, _INPUT_GRADIENT, _WEIGHT_GRADIENT = range(3)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, index: TileIndex, out_features: int, *, native: bool
+) -> Tensor:
     """`[T, O]`, contiguous."""
     y = x.new_empty(x.shape[0], out_features)
-    if not _run_compiled(_PRODUCT, x, weight, y, index, x, y, weight):
+    if not (native and _run_compiled(_PRODUCT, x, weight, y, index, x, y, weight)):
         tiles = weight if index.order is None else weight.index_select(0, index.order)
         for part, out in zip(_split(x), _split(y), strict=True):
             out.copy_(_product(part, tiles, index, out_features))
     return y
 
 
-def input_gradient(dy: Tensor, weight: Tensor, index: TileIndex, in_features: int) -> Tensor:
+def input_gradient(
+    dy: Tensor, weight: Tensor, index: TileIndex, in_features: int, *, native: bool
+) -> Tensor:
     """`[T, I]`, contiguous."""
     dx = dy.new_empty(dy.shape[0], in_features)
-    if not _run_compiled(_INPUT_GRADIENT, dy, weight, dx, index, dx, dy, weight):
+    if not (native and _run_compiled(_INPUT_GRADIENT, dy, weight, dx, index, dx, dy, weight)):
         num_rows, height = _num_rows(weight.shape, index), weight.shape[2]
         tiles = weight if index.order is None else weight.index_select(0, index.order)
         for part, out in zip(_split(dy), _split(dx), strict=True):
@@ -55,10 +59,12 @@ def input_gradient(dy: Tensor, weight: Tensor, index: TileIndex, in_features: in
     return dx
 
 
-def weight_gradient(x: Tensor, dy: Tensor, index: TileIndex, height: int) -> Tensor:
+def weight_gradient(
+    x: Tensor, dy: Tensor, index: TileIndex, height: int, *, native: bool
+) -> Tensor:
     """`[G, K, V]`, contiguous."""
     dweight = x.new_empty(*index.columns.shape, height)
-    if _run_compiled(_WEIGHT_GRADIENT, x, dy, dweight, index, x, dy, dweight):
+    if native and _run_compiled(_WEIGHT_GRADIENT, x, dy, dweight, index, x, dy, dweight):
         return dweight
     num_rows = _num_rows(dweight.shape, index)
     # Sums over tokens stay wide.
@@ -83,7 +89,9 @@ def _run_compiled(
     weight_like: Tensor,
 ) -> bool:
     """Run one pass of cpu.cpp into `out`; False where there is none for these tensors."""
-    element = _TYPES.get(out.dtype) if out.is_cpu else None
+    if not out.is_cpu:
+        raise ValueError(f"backend 'native' needs a CPU, got a tensor on {out.device}")
+    element = _TYPES.get(out.dtype)
     function = None if element is None else _library()
     if function is None:
         return False

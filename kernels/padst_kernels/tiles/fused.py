@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from padst_kernels import Backend
 from padst_kernels.activations import empty_features, has_aligned_rows
 from padst_kernels.calls import needs_operator
 from padst_kernels.tiles import passes
@@ -25,7 +26,7 @@ from padst_kernels.tiles.op import (
     weight_gradient,
     weight_gradient_operator,
 )
-from padst_kernels.tiles.passes import Backend, Norm
+from padst_kernels.tiles.passes import Norm
 
 
 def tile_matmul_fused(

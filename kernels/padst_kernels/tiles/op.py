@@ -7,19 +7,19 @@ R row groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from padst_kernels import Backend
 from padst_kernels.activations import empty_features
 from padst_kernels.calls import needs_operator
 from padst_kernels.tiles import passes
 from padst_kernels.tiles.index import TileIndex
-from padst_kernels.tiles.passes import Backend
 
-BACKENDS = get_args(Backend)
+BACKENDS = ("native", "torch", "triton", "cuda")
 
 
 def tile_matmul(
@@ -39,8 +39,10 @@ def tile_matmul(
         weight: `[G, K, V]`, dtype of x.
         index: int32, made by `tile_index`.
         out_features: O.
-        backend: `"torch"`: the compiled kernel on a CPU, plain PyTorch elsewhere. `"triton"`: the
-            Triton kernels, for tensors on a GPU; float64 goes to `"torch"` all the same.
+        backend: `"native"`: the compiled kernel, for tensors on a CPU. `"torch"`: plain PyTorch.
+            `"triton"`: the Triton kernels, for tensors on a GPU. `"cuda"`: the same, but for dX of
+            vector N:M in half precision where the index has slices. float64, and machines without
+            a compiler, go to `"torch"` all the same.
 
     Returns:
         `[..., O]`, dtype of x. Differentiable in `x` and `weight`, once and in reverse mode.

@@ -6,17 +6,14 @@ activations are `[T, features]` in either layout, see activations.py; `feature_m
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from padst_kernels import Backend
 from padst_kernels.activations import aligned_features, has_aligned_rows
 from padst_kernels.tiles import cpu, cuda
 from padst_kernels.tiles.index import TileIndex
 
-# "cuda" is "triton", but for dX of vector N:M in half precision where the index has slices.
-Backend = Literal["torch", "triton", "cuda"]
 Norm = tuple[Tensor, Tensor, Tensor]
 
 # From here on a token-major activation whose features are read or written singly is transposed
@@ -43,7 +40,7 @@ def product(
 ) -> Tensor:
     """y `[T, O]` of x `[T, I]`; the epilogues are those of `launch_product`."""
     if not runs_on_triton(x, backend):
-        y = cpu.product(x, weight, index, out_features)
+        y = cpu.product(x, weight, index, out_features, native=backend == "native")
         y = _epilogue(y, bias, gelu, gelu_gradient, residual, norm)
         return aligned_features(y).t() if feature_major else y
     from padst_kernels.tiles import kernels
@@ -75,7 +72,7 @@ def input_gradient(
 ) -> Tensor:
     """dx `[T, I]` of dy `[T, O]`."""
     if not runs_on_triton(dy, backend):
-        dx = cpu.input_gradient(dy, weight, index, index.in_features)
+        dx = cpu.input_gradient(dy, weight, index, index.in_features, native=backend == "native")
         return aligned_features(dx).t() if feature_major else dx
     run = index.row_run(weight.shape[2])
     dy, weight = readable(dy, run), weight.contiguous()
@@ -145,7 +142,7 @@ def weight_gradient(
 ) -> Tensor:
     """dweight `[G, K, V]` of x `[T, I]` and dy `[T, O]`."""
     if not runs_on_triton(x, backend):
-        return cpu.weight_gradient(x, dy, index, height)
+        return cpu.weight_gradient(x, dy, index, height, native=backend == "native")
     from padst_kernels.tiles import kernels
 
     run = index.column_run
@@ -182,7 +179,7 @@ def runs_on_triton(x: Tensor, backend: str) -> bool:
 
 def _prefers_triton(x: Tensor, backend: str) -> bool:
     # Triton has no float64 matrix instructions.
-    return backend != "torch" and x.dtype != torch.float64
+    return backend in ("triton", "cuda") and x.dtype != torch.float64
 
 
 def _precision(x: Tensor) -> str:

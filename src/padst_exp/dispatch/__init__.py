@@ -2,6 +2,7 @@
 
 from padst_exp.dispatch.agreement import agrees, difference
 from padst_exp.dispatch.backends import (
+    Backend,
     Choice,
     choose,
     forced,
@@ -9,10 +10,12 @@ from padst_exp.dispatch.backends import (
     restore,
     reuse,
     save,
+    use_usual,
 )
 from padst_exp.dispatch.decision import Decision, device_name, fastest, is_recording, measure
 
 __all__ = [
+    "Backend",
     "Choice",
     "Decision",
     "agrees",
@@ -27,4 +30,5 @@ __all__ = [
     "restore",
     "reuse",
     "save",
+    "use_usual",
 ]

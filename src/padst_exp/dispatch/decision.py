@@ -32,7 +32,7 @@ class Decision:
 
     Args:
         choice: the fastest candidate.
-        seconds: median time of one call of each candidate, and of the reference.
+        seconds: median time of one call of each candidate, and of the dense layer.
     """
 
     choice: str
@@ -54,7 +54,7 @@ def fastest(
     Args:
         what: plain values that say what is computed; token counts should be bucketed.
         calls: makes the candidates by name, only if there is something to measure. One called
-            "reference" is timed with them but never chosen.
+            "dense" is timed with them but never chosen.
         device: where they run; a GPU is waited for.
 
     Raises:
@@ -70,7 +70,7 @@ def fastest(
     with _locked(path):
         if key not in (known := _read(path)):
             seconds = measure(calls(), device)
-            choice = min((name for name in seconds if name != "reference"), key=seconds.__getitem__)
+            choice = min((name for name in seconds if name != "dense"), key=seconds.__getitem__)
             known[key] = Decision(choice, seconds)
             text = json.dumps({name: asdict(value) for name, value in known.items()}, indent=0)
             # Where nothing can be written, the next run measures again.

@@ -9,51 +9,71 @@ from typing import Literal
 import torch
 
 from padst_exp.dst.scores import DropScore, GrowScore
-from padst_exp.dst.topology import Relayout, Signals, Topology
-from padst_exp.errors import UserError
+from padst_exp.dst.selection import Selection
+from padst_exp.dst.topology import Change, Signal, Signals, Topology
+from padst_exp.errors import require
 from padst_exp.pools import best_of_each
+from padst_exp.soft import Learner
+
+# With fewer active units a share of them is not a meaningful choice; such layers stay as drawn.
+MIN_DYNAMIC_UNITS = 8
 
 
 class Algorithm(abc.ABC):
-    """Decides when and how the topology of a layer changes.
+    """Decides when and how topologies change. By itself it never changes one.
 
-    Args:
-        interval: optimizer steps between updates; ready permutations harden at these steps too.
+    Attributes:
+        needs: which signals `decide` reads besides magnitudes.
+        moments: `"age"`: bias corrections of a grown entry count from its birth; `"zero"`: from
+            the start of training, as in the papers' code (its first steps are then up to 3.2
+            times the learning rate at beta2 = 0.999).
+        selection_learner: trains the `selection` of each weight; None where topologies are hard
+            from the start.
     """
 
+    needs: frozenset[Signal] = frozenset()
     moments: Literal["age", "zero"] = "age"
-    needs_dense_gradient = False
+    selection_learner: Learner | None = None
 
-    def __init__(self, *, interval: int) -> None:
-        if interval < 1:
-            raise UserError(f"dst.interval: expected at least 1 step, got {interval}")
-        self.interval = interval
+    def initial_density(self, density: float) -> float:
+        """The density a weight starts with whose final one is `density`; by default the same."""
+        return density
+
+    def selection(self, topology: Topology, generator: torch.Generator) -> Selection | None:
+        """A soft selection among the units of a fresh `topology`; None: all of them stay."""
+        return None
+
+    def can_change(self, topology: Topology) -> bool:
+        """Whether `topology` leaves the algorithm anything to decide."""
+        return True
 
     @abc.abstractmethod
     def is_due(self, step: int, total: int) -> bool:
         """Whether topologies change once `step` of `total` optimizer steps are completed."""
 
     @abc.abstractmethod
-    def rewire(
+    def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
-    ) -> tuple[Relayout, float]:
-        """The new topology of one layer and the fraction of a unit to carry to the next update."""
+    ) -> tuple[Change, float]:
+        """The change of one topology, and the fraction of a unit to carry to the next update."""
 
 
 class Static(Algorithm):
     """The initial topology stays."""
 
-    def __init__(self, *, interval: int) -> None:
-        super().__init__(interval=interval)
+    def __init__(self) -> None:
+        """Takes nothing."""
+
+    def can_change(self, topology: Topology) -> bool:
+        return False
 
     def is_due(self, step: int, total: int) -> bool:
         return False
 
-    def rewire(
+    def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
-    ) -> tuple[Relayout, float]:
-        same = torch.arange(len(topology.active), device=topology.active.device)
-        return Relayout(topology.active, same), carry
+    ) -> tuple[Change, float]:
+        return Change(topology.active), carry
 
 
 class DropGrow(Algorithm):
@@ -69,9 +89,7 @@ class DropGrow(Algorithm):
             alpha / 2 * (1 + cos(pi * t / (stop * total))) (RigL, section 3).
         interval: optimizer steps between updates.
         stop: share of training after which the topology is fixed.
-        moments: `"age"`: bias corrections of a grown entry count from its birth; `"zero"`: from
-            the start of training, as in the papers' code (its first steps are then up to 3.2
-            times the learning rate at beta2 = 0.999).
+        moments: `"age"` or `"zero"`, see `Algorithm`.
     """
 
     def __init__(
@@ -84,17 +102,20 @@ class DropGrow(Algorithm):
         stop: float,
         moments: Literal["age", "zero"],
     ) -> None:
-        super().__init__(interval=interval)
-        if not 0 < fraction <= 1:
-            raise UserError(f"dst.fraction: expected a share in (0, 1], got {fraction}")
-        if not 0 <= stop <= 1:
-            raise UserError(f"dst.stop: expected a share of training in [0, 1], got {stop}")
+        require(interval >= 1, "dst.interval", interval, "at least 1 step")
+        require(0 < fraction <= 1, "dst.fraction", fraction, "a share in (0, 1]")
+        require(0 <= stop <= 1, "dst.stop", stop, "a share of training in [0, 1]")
         self.drop = drop
         self.grow = grow
         self.fraction = fraction
+        self.interval = interval
         self.stop = stop
         self.moments = moments
-        self.needs_dense_gradient = grow.needs_gradient
+        self.needs = drop.needs | grow.needs
+
+    def can_change(self, topology: Topology) -> bool:
+        num_active = len(topology.active)
+        return MIN_DYNAMIC_UNITS <= num_active < int(topology.candidates.sum())
 
     def is_due(self, step: int, total: int) -> bool:
         return 0 < step < self.stop * total and step % self.interval == 0
@@ -103,30 +124,23 @@ class DropGrow(Algorithm):
         """Share of active units that are replaced at `step`."""
         return self.fraction / 2 * (1 + math.cos(math.pi * step / (self.stop * total)))
 
-    def rewire(
+    def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
-    ) -> tuple[Relayout, float]:
-        num_active = len(topology.active)
+    ) -> tuple[Change, float]:
+        num_active, device = len(topology.active), topology.active.device
         # Few active units would round to zero drops for ever without the carry.
         wanted = self.drop_fraction(step, total) * num_active + carry
         num_drop = min(math.floor(wanted), num_active)
 
         leaving = best_of_each(
-            -self.drop(topology, signals)[None], torch.tensor([num_drop], device=_device(topology))
+            -self.drop(topology, signals)[None], torch.tensor([num_drop], device=device)
         )[0]
-        survivors = Topology(topology.active[~leaving], topology.candidates, topology.pool_size)
+        survivors = topology.with_active(topology.active[~leaving])
         lost = topology.counts() - survivors.counts()
 
         open_slots = topology.exists()
         open_slots.view(-1)[survivors.active] = False
         scores = self.grow(survivors, signals).masked_fill(~open_slots, -torch.inf)
         coming = best_of_each(scores, lost).flatten().nonzero().squeeze(1)
-
         active = torch.cat([survivors.active, coming]).sort().values
-        row_of = torch.full((open_slots.numel(),), -1, device=_device(topology))
-        row_of[topology.active] = torch.arange(num_active, device=_device(topology))
-        return Relayout(active, row_of[active]), wanted - num_drop
-
-
-def _device(topology: Topology) -> torch.device:
-    return topology.active.device
+        return Change(active), wanted - num_drop

@@ -7,32 +7,39 @@ import abc
 import torch
 from torch import Tensor
 
-from padst_exp.dst.topology import Signals, Topology
+from padst_exp.dst.topology import Signal, Signals, Topology
 
 
-class DropScore(abc.ABC):
-    """Scores active units; the lowest leave."""
+class Score(abc.ABC):
+    """A number for every unit.
 
-    @abc.abstractmethod
-    def __call__(self, topology: Topology, signals: Signals) -> Tensor:
-        """Fp `[N]`, one score for each active unit."""
+    Attributes:
+        needs: which signals it reads besides magnitudes; nothing else is computed.
+    """
 
-
-class GrowScore(abc.ABC):
-    """Scores all units, seen after the drop; the highest candidates come."""
-
-    needs_gradient = False
+    needs: frozenset[Signal] = frozenset()
 
     @abc.abstractmethod
     def __call__(self, topology: Topology, signals: Signals) -> Tensor:
-        """Fp `[P, Q]`, one score for each unit; `topology` holds the survivors of the drop."""
+        """A `DropScore` returns `[N]`, a `GrowScore` `[P, Q]`, floating point."""
+
+
+class DropScore(Score):
+    """Scores the active units, `[N]`; the lowest leave."""
+
+
+class GrowScore(Score):
+    """Scores all units, `[P, Q]`, seen after the drop; the highest candidates come.
+
+    `topology` holds the survivors of the drop; `signals` are those of before.
+    """
 
 
 class Magnitude(DropScore):
     """Root mean square of a unit's weights (SET, Mocanu et al. 2018; RigL, Evci et al. 2020)."""
 
     def __call__(self, topology: Topology, signals: Signals) -> Tensor:
-        return signals.weight
+        return signals.magnitude
 
 
 class Uniform(GrowScore):
@@ -46,8 +53,8 @@ class Uniform(GrowScore):
 class Gradient(GrowScore):
     """Root mean square of the dense gradient over a unit (RigL)."""
 
-    needs_gradient = True
+    needs = frozenset({"dense_gradient"})
 
     def __call__(self, topology: Topology, signals: Signals) -> Tensor:
-        assert signals.gradient is not None
-        return signals.gradient
+        assert signals.dense_gradient is not None
+        return signals.dense_gradient

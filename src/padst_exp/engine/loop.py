@@ -1,4 +1,4 @@
-"""The training loop: steps, and what is seen and kept of them."""
+"""The training loop: steps, evaluations, checkpoints, metrics."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -10,10 +10,8 @@ from torch import nn
 from padst_exp import dispatch
 from padst_exp.data.sampler import train_loader, validation_loader
 from padst_exp.data.seeding import seed_of
-from padst_exp.data.task import Batch, Task
-from padst_exp.dst import Algorithm
+from padst_exp.data.task import Batch
 from padst_exp.engine.backends import (
-    Backend,
     choose_backends,
     describe,
     summarize_backends,
@@ -21,51 +19,25 @@ from padst_exp.engine.backends import (
 from padst_exp.engine.checkpoint import require_same_config
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import evaluate
+from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.interruption import Interrupted, Interruption
-from padst_exp.engine.loggers import NoLogger, flat_values
-from padst_exp.engine.optimizers import OptimizerBuilder
+from padst_exp.engine.loggers import flat_values
 from padst_exp.engine.plots import plot_curves, plot_topologies
 from padst_exp.engine.progress import Progress
 from padst_exp.engine.run_directory import RunDirectory, read_metrics
-from padst_exp.engine.settings import Trainer
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import DivergedError, Stepper, eagerly
 from padst_exp.engine.summary import summarize
 from padst_exp.errors import UserError
-from padst_exp.permutations import Learner
-from padst_exp.sparsify import Report
 
 
-def run(
-    *,
-    model: nn.Module,
-    task: Task,
-    algorithm: Algorithm,
-    learner: Learner,
-    optimizer: OptimizerBuilder,
-    trainer: Trainer,
-    report: Report,
-    directory: RunDirectory,
-    logger: NoLogger,
-    world: World,
-    seed: int,
-    backend: Backend,
-) -> dict[str, Any]:
-    """Train `model` to the end, from the last checkpoint in `directory` if there is one.
+def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[str, Any]:
+    """Train to the end, from the last checkpoint in `directory` if there is one.
 
     Args:
-        model: sparsified, with its permutations; the same on every rank.
-        task: data, loss and metrics.
-        algorithm: changes the topologies.
-        learner: trains the permutations.
-        optimizer: builds the optimizer of all else.
-        trainer: how long and in what portions.
-        report: of the sparsification.
+        experiment: what is trained and how; its model is on the CPU still.
         directory: of the run, already created; the same on every rank.
-        logger: gets the metrics too.
         world: from `distributed.start`.
-        seed: of batches, augmentation, dropout and growth.
-        backend: of the sparse products; "auto" measures.
 
     Returns:
         The summary, as in `summary.json`.
@@ -75,82 +47,43 @@ def run(
             of another configuration. The last good checkpoint stays.
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
-    training = _Training(
-        model=model,
-        task=task,
-        algorithm=algorithm,
-        learner=learner,
-        optimizer=optimizer,
-        trainer=trainer,
-        directory=directory,
-        logger=logger,
-        world=world,
-        seed=seed,
-        backend=backend,
-    )
+    training = _Training(experiment, directory, world)
     try:
         with Interruption() as interruption:
             training.train(interruption)
-        return training.finish(report)
+        return training.finish()
     except BaseException as error:
         training.abort(error)
         raise
 
 
 class _Training:
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        task: Task,
-        algorithm: Algorithm,
-        learner: Learner,
-        optimizer: OptimizerBuilder,
-        trainer: Trainer,
-        directory: RunDirectory,
-        logger: NoLogger,
-        world: World,
-        seed: int,
-        backend: Backend,
-    ) -> None:
-        self.task, self.trainer, self.directory = task, trainer, directory
-        self.logger, self.world, self.seed = logger, world, seed
-        self.total = trainer.total_steps(len(task.train))
+    """One run: steps, the evaluations and checkpoints between them, and what is logged of both."""
+
+    def __init__(self, experiment: Experiment, directory: RunDirectory, world: World) -> None:
+        self.experiment, self.directory, self.world = experiment, directory, world
+        self.task, self.trainer, self.logger = (
+            experiment.task,
+            experiment.trainer,
+            experiment.logger,
+        )
+        self.total = experiment.total_steps
         self.saved = directory.checkpoints.load()
         if self.saved is not None:
             require_same_config(self.saved["config"], directory.config, directory.checkpoints.last)
-        model.to(world.device)
-        if trainer.precision == "float64":
-            model.double()
+        experiment.model.to(world.device)
+        if self.trainer.precision == "float64":
+            experiment.model.double()
         self.choices = choose_backends(
-            model,
-            backend=backend,
-            task=task,
-            trainer=trainer,
+            experiment,
             world=world,
             saved=None if self.saved is None else self.saved.get("backends"),
         )
         self.state = TrainingState(
-            model=model.train(),
-            optimizer=optimizer,
-            learner=learner,
-            ema_decay=trainer.ema_decay,
-            total=self.total,
-            world=world,
-            saved=self.saved,
-            path=directory.checkpoints.last,
+            experiment, world=world, saved=self.saved, path=directory.checkpoints.last
         )
         self.stepper = Stepper(
-            self.state,
-            task=task,
-            algorithm=algorithm,
-            learner=learner,
-            trainer=trainer,
-            world=world,
-            seed=seed,
-            total=self.total,
-            record=self.record,
-            say=self.say,
+            experiment, self.state, world=world, record=self.record, say=self.say
         )
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
         self.watched: float | None = None
@@ -169,7 +102,7 @@ class _Training:
                 micro_batches=trainer.micro_batches,
                 start_step=state.step,
                 total_steps=self.total,
-                seed=self.seed,
+                seed=self.experiment.seed,
                 rank=self.world.rank,
                 world_size=self.world.size,
                 workers=trainer.workers,
@@ -177,7 +110,7 @@ class _Training:
         )
         if self.saved is None:
             # Dropout differs between ranks, and owes nothing to how the model was initialised.
-            torch.manual_seed(seed_of("dropout", self.seed, self.world.rank))
+            torch.manual_seed(seed_of("dropout", self.experiment.seed, self.world.rank))
         else:
             state.restore_random_state(self.saved, self.directory.checkpoints.last)
             self.saved = None
@@ -228,8 +161,8 @@ class _Training:
             timing["tokens_per_second"] = speed * self.task.items_per_sample
             shown = f"{timing['tokens_per_second']:,.0f} tokens/s"
         self.record("train", values | timing)
-        if soft := self.stepper.permutation_metrics():
-            self.record("permutation", soft)
+        if soft := self.stepper.soft_metrics():
+            self.record("soft", soft)
         metric = "" if self.watched is None else f"{self.task.monitor[0]} {self.watched:.4g}, "
         self.progress.show(f"loss {values['loss']:.4f}, {metric}{shown}")
         state.losses, state.norms = [], []
@@ -321,7 +254,7 @@ class _Training:
         )
         raise Interrupted(signum)
 
-    def finish(self, report: Report) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Write the summary and the plots."""
         self.progress.close()
         summary: dict[str, Any] = {}
@@ -330,7 +263,7 @@ class _Training:
             rows = read_metrics(path / "metrics.jsonl")
             summary = summarize(
                 rows,
-                report=report,
+                report=self.experiment.report,
                 model=state.model,
                 tracker=state.tracker,
                 baselines=self.baselines,
@@ -363,8 +296,8 @@ class _Training:
         if not self.world.main:
             return
         self.directory.append({"kind": kind, "step": self.state.step, **values})
-        # What happens to several permutations in one step must not overwrite each other.
-        prefix = f"{kind}/{values['permutation']}/" if "permutation" in values else f"{kind}/"
+        # What happens to several choices in one step must not overwrite each other.
+        prefix = f"{kind}/{values['choice']}/" if "choice" in values else f"{kind}/"
         flat = flat_values(values, prefix)
         numbers = {key: value for key, value in flat.items() if isinstance(value, int | float)}
         self.logger.log(self.state.step, numbers)

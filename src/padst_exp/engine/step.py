@@ -1,7 +1,7 @@
 """One optimizer step, and the changes of topology that follow it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.data.seeding import seed_of
-from padst_exp.data.task import Task
-from padst_exp.dst import Algorithm
-from padst_exp.engine import topology
+from padst_exp.engine import changes
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import forward_context, to_device
-from padst_exp.engine.settings import Trainer
+from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.state import TrainingState
-from padst_exp.layers import permutations, sparse_weights
-from padst_exp.permutations import Learner
+from padst_exp.layers import Move, SparseWeight, sparse_weights
+from padst_exp.soft import Learner, choices, soft_choices
 
 Batch = tuple[Tensor, Tensor]
 
@@ -38,6 +36,9 @@ class Stepper:
     """Carries a `TrainingState` on by single steps.
 
     Args:
+        experiment: what is trained and how.
+        state: of the training.
+        world: of this process.
         record: takes a kind of event and its values, for the metrics.
         say: takes a line for a person.
 
@@ -47,69 +48,77 @@ class Stepper:
 
     def __init__(
         self,
+        experiment: Experiment,
         state: TrainingState,
         *,
-        task: Task,
-        algorithm: Algorithm,
-        learner: Learner,
-        trainer: Trainer,
         world: World,
-        seed: int,
-        total: int,
         record: Callable[[str, Mapping[str, Any]], None],
         say: Callable[[str], None],
     ) -> None:
-        self.state, self.task, self.algorithm, self.learner = state, task, algorithm, learner
-        self.trainer, self.world, self.seed, self.total = trainer, world, seed, total
+        self.experiment, self.state, self.world = experiment, state, world
+        self.task, self.trainer = experiment.task, experiment.trainer
+        self.algorithm = experiment.algorithm
+        self.total = experiment.total_steps
         self.record, self.say = record, say
         self.model = state.model
-        if trainer.compile:
+        if self.trainer.compile:
             compile_blocks(self.model)
-        self.soft = topology.soft_permutations(self.model)
-        self.forward = world.replicate(self.model, [f"{name}.logits" for name in self.soft])
-        self.dynamic = [w for w in sparse_weights(self.model).values() if not w.static]
-        self.parameters = state.trained_parameters()
+        self._replicate()
         self.lr = 0.0
         self._pending: list[tuple[Tensor, Tensor | None]] = []
+
+    def _replicate(self) -> None:
+        """Take the parameters of the model as they are now: for ranks, and for clipping."""
+        soft = [f"{name}.logits" for name in soft_choices(self.model)]
+        # What was there before lets go of the parameters first.
+        self.forward: nn.Module = self.model
+        self.forward = self.world.replicate(self.model, soft)
+        self.parameters = self.state.trained_parameters()
+
+    @property
+    def soft(self) -> bool:
+        """Whether any choice is still soft."""
+        return any(learner.choices for learner in self.state.learners)
 
     def step(self, batches: Iterator[Batch]) -> None:
         """Take as many micro-batches as one step needs and carry the state on.
 
-        Nothing here waits for the device, but for steps that rewire or harden.
+        Nothing here waits for the device, but for steps that change topologies or harden.
         """
         state = self.state
         step, progress = state.step + 1, (state.step + 1) / self.total
-        rewiring = bool(self.dynamic) and self.algorithm.is_due(step, self.total)
+        changing = self._changing(step)
 
         state.optimizer.zero_grad(set_to_none=True)
-        if state.permutation_optimizer is not None:
-            state.permutation_optimizer.zero_grad(set_to_none=True)
-        loss, seen = self._accumulate(batches, rewiring and self.algorithm.needs_dense_gradient)
-        soft = list(self.soft.values())
-        if soft:
+        for learner in state.learners:
+            learner.zero_grad()
+        loss, seen = self._accumulate(batches, changing)
+        if self.soft:
             self._average_gradients()
-            self.learner.regularize(soft, progress)
+        self._keep_gradients(changing)
         norm = None
         if self.trainer.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.clip_norm)
         self.lr = state.optimizer.param_groups[0]["lr"]
         state.optimizer.step()
         state.schedule.step_update(step)
-        if state.permutation_optimizer is not None:
-            state.permutation_optimizer.step()
-            self.learner.project(soft)
+        for learner in state.learners:
+            learner.step(progress)
         if state.average is not None:
             state.average.update(step)
         state.step = step
         self._pending.append((loss, norm))
-        # Together with rewiring, so that compiled code and its inputs change rarely.
-        hardening = bool(soft) and (step % self.algorithm.interval == 0 or step == self.total)
-        if rewiring or hardening:
-            self.settle()  # no topology or permutation is chosen by a gradient that is not finite
-        if rewiring:
-            self._rewire()
+        hardening = [
+            learner
+            for learner in state.learners
+            if learner.choices and (step % learner.interval == 0 or step == self.total)
+        ]
+        if changing or hardening:
+            self.settle()  # nothing is chosen by a gradient that is not finite
+        if changing:
+            self._change(changing)
         if hardening:
-            self._harden(seen, progress)
+            self._harden(hardening, seen, progress)
 
     def settle(self) -> None:
         """Fetch losses and norms from the device.
@@ -132,21 +141,35 @@ class Stepper:
         self._pending = []
 
     @torch.no_grad()
-    def permutation_metrics(self) -> dict[str, dict[str, float]]:
-        """Return penalty and gain of each permutation that still is soft, by name."""
-        if not self.soft:
+    def soft_metrics(self) -> dict[str, dict[str, float]]:
+        """Return penalty and gain of each choice that still is soft, by name."""
+        soft = soft_choices(self.model)
+        if not soft:
             return {}
-        both = torch.stack([p.penalty_and_gain() for p in self.soft.values()]).tolist()
-        rows = dict(zip(self.soft, both, strict=True))
+        both = [torch.stack([c.penalty(), c.gain()]) for c in soft.values()]
+        rows = dict(zip(soft, torch.stack(both).tolist(), strict=True))
         return {
             "penalty": {name: penalty for name, (penalty, _) in rows.items()},
             "gain": {name: gain for name, (_, gain) in rows.items()},
         }
 
-    def _accumulate(self, batches: Iterator[Batch], collect: bool) -> tuple[Tensor, list[Batch]]:
+    def _changing(self, step: int) -> list[SparseWeight]:
+        """The weights whose topology is to be decided after `step`."""
+        if not self.algorithm.is_due(step, self.total):
+            return []
+        return [
+            weight
+            for weight in sparse_weights(self.model).values()
+            if weight.selection is None and self.algorithm.can_change(weight.topology())
+        ]
+
+    def _accumulate(
+        self, batches: Iterator[Batch], changing: Sequence[SparseWeight]
+    ) -> tuple[Tensor, list[Batch]]:
         """Forward and backward of all micro-batches; return the mean loss and the batches."""
         trainer, world = self.trainer, self.world
-        for weight in self.dynamic:
+        collect = bool(changing) and "dense_gradient" in self.algorithm.needs
+        for weight in changing:
             weight.collect_dense_gradient = collect
         # What is rare or passing is not worth another compilation of every block.
         losses, seen = [], []
@@ -155,7 +178,7 @@ class Stepper:
                 part = world.rank * trainer.micro_batches + micro
                 inputs, targets = to_device(next(batches), world.device, trainer.precision)
                 inputs, targets = self.task.augment(
-                    inputs, targets, seed_of("mix", self.seed, self.state.step, part)
+                    inputs, targets, seed_of("mix", self.experiment.seed, self.state.step, part)
                 )
                 with self._unsynchronised(micro + 1 < trainer.micro_batches):
                     with forward_context(trainer.precision, world.device):
@@ -164,7 +187,7 @@ class Stepper:
                     loss.backward()
                 losses.append(loss.detach())
                 seen.append((inputs, targets))
-        for weight in self.dynamic:
+        for weight in changing:
             weight.collect_dense_gradient = False
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0], seen
 
@@ -175,55 +198,64 @@ class Stepper:
         return nullcontext()
 
     def _average_gradients(self) -> None:
-        """Average the gradients of soft permutations, which are not replicated by torch."""
-        logits = [p.logits for p in self.soft.values()]
+        """Average the gradients of soft choices, which are not replicated by torch."""
+        logits = [c.logits for learner in self.state.learners for c in learner.choices.values()]
         self.world.mean_([p.grad for p in logits if p is not None and p.grad is not None])
 
-    def _rewire(self) -> None:
-        state = self.state
-        replaced = topology.rewire(
-            self.model,
+    def _keep_gradients(self, changing: Sequence[SparseWeight]) -> None:
+        """Keep what scores ask for, before clipping."""
+        if "weight_gradient" in self.algorithm.needs:
+            for weight in changing:
+                gradient = weight.values.grad
+                weight.weight_gradient = None if gradient is None else gradient.clone()
+
+    def _change(self, changing: Sequence[SparseWeight]) -> None:
+        moves = changes.update_topologies(
+            self.state,
             self.algorithm,
-            state.optimizer,
-            state.average,
-            state.tracker,
-            step=state.step,
+            changing,
             total=self.total,
-            seed=self.seed,
+            seed=self.experiment.seed,
             world=self.world,
         )
-        active = sum(len(weight.active) for weight in self.dynamic)
-        self.record("rewire", {"replaced": replaced, "churn": replaced / active})
+        self._follow(moves)
+        replaced = sum(move.num_grown for move in moves)
+        active = sum(len(weight.active) for weight in changing)
+        density = self.experiment.report.density("layers")
+        self.record(
+            "rewire", {"replaced": replaced, "churn": replaced / active, "density": density}
+        )
 
-    def _harden(self, seen: list[Batch], progress: float) -> None:
-        """Harden the soft permutations that are ready."""
-        state = self.state
-        hardened = topology.harden(
-            self.model,
-            self.learner,
-            state.permutation_optimizer,
-            state.average,
+    def _harden(self, learners: Sequence[Learner], seen: list[Batch], progress: float) -> None:
+        """Harden the soft choices that are ready."""
+        hardened, moves = changes.harden(
+            self.state,
+            learners,
             lambda: self._loss_of(seen),
-            step=state.step,
+            rule=self.algorithm.moments,
             progress=progress,
             world=self.world,
         )
         if not hardened:
             return
-        self.soft = topology.soft_permutations(self.model)
-        if not self.soft:
-            state.permutation_optimizer = None
+        self._follow(moves)
         for values in hardened:
             self.record("harden", values)
         forced = sum(values["reason"] == "deadline" for values in hardened)
+        kinds = sorted({f"{values['of']}s" for values in hardened})
         self.say(
-            f"step {state.step}: hardened {len(hardened)} permutations ({forced} forced), loss "
-            f"{hardened[0]['loss_before']:.4f} -> {hardened[-1]['loss_after']:.4f}, "
-            f"{len(self.soft)} still soft"
+            f"step {self.state.step}: hardened {len(hardened)} {' and '.join(kinds)} ({forced} "
+            f"forced), loss {hardened[0]['loss_before']:.4f} -> {hardened[-1]['loss_after']:.4f}, "
+            f"{len(soft_choices(self.model))} still soft"
         )
 
+    def _follow(self, moves: Sequence[Move]) -> None:
+        """Replicate anew where the number of entries changed."""
+        if any(move.new is not move.old for move in moves):
+            self._replicate()
+
     def _half_hard(self) -> bool:
-        return 0 < len(self.soft) < len(permutations(self.model))
+        return 0 < len(soft_choices(self.model)) < len(choices(self.model))
 
     @torch.no_grad()
     def _loss_of(self, seen: list[Batch]) -> float:

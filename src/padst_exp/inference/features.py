@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.inference.linear import PackedLinear, TiledLinear, describe_tiles
-from padst_kernels.tiles import Backend, TileIndex, tile_matmul_fused
+from padst_kernels import Backend
+from padst_kernels.tiles import TileIndex, tile_matmul_fused
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -108,12 +109,13 @@ class TiledFeatureLinear(FeatureLinear):
         norm = None
         if statistics is not None and self.row_sums is not None:
             norm = (*statistics, self.row_sums)
+        backend = "native" if x.is_cpu and self.backend == "torch" else self.backend
         y = tile_matmul_fused(
             x.t(),
             self.weight,
             self.index(),
             self.out_features,
-            backend=self.backend,
+            backend=backend,
             bias=self.bias,
             gelu=self.gelu == "exact",
             residual=None if residual is None else residual.t(),

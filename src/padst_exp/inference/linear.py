@@ -125,7 +125,8 @@ class TiledLinear(PackedLinear):
         )
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return tile_matmul(x, weight, self.index(), self.out_features, backend=self.backend)
+        backend = "native" if x.is_cpu and self.backend == "torch" else self.backend
+        return tile_matmul(x, weight, self.index(), self.out_features, backend=backend)
 
     def scaled_weight(self, columns: Tensor | None, rows: Tensor | None) -> Tensor:
         """The tiles of the weight W[o, i] * columns[i] * rows[o]; None scales nothing."""
@@ -210,7 +211,8 @@ class CondensedLinear(PackedLinear):
         buffers: dict[str, Any] = self._buffers
         index = buffers["columns"], buffers["row_pointer"], buffers["rows"]
         condensed = Condensed(weight, *index, self.in_features, self.out_features)
-        return condensed_matmul(x, condensed, backend=self.backend)
+        backend = "native" if x.is_cpu and self.backend == "torch" else self.backend
+        return condensed_matmul(x, condensed, backend=backend)
 
     def dense_weight(self) -> Tensor:
         rows = self.rows.long().repeat_interleave(self.row_pointer.diff().long())

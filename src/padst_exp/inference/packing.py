@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,7 @@ from padst_exp.inference.linear import (
     TiledLinear,
 )
 from padst_exp.layers import SparseLinear, SparseWeight, permutations
-from padst_exp.permutations import Permutation
-from padst_exp.structures import Product, permuted_entries, permuted_tiles
+from padst_exp.structures import Folding, permuted_tiles, runs
 from padst_kernels.entries import condense
 
 
@@ -48,26 +47,20 @@ def pack(model: nn.Module) -> dict[str, Layer]:
 
 def packed_layer(layer: SparseLinear) -> PackedLinear | ConcatenatedLinear:
     """The inference form of one layer: topology and hard permutations folded into its indices."""
-    inputs = _index(layer.input_permutation)
-    weights, outputs = iter(layer.weights), iter(layer.output_permutations)
+    weights, folding = layer.parts(), layer.folding()
     parts: list[PackedLinear] = []
     start = 0
-    for product in layer.parts():
-        count = len(product.layouts)
-        own = [weight for weight in islice(weights, count) if isinstance(weight, SparseWeight)]
-        stop = start + product.out_features
+    for part in runs(folding, "packed"):
+        stop = start + folding[part].out_features
         bias = None if layer.bias is None else layer.bias[start:stop].clone()
-        parts.append(
-            _packed(product, own, inputs, [_index(p) for p in islice(outputs, count)], bias)
-        )
+        parts.append(_packed(folding[part], weights[part], bias))
         start = stop
     return parts[0] if len(parts) == 1 else ConcatenatedLinear(parts)
 
 
 def describe(layer: SparseLinear, packed: nn.Module) -> Layer:
     """What `files.empty_layer` needs to make the like of `packed`, and what to know of it."""
-    weights = [weight for weight in layer.weights if isinstance(weight, SparseWeight)]
-    entries = sum(weight.layout.num_entries for weight in weights)
+    entries = sum(weight.topology().num_entries for weight in layer.parts())
     parts = packed.parts if isinstance(packed, ConcatenatedLinear) else [packed]
     return {
         "in_features": layer.in_features,
@@ -123,25 +116,11 @@ def _dense(layer: PackedLinear | ConcatenatedLinear) -> tuple[Tensor, Tensor | N
     return weight, torch.cat(biases) if biases else None
 
 
-def _packed(
-    product: Product,
-    weights: list[SparseWeight],
-    inputs: Tensor | None,
-    outputs: list[Tensor | None],
-    bias: Tensor | None,
-) -> PackedLinear:
-    layouts, tile_shape = product.layouts, product.layouts[0].tile_shape
-    units = [weight.active.long() for weight in weights]
-    if tile_shape is None:
+def _packed(folding: Folding, weights: Sequence[SparseWeight], bias: Tensor | None) -> PackedLinear:
+    if folding.geometries[0].tiling() is None:
         values = torch.cat([weight.packed().flatten() for weight in weights])
-        entries = permuted_entries(layouts, units, inputs, outputs)
-        return CondensedLinear(
-            condense(values, entries, product.out_features, product.in_features), bias
-        )
-    index = permuted_tiles(layouts, units, inputs, outputs)
-    tiles = torch.cat([weight.packed().reshape(-1, *tile_shape) for weight in weights])
-    return TiledLinear(tiles, index, product.out_features, bias)
-
-
-def _index(permutation: nn.Module | None) -> Tensor | None:
-    return permutation.index if isinstance(permutation, Permutation) else None
+        size = folding.out_features, folding.in_features
+        return CondensedLinear(condense(values, folding.permuted_entries, *size), bias)
+    index, width = permuted_tiles(folding)
+    tiles = [w.packed().reshape(-1, width, w.geometry.frame[2]) for w in weights]
+    return TiledLinear(torch.cat(tiles), index, folding.out_features, bias)

@@ -11,6 +11,7 @@ import math
 from ctypes import c_int, c_longlong, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ def slices_on(device: torch.device, in_features: int, height: int) -> int | None
     """`num_slices` of a device; None where the kernel does not run, or has no such V."""
     if height not in HEIGHTS or not available(device):
         return None
-    properties = torch.cuda.get_device_properties(device)
+    # Not every version of torch declares this one.
+    properties: Any = torch.cuda.get_device_properties(device)
     return num_slices(in_features, height, properties.shared_memory_per_block_optin)
 
 
@@ -187,7 +189,7 @@ def _default_tile(height: int, slots: int, slices: int) -> Tile:
 def _kernel(
     device: torch.device, height: int, dtype: torch.dtype, stages: int, slice_rows: int
 ) -> nvrtc.Kernel:
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     needed = shared_bytes(height, stages, slice_rows)
     if needed > properties.shared_memory_per_block_optin:
         raise ValueError(

@@ -11,9 +11,9 @@
         -> dweight [G, K, V]
 
 Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile,
-R row groups. Activations are `[features, T]` views (activations.py), and their strides say how they lie
-in memory. A feature-major tensor whose rows do not all start on a multiple of 16 elements is
-refused.
+R row groups. Activations are `[features, T]` views, see activations.py, and their strides say how
+they lie in memory. A feature-major tensor whose rows do not all start on a multiple of 16 elements
+is refused.
 
 Index tensors are int32. Permutations are folded into them by the caller: `columns` holds the
 feature of x behind each column of a tile, `rows` the feature of y behind each row of a row group

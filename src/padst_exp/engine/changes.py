@@ -1,0 +1,225 @@
+"""Changes of a model in training: topologies, permutations, and everything that must follow."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from padst_exp.dst import Algorithm, Change
+from padst_exp.engine.distributed import World
+from padst_exp.engine.optimizers import birth_dtype
+from padst_exp.engine.state import TrainingState
+from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
+from padst_exp.permutations import Permutation
+from padst_exp.seeds import stream
+from padst_exp.soft import Learner, Soft
+
+
+class Follower(Protocol):
+    """Has something that must move along when the topology of a weight changes."""
+
+    def follow(self, name: str, weight: SparseWeight, move: Move, step: int) -> None:
+        """Move it.
+
+        Args:
+            name: of the weight.
+            weight: in its new topology already.
+            move: the map from the old one.
+            step: completed steps.
+        """
+
+
+class Moments:
+    """The optimizer's state of every weight; a new Parameter takes the place of the old one.
+
+    Args:
+        optimizer: of all values.
+        rule: "age": grown entries are born at the step of the change (see `AgeAwareAdamW`);
+            "zero": their moments are zero and that is all.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rule: str) -> None:
+        self.optimizer = optimizer
+        self.rule = rule
+
+    def follow(self, name: str, weight: SparseWeight, move: Move, step: int) -> None:
+        """Move the moments and births of one weight."""
+        if move.new is not move.old:
+            for group in self.optimizer.param_groups:
+                group["params"] = [move.new if p is move.old else p for p in group["params"]]
+        state = self.optimizer.state.pop(move.old, None)
+        if not state:
+            return
+        if self.rule == "age" and isinstance(self.optimizer, torch.optim.Adam):
+            moment = state["exp_avg"]
+            if "birth" not in state:
+                one_each = moment[:, :1] if weight.storage == "packed" else moment
+                state["birth"] = torch.zeros_like(one_each, dtype=torch.int16)
+                state["births"] = moment.new_zeros(1)
+            state["births"] = torch.cat([state["births"], moment.new_full((1,), step)])
+            state["birth"] = state["birth"].to(birth_dtype(state["births"]))
+        for key, tensor in state.items():
+            if isinstance(tensor, Tensor) and tensor.ndim > 0 and key != "births":
+                fill = len(state["births"]) - 1 if key == "birth" else 0.0
+                state[key] = move(tensor, fill)
+        self.optimizer.state[move.new] = state
+
+
+def adopt(
+    name: str, weight: SparseWeight, change: Change, followers: Iterable[Follower], step: int
+) -> Move:
+    """Let one weight take a new topology, and all followers go along."""
+    move = weight.adopt(change)
+    for follower in followers:
+        follower.follow(name, weight, move, step)
+    return move
+
+
+def followers(state: TrainingState, rule: str) -> list[Follower]:
+    """The one list of what follows a change of topology; the engine rebuilds the rest by it."""
+    each: list[Follower | None] = [
+        Moments(state.optimizer, rule),
+        state.average,
+        state.tracker,
+        state.births,
+    ]
+    return [follower for follower in each if follower is not None]
+
+
+def update_topologies(
+    state: TrainingState,
+    algorithm: Algorithm,
+    weights: Iterable[SparseWeight],
+    *,
+    total: int,
+    seed: int,
+    world: World,
+) -> list[Move]:
+    """Let `algorithm` decide the next topology of each of `weights`, and adopt it.
+
+    Returns:
+        What was done to each weight, in order.
+    """
+    changing = set(weights)
+    follow = followers(state, algorithm.moments)
+    moves = []
+    for position, (name, weight) in enumerate(sparse_weights(state.model).items()):
+        if weight not in changing:
+            continue
+        if weight.dense_gradient is not None:
+            world.mean_([weight.dense_gradient])
+        change = weight.decide(
+            algorithm,
+            step=state.step,
+            total=total,
+            # Seeded anew for each decision: ranks agree, and a checkpoint need not hold it.
+            generator=stream(seed, "rewire", state.step, position),
+            birth=None if state.births is None else state.births.steps[name],
+        )
+        weight.dense_gradient = weight.weight_gradient = None
+        moves.append(adopt(name, weight, change, follow, state.step))
+    state.tracker.updates += 1
+    _finish(state, moves, "topologies", world)
+    return moves
+
+
+def harden(
+    state: TrainingState,
+    learners: Sequence[Learner],
+    loss: Callable[[], float],
+    *,
+    rule: str,
+    progress: float,
+    world: World,
+) -> tuple[list[dict[str, Any]], list[Move]]:
+    """Harden every soft choice that is ready, one after the other.
+
+    Args:
+        state: its model's choices harden, those of its average adopt the same.
+        learners: tell which are ready, and let go of them.
+        loss: of the current training batch, averaged over ranks; called before and after each.
+        rule: see `Moments`.
+        progress: completed steps over all steps.
+        world: rank 0 decides for all.
+
+    Returns:
+        One record for each hardened choice (its name, step, why, penalty and gain just before,
+        loss before and after), and the changes of topology that came of them.
+    """
+    records: list[dict[str, Any]] = []
+    moves: list[Move] = []
+    before: float | None = None
+    for learner in learners:
+        for name, choice in list(learner.choices.items()):
+            # A rounding difference must not part the ranks.
+            reason = world.from_main(learner.ready(choice, progress))
+            if reason is None:
+                continue
+            before = loss() if before is None else before
+            record = _before(name, choice, reason, state.step)
+            logits = choice.logits
+            assert logits is not None
+            hard = world.from_main(choice.nearest().cpu())
+            choice.harden(hard.to(logits.device))
+            learner.release(name, logits)
+            if state.average is not None:
+                state.average.harden(name, hard)
+            moves += _settle(state, rule)
+            index_stale(state.model)
+            after = loss()
+            records.append({**record, "loss_before": before, "loss_after": after})
+            before = after
+    if records:
+        _finish(state, moves, "hard choices", world)
+    return records, moves
+
+
+def _before(name: str, choice: Soft, reason: str, step: int) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "choice": name,
+        "of": type(choice).__name__.lower(),
+        "step": step,
+        "reason": reason,
+        "penalty": float(choice.penalty().detach()),
+        "gain": float(choice.gain()),
+    }
+    if isinstance(choice, Permutation):
+        record["agreement"] = choice.agreement()
+    return record
+
+
+def _settle(state: TrainingState, rule: str) -> list[Move]:
+    """Adopt what hard selections have chosen."""
+    follow = followers(state, rule)
+    moves = []
+    for name, weight in sparse_weights(state.model).items():
+        change = weight.settle()
+        if change is not None:
+            moves.append(adopt(name, weight, change, follow, state.step))
+    return moves
+
+
+def _finish(state: TrainingState, moves: Sequence[Move], what: str, world: World) -> None:
+    """Derive anew what depends on topologies and choices, and make sure that ranks agree."""
+    index_stale(state.model)
+    if state.average is not None:
+        index_stale(state.average.model)
+        state.average.pair(state.model)
+    if world.size > 1:
+        world.assert_identical(topology_digest(state), f"{what} after step {state.step}")
+
+
+def topology_digest(state: TrainingState) -> str:
+    """Return a hash of all active units, row orders and permutations."""
+    digest = hashlib.sha256()
+    for weight in sparse_weights(state.model).values():
+        for tensor in (weight.active, weight.row_order):
+            if tensor is not None:
+                digest.update(tensor.cpu().numpy().tobytes())
+    for permutation in permutations(state.model).values():
+        digest.update(permutation.index.cpu().numpy().tobytes())
+    return digest.hexdigest()
