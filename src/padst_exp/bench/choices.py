@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from padst_exp.config import build, closest, config_dir, keyword_parameters, resolve_target
-from padst_exp.engine.step import compile_blocks
 from padst_exp.errors import UserError
 from padst_exp.permutations import PermutationLearner
 from padst_exp.sparsify import Rule
@@ -28,36 +27,27 @@ Entry = str | Mapping[str, Any]
 LEARNERS = {"none": "none", "hard": "random", "soft": "doubly_stochastic"}
 
 
-def _load(group: str, option: str) -> DictConfig:
-    path = config_dir() / group / f"{option}.yaml"
-    if not path.is_file():
-        known = [file.stem for file in path.parent.glob("*.yaml")]
-        raise UserError(f"{group}s: {option!r} is unknown{closest(option, known)}")
-    return cast(DictConfig, OmegaConf.load(path))
-
-
 def _entry(group: str, entry: Entry) -> tuple[DictConfig, dict[str, Any], str]:
     """The file of an entry, its keys, and a label of both."""
     keys: dict[str, Any] = {group: entry} if isinstance(entry, str) else dict(entry)
     option = str(keys.pop(group, ""))
+    path = config_dir() / group / f"{option}.yaml"
+    if not path.is_file():
+        known = [file.stem for file in path.parent.glob("*.yaml")]
+        raise UserError(f"{group}s: {option!r} is unknown{closest(option, known)}")
     words = [option, *(f"{key}={value}" for key, value in keys.items() if key != "permutation")]
-    return _load(group, option), keys, " ".join(words)
+    return cast(DictConfig, OmegaConf.load(path)), keys, " ".join(words)
 
 
 def learner(permutation: str) -> PermutationLearner:
     """The learner whose permutations are "none", "hard" or "soft"."""
-    return build(_load("permutation", LEARNERS[permutation]), "permutation")
+    return build(_entry("permutation", LEARNERS[permutation])[0], "permutation")
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """A structure with its parameters.
-
-    Args:
-        label: its name in tables, e.g. "nm group=64".
-        structure: what `sparsify` takes.
-        phases: keys of LEARNERS: how its permutations end, and how they start.
-    """
+    """A structure with its label in tables, and `phases`, keys of LEARNERS: how its permutations
+    end, and how they start."""
 
     label: str
     structure: Structure
@@ -72,8 +62,11 @@ def sparsity(entry: Entry) -> Sparsity:
     """
     file, keys, label = _entry("structure", entry)
     phases = ("none",) if keys.pop("permutation", "") == "none" else ("hard", "soft")
-    node = cast(DictConfig, OmegaConf.merge(file, keys))
-    return Sparsity(label, build(node, "structures"), phases)
+    return Sparsity(label, build(_merged(file, keys), "structures"), phases)
+
+
+def _merged(*nodes: Mapping[Any, Any]) -> DictConfig:
+    return cast(DictConfig, OmegaConf.merge(*nodes))
 
 
 @dataclass(frozen=True)
@@ -97,16 +90,9 @@ class Layer:
         """What is sparse."""
         return [Rule("0", self.split)] if scope else []
 
-    def compile(self, module: nn.Module) -> None:
-        """Compile in place."""
-        module.compile(dynamic=False)
-
 
 def layers(names: Sequence[str]) -> list[Layer]:
-    """The layers that `names` stand for, each once.
-
-    Args:
-        names: the width of a transformer for its four layers, or outputs x inputs of one layer.
+    """Layers by outputs x inputs, or all four of a transformer by its width; each once.
 
     Raises:
         UserError: a name is neither.
@@ -128,7 +114,7 @@ class Model:
     """A whole model.
 
     Args:
-        label: its name in tables, e.g. "vit".
+        label: its name in tables.
         node: the key `model` of its file.
         block_linears: those that fuse projections (QKV) have a `split`.
         inputs: what its constructor needs to know of the data.
@@ -149,13 +135,14 @@ class Model:
         torch.manual_seed(0)
         return build(self.node, "model", self.inputs)
 
+    def shallow(self) -> Model:
+        """The same with one block."""
+        node = _merged(self.node, {"depth": 1})
+        return Model(self.label, node, self.block_linears, self.inputs)
+
     def rules(self, scope: str) -> list[Rule]:
         """What is sparse: "all" block linears, those but QKV ("dense_qkv"), or nothing ("")."""
         return [r for r in self.block_linears if scope == "all" or (scope and r.split == 1)]
-
-    def compile(self, module: nn.Module) -> None:
-        """Compile the blocks in place, as training does."""
-        compile_blocks(module)
 
     def example(self, batch: int) -> tuple[Tensor, Tensor]:
         """Random inputs and targets on the CPU, from seed 0."""
@@ -170,19 +157,14 @@ class Model:
 
 
 def model(entry: Entry, images: Mapping[str, int], text: Mapping[str, int]) -> Model:
-    """The model of an entry, without dropout, which would slow attention down on both sides.
-
-    Args:
-        entry: an option of the group `model`.
-        images: inputs of a vision model.
-        text: inputs of a language model.
+    """The model of an entry, for inputs of its kind, without dropout: it slows attention down.
 
     Raises:
         UserError: no such option.
     """
     file, keys, label = _entry("model", entry)
     dropout = {"dropout": 0.0} if "dropout" in file.model else {}
-    node = cast(DictConfig, OmegaConf.merge(file.model, dropout, keys))
+    node = _merged(file.model, dropout, keys)
     language = "vocab_size" in keyword_parameters(resolve_target(node, "models"))
     rules = tuple(Rule(rule.pattern, rule.split) for rule in file.sparse)
     return Model(label, node, rules, text if language else images)

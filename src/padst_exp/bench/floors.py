@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +16,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from padst_exp.bench.onednn import OneDNNLinear, has_onednn
-from padst_exp.bench.timing import Budget, Call, Clock, alternate
+from padst_exp.bench.timing import Call, Timer
 from padst_exp.sparsify import Rule
 
-ROUNDS = 7
 # Side of the square product that shows the rate of a device.
 GEMM = {"cpu": 1024, "cuda": 8192}
-# Bytes of the last-level cache where the operating system does not tell.
-UNKNOWN_CACHE = 32 << 20
 MAX_ROTATION = 512
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Size of the last-level cache in bytes."""
+    """Bytes of the last-level cache; 32 MiB where the operating system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     sizes = [re.fullmatch(r"(\d+)([KM])", path.read_text().strip()) for path in files]
-    return max((int(s[1]) << {"K": 10, "M": 20}[s[2]] for s in sizes if s), default=UNKNOWN_CACHE)
+    return max((int(s[1]) << {"K": 10, "M": 20}[s[2]] for s in sizes if s), default=32 << 20)
 
 
 def rotation(size: int, device: torch.device) -> int:
@@ -40,37 +38,28 @@ def rotation(size: int, device: torch.device) -> int:
     return max(2, min(MAX_ROTATION, 5 * last_level_cache(device) // (2 * max(1, size))))
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device reaches.
-
-    Args:
-        bandwidth: bytes read and written per second by a copy beyond the last-level cache.
-        rate: floating point operations per second of the fastest dense product.
-    """
+class Ceilings(NamedTuple):
+    """Bytes that a copy beyond the cache reads and writes, and operations of the fastest dense
+    product, both per second."""
 
     bandwidth: float
     rate: float
 
 
 @torch.no_grad()
-def ceilings(clock: Clock, dtype: torch.dtype) -> Ceilings:
-    """Measure the ceilings of a device; each is the best of a few timings."""
-    device, side = clock.device, GEMM[clock.device.type]
+def ceilings(timer: Timer, dtype: torch.dtype) -> Ceilings:
+    """Measure what a device reaches; each ceiling is the best of a few timings."""
+    device, side = timer.device, GEMM[timer.device.type]
     source = torch.zeros(4 * last_level_cache(device), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device, dtype=dtype)
     linear = nn.Linear(side, side, bias=False, device=device, dtype=dtype)
-    calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "linear": lambda: linear(a)}
+    calls = {"copy": partial(target.copy_, source), "linear": partial(linear, a)}
     if has_onednn(device, dtype):
-        onednn = OneDNNLinear(linear, side)
-        calls["oneDNN"] = lambda: onednn(a)
-    for call in calls.values():
-        call()
-    samples = alternate(calls, clock, rounds=ROUNDS, block=2e-3, budget=Budget(), passes={})
+        calls["oneDNN"] = partial(OneDNNLinear(linear, side), a)
+    samples, _ = Timer(device, timer.clock).alternate(calls, rounds=7)
     copy = min(samples.pop("copy"))
-    product = min(min(seconds) for seconds in samples.values())
-    return Ceilings(2 * len(source) / copy, 2 * side**3 / product)
+    return Ceilings(2 * len(source) / copy, 2 * side**3 / min(map(min, samples.values())))
 
 
 def bytes_twin(
@@ -84,7 +73,7 @@ def bytes_twin(
     Args:
         inputs: bytes of x.
         outputs: bytes of y.
-        weight: bytes of the weight and its indices.
+        weight: bytes of the weight.
         passes: some of "forward", "dX" and "dW".
         device: where the bytes are.
     """
@@ -113,53 +102,31 @@ def _moves(reads: Sequence[Tensor], write: Tensor) -> list[Call]:
     for read in reads:
         copied = min(len(read), len(write))
         source, rest, target, write = read[:copied], read[copied:], write[:copied], write[copied:]
-        moves += [lambda t=target, s=source: t.copy_(s)] if copied else []
-        moves += [lambda r=rest: torch.amax(r, 0)] if len(rest) else []
+        moves += [partial(target.copy_, source)] if copied else []
+        moves += [partial(torch.amax, rest, 0)] if len(rest) else []
     return [*moves, write.zero_] if len(write) else moves
 
 
 class Work:
-    """Operations and weights of a dense model, by layer.
-
-    Args:
-        module: the dense model.
-        forward: what is done with it, once, to count.
-        inputs: one sample, on the device of `module`.
-    """
+    """Operations and weights of a dense model, counted in one `forward` of a sample."""
 
     def __init__(
-        self, module: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor], inputs: Tensor
+        self, module: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor], sample: Tensor
     ) -> None:
         # Attention counts as its two products, causal or not, which every device has.
         attention = sdpa_kernel(SDPBackend.MATH)
         with FlopCounterMode(display=False) as counter, attention, torch.no_grad():
-            forward(module, inputs)
+            forward(module, sample)
         counts, root = counter.get_flop_counts(), type(module).__name__
-        self.operations = sum(counts["Global"].values())
-        self.weights = sum(parameter.numel() for parameter in module.parameters())
+        self.total = sum(counts["Global"].values()), sum(p.numel() for p in module.parameters())
         self.layers = {
             name: (sum(counts.get(f"{root}.{name}", {}).values()), layer.weight.numel())
             for name, layer in module.named_modules()
             if isinstance(getattr(layer, "weight", None), Tensor)
         }
 
-    def floor(
-        self, ceilings: Ceilings, rules: Sequence[Rule], density: float, batch: int, itemsize: int
-    ) -> float:
-        """Seconds of a forward pass: its operations, or reading its weights; whichever is longer.
-
-        Args:
-            ceilings: of the device.
-            rules: which layers are sparse.
-            density: density of those.
-            batch: samples.
-            itemsize: bytes of one weight.
-        """
-        sparse = [
-            self.layers[name]
-            for name in self.layers
-            if any(fnmatchcase(name, rule.pattern) for rule in rules)
-        ]
-        saved = [(1 - density) * sum(column) for column in zip((0, 0), *sparse, strict=True)]
-        operations, weights = self.operations - saved[0], self.weights - saved[1]
-        return max(batch * operations / ceilings.rate, weights * itemsize / ceilings.bandwidth)
+    def left(self, rules: Sequence[Rule], density: float) -> tuple[float, float]:
+        """Operations and weights that are left when `rules` make layers sparse."""
+        found = [n for n in self.layers if any(fnmatchcase(n, rule.pattern) for rule in rules)]
+        saved = [(1 - density) * sum(self.layers[name][i] for name in found) for i in range(2)]
+        return self.total[0] - saved[0], self.total[1] - saved[1]

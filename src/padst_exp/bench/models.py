@@ -1,15 +1,23 @@
-"""Suites `model_inference` and `model_train`: whole models, sparse beside dense.
+"""Suites `model_inference`, `model_train` and `memory`: whole models, sparse beside dense.
 
 A training step is forward, backward and fused AdamW on data that is on the device already, in
-single precision or under autocast; in the soft phase the learner of permutations takes its step too.
+single precision or under autocast; in the soft phase the learner of permutations steps too. What
+it keeps is counted in bytes of tensors. What it peaks at is what the device allocated at most
+(GPU), or by how much the resident memory of a fresh process grew while it had the model (CPU).
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,76 +26,47 @@ from padst_exp.bench import choices, contenders
 from padst_exp.bench.choices import Model, Sparsity
 from padst_exp.bench.floors import Work
 from padst_exp.bench.session import Contender, Row, Session
-from padst_exp.bench.timing import Call
+from padst_exp.bench.timing import Call, Timer
 from padst_exp.config import BenchSchema
+from padst_exp.layers import SparseLinear, SparseWeight
 from padst_exp.soft import soft_choices
 
+# oneDNN packs weights for so many tokens; their order depends on it only where they are few.
+PACKED_TOKENS = 4096
 # Seconds of one timing: dense products throttle a GPU's clocks, which takes them a while.
 BLOCK = {"cpu": 0.0, "cuda": 0.5}
 # Completed share of a training, at which the penalty of soft permutations has its full weight.
 PROGRESS = 0.3
 # Products of a step for each product of a forward pass: y, dX and dW.
 TRAINING = 3
-# Structure, density, scope, and state of the permutations.
+KEPT = ("parameters_bytes", "gradients_bytes", "moments_bytes", "indices_bytes")
+# Structure, density, scope, and state of the permutations; None for the dense model.
 Kind = tuple[Sparsity, float, str, str]
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
-    """Time every model at every batch size; all structures and scopes of one in turn.
+    """Measure every model at every batch size; all structures and scopes of one in turn.
 
     Raises:
         UserError: an unknown model or structure.
     """
-    training = settings.suite == "model_train"
-    found = kinds(settings, soft=training)
-    for model, batch, name in cases(settings, session):
-        case = partial(_case, session, model, batch, found, training)
-        yield session.tried(name, case)
-
-
-def cases(settings: BenchSchema, session: Session) -> Iterator[tuple[Model, int, str]]:
-    """Every model at every batch size that there is time for, with a name for messages."""
-    found = []
+    cases = []
     for entry in settings.models or ():
         model, batches = choices.model(entry, settings.images, settings.text), settings.batches
         if isinstance(batches, Mapping):
             batches = batches["text" if model.is_language else "images"]
-        found += [(model, batch, f"{model.label} at batch {batch}") for batch in batches or ()]
-    for case in session.affordable(settings.suite, found):
-        yield case
-        session.say(f"{settings.suite}: {case[2]}")
-
-
-def kinds(settings: BenchSchema, *, soft: bool) -> list[Kind]:
-    """Every structure at every density and scope, hard and if wanted soft."""
-    densities = [round(1 - sparsity, 6) for sparsity in settings.sparsities or ()]
+        cases += [(model, batch) for batch in batches or ()]
     structures = [choices.sparsity(entry) for entry in settings.structures or ()]
+    densities = [round(1 - sparsity, 6) for sparsity in settings.sparsities or ()]
     every = itertools.product(structures, densities, settings.scopes or ())
-    return [(*one, state) for one in every for state in one[0].phases[: 2 if soft else 1]]
-
-
-def _case(
-    session: Session, model: Model, batch: int, found: list[Kind], training: bool
-) -> list[Row]:
-    """All rows of one model at one batch size; none where no structure is legal."""
-    torch.compiler.reset()
-    dtype = torch.float32 if training else session.dtype
-    packed = None if training else contenders.PACKED_TOKENS
-    sides = contenders.dense(session, model, dtype, packed)
-    count = len(sides)
-    for kind in session.affordable(f"structures of {model.label}", found):
-        make = partial(sparse, session, model, batch, kind, dtype)
-        made = session.tried(f"{kind[0].label} in {model.label}", lambda make=make: [make()])
-        for one in list(made):
-            inputs = to_device(session, model.example(batch)[0], dtype)
-            export = partial(contenders.exported_model, session, one, inputs)
-            if not training:
-                made += session.tried(f"{one.name}, exported", lambda make=export: [make()])
-        sides += [form for one in made for form in (one, contenders.compiled(one, model))]
-    if len(sides) == count:
-        return []
-    return (_train if training else _infer)(session, model, batch, sides)
+    phases = slice(1 if settings.suite == "model_inference" else 2)
+    kinds = [(*one, state) for one in every for state in one[0].phases[phases]]
+    measure = {"model_inference": _infer, "model_train": _train, "memory": _memory}[settings.suite]
+    for model, batch in session.affordable(settings.suite, cases):
+        name = f"{model.label} at batch {batch}"
+        yield from session.tried(name, partial(measure, session, model, batch, kinds))
+        session.say(f"{settings.suite}: {name}")
 
 
 def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.dtype) -> Contender:
@@ -97,40 +76,68 @@ def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.
         UserError: the structure cannot hold that density in a layer of the model.
     """
     structure, density, scope, state = kind
-    one = contenders.sparse(
-        session, model, structure, density, dtype=dtype, scope=scope, permutation=state
-    )
-    sample = to_device(session, model.example(1)[0], dtype)
+    one = contenders.sparse(session, model, structure, density, state, scope, dtype)
+    sample = _to(session, model.example(1)[0], dtype)
 
     def forward() -> None:
-        with torch.no_grad(), autocast(session, dtype):
+        with torch.no_grad(), _autocast(session, dtype):
             one.modules[0](sample)
 
     return replace(one, dispatcher=contenders.choose(session, one, forward, batch))
 
 
-def _infer(session: Session, model: Model, batch: int, sides: list[Contender]) -> list[Row]:
+def _sides(
+    session: Session, model: Model, batch: int, kinds: list[Kind], dtype: torch.dtype, export: bool
+) -> list[Contender]:
+    """Dense and sparse models, eager and compiled; none where no structure is legal."""
+    torch.compiler.reset()
+    sides: list[Contender] = []
+    for kind in session.affordable(f"structures of {model.label}", kinds):
+        name = f"{kind[0].label} in {model.label}"
+        made = session.tried(name, partial(sparse, session, model, batch, kind, dtype))
+        if made and export:
+            inputs = _to(session, model.example(batch)[0], dtype)
+            pack = partial(contenders.exported_model, session, made[0], inputs)
+            made += session.tried(f"{name}, exported", pack)
+        sides += [form for one in made for form in (one, contenders.compiled(one, model))]
+    packed = PACKED_TOKENS if export else None
+    return contenders.dense(session, model, dtype, packed) + sides if sides else []
+
+
+def _infer(session: Session, model: Model, batch: int, kinds: list[Kind]) -> list[Row]:
     """Forward passes; those of a language model with all logits, and with the last ones only."""
-    inputs = to_device(session, model.example(batch)[0], session.dtype)
-    passes: dict[str, Forward] = {"inference": lambda module, inputs: module(inputs)}
+    sides = _sides(session, model, batch, kinds, session.dtype, export=True)
+    inputs = _to(session, model.example(batch)[0], session.dtype)
+    passes: dict[str, Forward] = {"inference": _forward}
     if model.is_language:
-        passes = {
-            "inference, logits of all positions": passes["inference"],
-            "inference, logits of the last position": last_logits,
-        }
+        passes = {"inference, logits of all positions": _forward,
+                  "inference, logits of the last position": last_logits}  # fmt: skip
     rows: list[Row] = []
-    for done, (what, forward) in enumerate(passes.items()):
-        part = replace(session, budget=session.budget.part(1 / (len(passes) - done)))
+    for done, (what, forward) in enumerate(passes.items() if sides else ()):
+        part = replace(session, timer=session.timer.part(1 / (len(passes) - done)))
         with torch.inference_mode():
             calls = [(one, partial(forward, one.modules[0].eval(), inputs)) for one in sides]
-            rows += _compare(part, "model_inference", model, batch, what, forward, calls, 1)
+            rows += _compare(part, "model_inference", model, batch, what, forward, calls)
     return rows
 
 
-def _train(session: Session, model: Model, batch: int, sides: list[Contender]) -> list[Row]:
+def _train(session: Session, model: Model, batch: int, kinds: list[Kind]) -> list[Row]:
+    sides = _sides(session, model, batch, kinds, torch.float32, export=False)
     calls = [(one, step(session, model, one, batch)[0]) for one in sides]
-    forward: Forward = lambda module, inputs: module(inputs)  # noqa: E731
-    return _compare(session, "model_train", model, batch, "training step", forward, calls, TRAINING)
+    name = "training step"
+    return _compare(session, "model_train", model, batch, name, _forward, calls) if sides else []
+
+
+def _forward(module: nn.Module, inputs: Tensor) -> Tensor:
+    outputs: Tensor = module(inputs)
+    return outputs
+
+
+def last_logits(module: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits `[B, V]` of the token that follows a prompt `[B, T]`."""
+    transformer, head = module.get_submodule("transformer"), module.get_submodule("lm_head")
+    logits: Tensor = head(transformer(tokens, use_cache=False).last_hidden_state[:, -1])
+    return logits
 
 
 def _compare(
@@ -140,44 +147,41 @@ def _compare(
     batch: int,
     what: str,
     forward: Forward,
-    calls: list[tuple[Contender, Call]],
-    products: int,
+    calls: Sequence[tuple[Contender, Call]],
 ) -> list[Row]:
-    dense = calls[0][0].modules[0]
-    dtype = next(dense.parameters()).dtype
-    work = Work(dense, forward, to_device(session, model.example(1)[0], dtype))
+    dense, kind = calls[0][0].modules[0], session.device.type
+    dtype, products = next(dense.parameters()).dtype, TRAINING if suite == "model_train" else 1
+    work = Work(dense, forward, _to(session, model.example(1)[0], dtype))
 
     def floor(one: Contender, _: object) -> float:
-        rules, size = model.rules(one.scope if one.kind == "sparse" else ""), session.dtype.itemsize
-        return products * work.floor(session.ceilings, rules, one.density, batch, size)
+        operations, weights = work.left(model.rules(one.scope), one.density)
+        moved = weights * session.dtype.itemsize / session.ceilings.bandwidth
+        return products * max(batch * operations / session.ceilings.rate, moved)
 
     size = model.inputs["context_length" if model.is_language else "image_size"]
     case = f"{model.label}, " + (f"context {size}" if model.is_language else f"{size} pixels")
     about: Row = {"suite": suite, "case": case, "tokens": batch, "pass": what}
-    graphs = session.device.type == "cuda" and suite == "model_inference"
-    return session.compare(
-        about, calls, floor=floor, graphs=graphs, block=BLOCK[session.device.type]
-    )
+    graphs = kind == "cuda" and products == 1
+    return session.compare(about, calls, floor=floor, graphs=graphs, block=BLOCK[kind])
 
 
 def step(
     session: Session, model: Model, one: Contender, batch: int
-) -> tuple[Call, list[torch.optim.Optimizer]]:
-    """One optimizer step on random data as a call, and the optimizers that take part."""
-    module, learner = one.modules[0].train(), one.learner
-    soft = soft_choices(module)
+) -> tuple[Call, torch.optim.Optimizer]:
+    """One training step on random data as a call, and the optimizer of all but soft choices."""
+    module, learner, soft = one.modules[0].train(), one.learner, soft_choices(one.modules[0])
     own = {id(choice.logits) for choice in soft.values()}
     weights = [parameter for parameter in module.parameters() if id(parameter) not in own]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
     if learner is not None:
         learner.start(soft)
-    inputs, targets = (to_device(session, t, torch.float32) for t in model.example(batch))
+    inputs, targets = (_to(session, tensor, torch.float32) for tensor in model.example(batch))
 
     def call() -> None:
         optimizer.zero_grad(set_to_none=True)
         if learner is not None:
             learner.zero_grad()
-        with autocast(session, torch.float32):
+        with _autocast(session, torch.float32):
             output = module(inputs)
             loss = nn.functional.cross_entropy(output.flatten(0, -2), targets.flatten())
         loss.backward()
@@ -188,19 +192,103 @@ def step(
     return call, optimizer
 
 
-def last_logits(module: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits `[B, V]` of the token that follows a prompt `[B, T]`."""
-    transformer, head = module.get_submodule("transformer"), module.get_submodule("lm_head")
-    logits: Tensor = head(transformer(tokens, use_cache=False).last_hidden_state[:, -1])
-    return logits
+def _memory(session: Session, model: Model, batch: int, kinds: list[Kind]) -> list[Row]:
+    """Bytes of every side, the dense one first; on a CPU each in a process of its own."""
+    rows: list[Row] = []
+    for kind in session.affordable(f"sides of {model.label}", [None, *kinds]):
+        name = "dense" if kind is None else f"{kind[0].label}, {kind[3]}"
+        apart = weigh if session.device.type == "cuda" else _in_a_process
+        for row in session.tried(name, partial(apart, session, model, batch, kind)):
+            first = rows[0] if rows else row
+            for share, parts in {"kept": KEPT, "peak": ("peak_bytes",)}.items():
+                own, dense = (sum(r[part] for part in parts) for r in (row, first))
+                row[f"{share}_share"] = round(own / dense, 4)
+            about = {"suite": "memory", "case": model.label, "tokens": batch}
+            rows.append({**about, **row, **session.columns})
+    return rows if len(rows) > 1 else []
 
 
-def autocast(session: Session, dtype: torch.dtype) -> torch.autocast:
+def _in_a_process(session: Session, model: Model, batch: int, kind: Kind | None) -> Row:
+    timer = Timer(session.device, session.timer.clock, math.inf)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        session = replace(session, say=_nothing, timer=timer)
+        return pool.submit(weigh, session, model, batch, kind).result()
+
+
+def _nothing(line: str) -> None:
+    pass
+
+
+def weigh(session: Session, model: Model, batch: int, kind: Kind | None) -> Row:
+    """Bytes of training steps of one side in this process.
+
+    Raises:
+        UserError: the structure cannot hold that density in a layer of the model.
+    """
+    torch.set_num_threads(int(session.columns["threads"] or 1))
+
+    def prepared(model: Model, batch: int) -> tuple[Contender, Call, torch.optim.Optimizer]:
+        if kind is None:
+            module = model.build().to(session.device)
+            one = Contender(form="eager", modules=[module])
+        else:
+            one = sparse(session, model, batch, kind, torch.float32)
+        return one, *step(session, model, one, batch)
+
+    # One block first, for what every process loads once.
+    prepared(model.shallow(), 1)[1]()
+    _give_back()
+    before = _resident(session.device, "VmRSS")
+    one, call, optimizer = prepared(model, batch)
+    _give_back()
+    if session.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(session.device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(2):
+        call()
+    peak = _resident(session.device, "VmHWM") - before
+    parameters, states = list(one.modules[0].parameters()), list(optimizer.state.values())
+    if one.learner is not None:
+        states += (one.learner.state_dict()["optimizer"] or {"state": {}})["state"].values()
+    moments = (t for state in states for t in state.values() if isinstance(t, Tensor) and t.ndim)
+    sparse_parts = (
+        m for m in one.modules[0].modules() if isinstance(m, SparseLinear | SparseWeight)
+    )
+    tensors = parameters, (p.grad for p in parameters if p.grad is not None), moments
+    indices = (buffer for part in sparse_parts for buffer in part.buffers())
+    sizes = dict(zip(KEPT, map(_bytes, (*tensors, indices)), strict=True))
+    return {**one.columns(), **sizes, "peak_bytes": peak}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, shared memory once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _give_back() -> None:
+    """Return freed memory to the operating system: building a sparse model takes a dense one."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # of glibc
+
+
+def _resident(device: torch.device, key: str) -> int:
+    """Bytes in use now ("VmRSS") or at most ("VmHWM")."""
+    if device.type == "cuda":
+        read = torch.cuda.memory_allocated if key == "VmRSS" else torch.cuda.max_memory_allocated
+        return read(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
+
+
+def _autocast(session: Session, dtype: torch.dtype) -> torch.autocast:
     """Autocast to the dtype of the session where weights are wider."""
     lower = session.dtype != torch.float32 and dtype == torch.float32
     return torch.autocast(session.device.type, session.dtype, enabled=lower)
 
 
-def to_device(session: Session, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _to(session: Session, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Inputs or targets where the model is, in the dtype of its weights."""
     return tensor.to(session.device, dtype if tensor.is_floating_point() else tensor.dtype)

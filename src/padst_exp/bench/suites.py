@@ -15,7 +15,9 @@ downloaded. To carry back: the folder `out`.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,18 +31,12 @@ from typing import Any
 
 import torch
 
-from padst_exp.bench import floors, layers, memory, models, tables
-from padst_exp.bench.session import EVERY, Row, Session, columns, label
-from padst_exp.bench.timing import Budget, Clock, reason
+from padst_exp.bench import floors, layers, models, tables
+from padst_exp.bench.session import EVERY, Row, Session, columns
+from padst_exp.bench.timing import Timer
 from padst_exp.config import BenchSchema, config_dir
 from padst_exp.errors import UserError
 
-SUITES: dict[str, Callable[[BenchSchema, Session], Iterator[list[Row]]]] = {
-    "layers": layers.run,
-    "model_inference": models.run,
-    "model_train": models.run,
-    "memory": memory.run,
-}
 GPU_SECONDS, CHECK_SECONDS = 450.0, 150.0
 ROOT = config_dir().parent
 Verdicts = dict[tuple[str, str], str]
@@ -60,7 +56,7 @@ def run(settings: BenchSchema, say: Callable[[str], None]) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise UserError(f"out: expected a folder to write to, got {out}: {error.strerror}") from None
+        raise UserError(f"out: expected a folder to write to, got {out}: {error}") from None
     session = start(settings, say)
     parts: list[dict[str, Any]] = [{"suite": settings.suite}]
     if settings.suite == "gpu_all":
@@ -68,9 +64,12 @@ def run(settings: BenchSchema, say: Callable[[str], None]) -> Iterator[Path]:
         parts = settings.gpu_all
     rows: dict[Path, list[Row]] = defaultdict(list)
     for part in parts:
-        told = filled(settings, part, session.device.type)
-        path = out / f"{told.suite}-{label(session.columns)}.csv"
-        for case in _cases(told, session, part.get("share", 1.0), alone=len(parts) == 1):
+        own = filled(settings, part, session.device.type)
+        path = out / f"{own.suite}-{label(session.columns)}.csv"
+        assert own.rounds is not None
+        timer = session.timer.part(part.get("share", 1.0))
+        suite = layers.run if own.suite == "layers" else models.run
+        for case in suite(own, replace(session, rounds=own.rounds, timer=timer)):
             rows[path] += case
             if rows[path]:
                 tables.write(path, rows[path])  # now, since a run can be killed
@@ -78,25 +77,14 @@ def run(settings: BenchSchema, say: Callable[[str], None]) -> Iterator[Path]:
             yield path
             yield from tables.publish(out, ROOT / "results" / "tables")
     if not any(rows.values()):
-        raise UserError(
-            "sparsities: none is legal for any of the structures in these layers; the lines above "
-            "say what is"
-        )
+        raise UserError("sparsities: expected one that is legal somewhere; see the lines above")
 
 
-def _cases(
-    told: BenchSchema, session: Session, share: float, *, alone: bool
-) -> Iterator[list[Row]]:
-    """The rows of each case; an error ends a part of several without the others."""
-    rounds = told.rounds
-    assert rounds is not None
-    session = replace(session, rounds=rounds, budget=session.budget.part(share))
-    try:
-        yield from SUITES[told.suite](told, session)
-    except Exception as error:
-        if alone:
-            raise
-        session.say(f"{told.suite}: ended by {reason(error)}")
+def label(columns: Mapping[str, Any]) -> str:
+    """Part of a file name, such as `nvidia-h200-bfloat16` or `amd-epyc-2-threads-float32`."""
+    name = re.sub(r"[^a-z0-9]+", "-", columns["device"].lower()).strip("-")
+    threads = f"-{columns['threads']}-threads" if columns["threads"] not in ("", 1) else ""
+    return f"{name}{threads}-{columns['dtype']}"
 
 
 def filled(settings: BenchSchema, part: Mapping[str, Any], device: str) -> BenchSchema:
@@ -113,63 +101,52 @@ def start(settings: BenchSchema, say: Callable[[str], None]) -> Session:
     Raises:
         UserError: the device cannot do what is asked.
     """
-    found = torch.cuda.is_available()
-    if settings.device == "cuda" and not found:
-        raise UserError("device: cuda is not available on this machine; use cpu or auto")
+    found, gpu_all = torch.cuda.is_available(), settings.suite == "gpu_all"
+    if not found and (settings.device == "cuda" or gpu_all):
+        key = "suite: gpu_all" if gpu_all else "device: cuda"
+        raise UserError(f"{key} needs a GPU, and there is none on this machine")
     device = torch.device("cuda" if found and settings.device != "cpu" else "cpu")
-    if settings.suite == "gpu_all" and device.type == "cpu":
-        why = "device=cpu excludes it" if found else "there is none on this machine"
-        raise UserError(f"suite: gpu_all needs a GPU, and {why}")
-    if device.type == "cuda" and settings.clock == "cpu":
-        raise UserError("clock: cpu is for device=cpu; a GPU is timed with clock=wall")
-    seconds = settings.budget or (GPU_SECONDS if settings.suite == "gpu_all" else float("inf"))
-    budget, clock = Budget(seconds), Clock(device, settings.clock)
+    if (gpu_all and device.type == "cpu") or (settings.clock == "cpu" and device.type == "cuda"):
+        raise UserError(f"device: expected another one for suite={settings.suite} and "
+                        f"clock={settings.clock}, got {settings.device}")  # fmt: skip
+    timer = Timer(device, settings.clock, settings.budget or (GPU_SECONDS if gpu_all else math.inf))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, settings.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device.type])
     say("measuring what the device can reach")
-    ceilings = floors.ceilings(clock, dtype)
-    return Session(
-        clock, torch.Generator(device).manual_seed(0), dtype, ceilings,
-        columns(clock, dtype, ceilings), budget, settings.rounds or 1, say,
-    )  # fmt: skip
+    ceilings = floors.ceilings(timer, dtype)
+    return Session(timer, dtype, ceilings, columns(timer, dtype, ceilings), 1, say)
 
 
 def check_kernels(settings: BenchSchema, session: Session) -> Verdicts:
-    """Run tests/gpu on the structures and the dtype of this run; what may be timed.
-
-    A test can end its process or never end: what it did not get to say is no verdict, and what has
-    none may not be timed.
-    """
+    """Run tests/gpu on the structures and the dtype of this run; see `read_verdicts`."""
     structures = settings.structures or settings.usual["layers"]["structures"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "verdicts.jsonl")
-        dtype = str(session.dtype).removeprefix("torch.")
-        command = [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(os.cpu_count()),
-            "tests/gpu", f"--verdicts={path}", f"--dtypes={dtype}",
-            f"--structures={json.dumps(structures)}",
-        ]  # fmt: skip
+        options = {"verdicts": path, "dtype": session.columns["dtype"],
+                   "structures": json.dumps(structures)}  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(os.cpu_count()), "tests/gpu"]
+        command += [f"--{key}={value}" for key, value in options.items()]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
-            process.wait(min(CHECK_SECONDS, session.budget.left))
+            process.wait(min(CHECK_SECONDS, session.timer.left))
         except subprocess.TimeoutExpired:
             session.say("gpu_all: the checks did not end in time")
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        lines = path.read_text().splitlines() if path.exists() else []
-    found = read_verdicts(lines)
-    refused = sorted(f"{form} of {name}" for (name, form), why in found.items() if why)
-    passed = len([why for why in found.values() if not why])
-    session.say(f"gpu_all: {passed} kernels passed; refused: {', '.join(refused) or 'none'}")
-    return found
+        verdicts = read_verdicts(path.read_text().splitlines() if path.exists() else [])
+    refused = [f"{kernel} of {structure}" for (structure, kernel), why in verdicts.items() if why]
+    session.say(
+        f"gpu_all: {len(verdicts)} kernels checked, refused: {', '.join(refused) or 'none'}"
+    )
+    return verdicts
 
 
 def read_verdicts(lines: list[str]) -> Verdicts:
     """Why each kernel of each structure is refused, or "", from lines of JSON of tests/gpu.
 
-    A test says of every kernel of its structure that it did not end, and takes that back when it
-    ended; of a kernel that several tests check, each must have passed.
+    A test can end its process or never end. So it says first that all kernels of its structure did
+    not end, and takes that back at last. A kernel must have passed in all tests that check it; what
+    is in no line was not checked.
     """
     last: dict[tuple[str, str, str], str] = {}
     for line in lines:

@@ -5,135 +5,101 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 
 from padst_exp.errors import UserError
 
 Call = Callable[[], object]
 
+# Shortest timing in seconds: long enough for the clock, or for a GPU to settle.
+SHORTEST = {"cpu": 3e-3, "cuda": 2e-2}
 # A call of so many seconds finds nothing of its own left in a cache, whoever ran before.
 LONG = 0.1
 MAX_REPEATS = 10_000
-# A spent budget still grants so many rounds.
-MIN_ROUNDS = 3
-# Share of a budget that first calls, which may compile, leave for the timings.
-RESERVED = 0.35
+# A spent budget still grants so many rounds; first calls, which may compile, leave a share of it.
+MIN_ROUNDS, RESERVED = 3, 0.35
 
 
-@dataclass(frozen=True)
-class Clock:
-    """A timer of calls.
+class Timer:
+    """Times calls on one device within a budget.
 
     Args:
         device: waited for before and after.
-        kind: "wall", or "cpu" for the time of this one thread.
+        clock: "wall", or "cpu" for the time of this one thread.
+        budget: seconds of wall time that may be spent from now on.
     """
 
-    device: torch.device
-    kind: str
-
-    def seconds(self, call: Call, repeats: int = 1) -> float:
-        """Mean seconds of one of `repeats` calls."""
-        now = time.thread_time if self.kind == "cpu" else time.perf_counter
-        self.wait()
-        began = now()
-        for _ in range(repeats):
-            call()
-        self.wait()
-        return (now() - began) / repeats
-
-    def wait(self) -> None:
-        """Wait until the device is idle."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-class Budget:
-    """Seconds of wall time that may be spent, counted from now; infinity for any number."""
-
-    def __init__(self, seconds: float = math.inf) -> None:
-        self.seconds = seconds
-        self._end = time.monotonic() + seconds
+    def __init__(self, device: torch.device, clock: str, budget: float = math.inf) -> None:
+        self.device, self.clock, self.budget = device, clock, budget
+        self._end = time.monotonic() + budget
 
     @property
     def left(self) -> float:
-        """Seconds, negative once overspent."""
+        """Seconds that are left, negative once overspent."""
         return self._end - time.monotonic()
 
-    def part(self, share: float) -> Budget:
-        """A budget of a `share` of what is left."""
-        return Budget(max(0.0, share * self.left))
+    def part(self, share: float) -> Timer:
+        """A timer with a `share` of what is left."""
+        return Timer(self.device, self.clock, max(0.0, share * self.left))
 
-
-def runnable(
-    calls: Mapping[str, Call], clock: Clock, budget: Budget
-) -> tuple[dict[str, Call], dict[str, str]]:
-    """Call each once; those that ran, and for the others the reason in one line.
-
-    Args:
-        calls: the most important ones first; none begins when little of the budget is left.
-        clock: waits for the device, whose errors come late.
-        budget: seconds for this and for the timings that follow.
-    """
-    ran: dict[str, Call] = {}
-    failed: dict[str, str] = {}
-    for name, call in calls.items():
-        if ran and budget.left < RESERVED * budget.seconds < math.inf:
-            failed[name] = "no time left"
-            continue
-        try:
+    def seconds(self, call: Call, repeats: int = 1) -> float:
+        """Mean seconds of one of `repeats` calls."""
+        now = time.thread_time if self.clock == "cpu" else time.perf_counter
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
+        began = now()
+        for _ in range(repeats):
             call()
-            clock.wait()
-            ran[name] = call
-        except Exception as error:  # whatever a library or a compiler raises is the result
-            failed[name] = reason(error)
-    return ran, failed
+        wait()
+        return (now() - began) / repeats
 
+    def alternate(
+        self,
+        calls: Mapping[str, Call],
+        rounds: int,
+        block: float = 0.0,
+        passes: Mapping[str, int] | None = None,
+    ) -> tuple[dict[str, list[float]], dict[str, str]]:
+        """Seconds of one pass of each, in turn, so that all meet the same disturbances.
 
-def alternate(
-    calls: Mapping[str, Call],
-    clock: Clock,
-    *,
-    rounds: int,
-    block: float,
-    budget: Budget,
-    passes: Mapping[str, int],
-) -> dict[str, list[float]]:
-    """Seconds of one pass of each, `rounds` times in turn, so that all meet the same disturbances.
+        A timing is a burst of calls, as layers of one kind follow each other in a model. A call
+        that is not timed comes before it, since other calls have used the caches.
 
-    A timing is a burst of calls, as layers of one kind follow each other in a model. A call that is
-    not timed comes before it, since other calls have used the caches.
+        Args:
+            calls: the most important ones first; none begins when little of the budget is left.
+            rounds: timings of each; fewer where the budget is spent.
+            block: seconds that a timing takes, if the budget allows.
+            passes: how many of them one call makes, where more than one.
 
-    Args:
-        calls: have run before.
-        clock: reads the time.
-        rounds: timings of each; fewer where the budget is spent.
-        block: seconds that a timing takes at least.
-        budget: looked at before every round.
-        passes: how many of them one call makes, where more than one.
-    """
-    once = {name: clock.seconds(call) for name, call in calls.items()}
-    repeats = {n: min(MAX_REPEATS, math.ceil(block / max(s, 1e-7))) for n, s in once.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for done in range(rounds):
-        if done >= MIN_ROUNDS and budget.left < 0:
-            break
+        Returns:
+            The timings, and the reason in one line for each call that did not run.
+        """
+        once, failed = {}, {}
         for name, call in calls.items():
-            if once[name] < LONG:
+            if once and self.left < RESERVED * self.budget < math.inf:
+                failed[name] = "no time left"
+                continue
+            try:
                 call()
-            seconds = clock.seconds(call, max(1, repeats[name]))
-            samples[name].append(seconds / passes.get(name, 1))
-    return samples
-
-
-def ratio(reference: Sequence[float], samples: Sequence[float]) -> list[float]:
-    """Quartiles of reference / samples, each of two neighbouring timings: median, first, third."""
-    quartiles = np.quantile(np.divide(reference, samples), [0.5, 0.25, 0.75])
-    return [float(value) for value in quartiles]
+                once[name] = self.seconds(call)
+            except Exception as error:  # whatever a library or a compiler raises is the result
+                failed[name] = reason(error)
+        # Every timing comes after as long a call that is not timed, at worst.
+        fair = max(0.0, self.left) / (2 * rounds * max(1, len(once)))
+        block = max(SHORTEST[self.device.type], min(block, fair))
+        samples: dict[str, list[float]] = {name: [] for name in once}
+        for done in range(rounds):
+            if done >= MIN_ROUNDS and self.left < 0:
+                break
+            for name, first in once.items():
+                if first < LONG:
+                    calls[name]()
+                repeats = min(MAX_REPEATS, math.ceil(block / max(first, 1e-7)))
+                seconds = self.seconds(calls[name], repeats)
+                samples[name].append(seconds / (passes or {}).get(name, 1))
+        return samples, failed
 
 
 def reason(error: Exception) -> str:
@@ -142,17 +108,17 @@ def reason(error: Exception) -> str:
     return " ".join(f"{kind}{error}".split())[:200]
 
 
-def captured(call: Call, device: torch.device, repeats: int) -> Call:
+def captured(call: Call, repeats: int) -> Call:
     """A CUDA graph of `repeats` calls as one call, which captures when it is first called."""
 
     @functools.cache
     def graph() -> torch.cuda.CUDAGraph:
-        made, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        made, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 call()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(made):
             for _ in range(repeats):
                 call()
