@@ -12,7 +12,7 @@ from torch import nn
 from yaml import YAMLError
 
 from padst_exp import dispatch
-from padst_exp.config import TrainSchema, build
+from padst_exp.config import build, run_settings
 from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
@@ -144,10 +144,10 @@ def restore_run(path: Path, world: World) -> RestoredRun:
 def _config(file: Path | io.StringIO, name: Path) -> DictConfig:
     """The training config in `file`, which a user knows as `name`."""
     try:
-        cfg = OmegaConf.merge(TrainSchema, OmegaConf.load(file))
-        missing = OmegaConf.missing_keys(cfg)
-        if missing:
-            raise ValueError(f"it has no {min(missing)}")
+        cfg = OmegaConf.load(file)
+        if not isinstance(cfg, DictConfig):
+            raise ValueError("it is no mapping")
+        run_settings(cfg)
         # All weights come from the run's own checkpoint, wherever they started.
         for key, value in (("pretrained", False), ("checkpoint", None)):
             if key in cfg.model:
@@ -155,5 +155,4 @@ def _config(file: Path | io.StringIO, name: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{name}: damaged, no training config: {reason}") from error
-    assert isinstance(cfg, DictConfig)
     return cfg

@@ -204,6 +204,7 @@ def sparsify(
     if isinstance(structure, Dense):
         return Report(type(structure).__name__, {}, {}, {}, baseline or Baseline(parameters, 0))
     chosen = _match(model, rules)
+    output = _output_layer(model)
     shapes = {
         f"{found.name}.weights.{part}": shape
         for found, rule in chosen
@@ -228,6 +229,7 @@ def sparsify(
                     algorithm,
                     topology,
                     generator,
+                    is_output=found.module is output,
                 )
             except UserError as error:
                 raise UserError(f"{error} (layer {name})") from None
@@ -241,6 +243,9 @@ def sparsify(
         if low_rank:
             companion = LowRank(found.matrix.shape[0], found.matrix.shape[1], low_rank, generator)
         layer = found.build(weights, found.bias_tensor, inputs, outputs, companion)
+        if algorithm is not None and algorithm.silences_rows:
+            layer.silences_rows = True
+            layer.index()
         layer.to(found.matrix.device).train(found.module.training)
         found.replace(model, layer)
         layers[found.name] = layer
@@ -283,6 +288,16 @@ def _match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Ru
     return [(found, chosen[name]) for name, found in views.items() if name in chosen and found]
 
 
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer whose outputs are those of the model: its classifier, or its last layer."""
+    for name in ("get_classifier", "get_output_embeddings"):
+        layer = getattr(model, name)() if callable(getattr(model, name, None)) else None
+        if isinstance(layer, nn.Module):
+            return layer
+    layers = [module for name, module in model.named_modules() if name and view(module, name)]
+    return layers[-1] if layers else None
+
+
 def _projection_shapes(found: LinearView, rule: Rule) -> list[tuple[int, int]]:
     rows, columns = found.matrix.shape
     if rule.split < 1 or rows % rule.split:
@@ -305,6 +320,8 @@ def _weight(
     algorithm: Algorithm | None,
     topology: Literal["random", "magnitude"],
     generator: torch.Generator,
+    *,
+    is_output: bool,
 ) -> SparseWeight:
     """One sparse weight with its first topology, and its selection if the algorithm wants one."""
     require(density > 0, "low_rank", "one that takes all entries", "a rank that leaves some")
@@ -314,7 +331,7 @@ def _weight(
     if algorithm is not None and (start := algorithm.initial_density(density)) != density:
         counts = structure.initial_counts(geometry, start)
     active = _first_units(geometry, counts, matrix, topology, generator)
-    weight = SparseWeight(geometry, active, matrix, storage, target=target)
+    weight = SparseWeight(geometry, active, matrix, storage, target=target, is_output=is_output)
     if algorithm is not None:
         weight.select(algorithm.selection(weight.topology(), generator))
     return weight

@@ -15,9 +15,9 @@ from torch import Tensor
 from padst_exp.bench import choices, contenders
 from padst_exp.bench.choices import Layer, Sparsity
 from padst_exp.bench.floors import bytes_twin
+from padst_exp.bench.keys import Keys
 from padst_exp.bench.session import Contender, Row, Samples, Session
 from padst_exp.bench.timing import Call, captured
-from padst_exp.config import BenchSchema
 from padst_exp.inference.packing import packed_layer
 
 # Up to here a GPU waits for Python, and CUDA graphs help.
@@ -25,15 +25,15 @@ GRAPH_TOKENS = 1024
 PASSES = {"forward": ("forward",), "forward+backward": ("forward", "dX", "dW")}
 
 
-def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
+def run(keys: Keys, session: Session) -> Iterator[list[Row]]:
     """Time every layer at every density and number of tokens.
 
     Raises:
         UserError: an unknown shape or structure.
     """
-    kinds = [choices.sparsity(entry) for entry in settings.structures or ()]
-    densities = [round(1 - sparsity, 6) for sparsity in settings.sparsities or ()]
-    layers, tokens = choices.layers(settings.shapes or ()), settings.tokens or ()
+    kinds = [choices.sparsity(entry) for entry in keys.structures or ()]
+    densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities or ()]
+    layers, tokens = choices.layers(keys.shapes or ()), keys.tokens or ()
     cells = list(itertools.product(densities, layers, tokens, PASSES))
     # Contenders of a layer are made once, for all that is done with them.
     groups = itertools.groupby(session.affordable("layers", cells), key=lambda cell: cell[:2])

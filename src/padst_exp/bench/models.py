@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from padst_exp.bench import choices, contenders
 from padst_exp.bench.choices import Model, Sparsity
 from padst_exp.bench.floors import Work
+from padst_exp.bench.keys import Keys
 from padst_exp.bench.session import Contender, Row, Session
 from padst_exp.bench.timing import Call, Timer
-from padst_exp.config import BenchSchema
 from padst_exp.layers import SparseLinear, SparseWeight
 from padst_exp.soft import soft_choices
 
@@ -45,28 +45,28 @@ Kind = tuple[Sparsity, float, str, str]
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
-def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
+def run(keys: Keys, session: Session) -> Iterator[list[Row]]:
     """Measure every model at every batch size; all structures and scopes of one in turn.
 
     Raises:
         UserError: an unknown model or structure.
     """
     cases = []
-    for entry in settings.models or ():
-        model, batches = choices.model(entry, settings.images, settings.text), settings.batches
+    for entry in keys.models or ():
+        model, batches = choices.model(entry, keys.images, keys.text), keys.batches
         if isinstance(batches, Mapping):
             batches = batches["text" if model.is_language else "images"]
         cases += [(model, batch) for batch in batches or ()]
-    structures = [choices.sparsity(entry) for entry in settings.structures or ()]
-    densities = [round(1 - sparsity, 6) for sparsity in settings.sparsities or ()]
-    every = itertools.product(structures, densities, settings.scopes or ())
-    phases = slice(1 if settings.suite == "model_inference" else 2)
+    structures = [choices.sparsity(entry) for entry in keys.structures or ()]
+    densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities or ()]
+    every = itertools.product(structures, densities, keys.scopes or ())
+    phases = slice(1 if keys.suite == "model_inference" else 2)
     kinds = [(*one, state) for one in every for state in one[0].phases[phases]]
-    measure = {"model_inference": _infer, "model_train": _train, "memory": _memory}[settings.suite]
-    for model, batch in session.affordable(settings.suite, cases):
+    measure = {"model_inference": _infer, "model_train": _train, "memory": _memory}[keys.suite]
+    for model, batch in session.affordable(keys.suite, cases):
         name = f"{model.label} at batch {batch}"
         yield from session.tried(name, partial(measure, session, model, batch, kinds))
-        session.say(f"{settings.suite}: {name}")
+        session.say(f"{keys.suite}: {name}")
 
 
 def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.dtype) -> Contender:

@@ -32,9 +32,10 @@ from typing import Any
 import torch
 
 from padst_exp.bench import floors, layers, models, tables
+from padst_exp.bench.keys import Keys
 from padst_exp.bench.session import EVERY, Row, Session, columns
 from padst_exp.bench.timing import Timer
-from padst_exp.config import BenchSchema, config_dir
+from padst_exp.config import config_dir
 from padst_exp.errors import UserError
 
 GPU_SECONDS, CHECK_SECONDS = 450.0, 150.0
@@ -42,7 +43,7 @@ ROOT = config_dir().parent
 Verdicts = dict[tuple[str, str], str]
 
 
-def run(settings: BenchSchema, say: Callable[[str], None]) -> Iterator[Path]:
+def run(keys: Keys, say: Callable[[str], None]) -> Iterator[Path]:
     """Run a suite; the files that it writes, each as soon as it is complete.
 
     Raises:
@@ -51,20 +52,20 @@ def run(settings: BenchSchema, say: Callable[[str], None]) -> Iterator[Path]:
     """
     # What PyTorch says of its sparse formats, which are peers here.
     warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta state")
-    out = Path(settings.out)
+    out = Path(keys.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise UserError(f"out: expected a folder to write to, got {out}: {error}") from None
-    session = start(settings, say)
-    parts: list[dict[str, Any]] = [{"suite": settings.suite}]
-    if settings.suite == "gpu_all":
-        session = replace(session, verdicts=check_kernels(settings, session))
-        parts = settings.gpu_all
+    session = start(keys, say)
+    parts: list[dict[str, Any]] = [{"suite": keys.suite}]
+    if keys.suite == "gpu_all":
+        session = replace(session, verdicts=check_kernels(keys, session))
+        parts = keys.gpu_all
     rows: dict[Path, list[Row]] = defaultdict(list)
     for part in parts:
-        own = filled(settings, part, session.device.type)
+        own = keys.filled(part, session.device.type)
         path = out / f"{own.suite}-{label(session.columns)}.csv"
         assert own.rounds is not None
         timer = session.timer.part(part.get("share", 1.0))
@@ -87,40 +88,32 @@ def label(columns: Mapping[str, Any]) -> str:
     return f"{name}{threads}-{columns['dtype']}"
 
 
-def filled(settings: BenchSchema, part: Mapping[str, Any], device: str) -> BenchSchema:
-    """`settings` with the keys of a part, and of `usual`, where they are null."""
-    usual = settings.usual[part["suite"]]
-    own = {**usual, **usual[device], **part}
-    keys = {key: value for key, value in own.items() if getattr(settings, key, "") is None}
-    return replace(settings, suite=part["suite"], **keys)
-
-
-def start(settings: BenchSchema, say: Callable[[str], None]) -> Session:
+def start(keys: Keys, say: Callable[[str], None]) -> Session:
     """Choose the device, measure its ceilings.
 
     Raises:
         UserError: the device cannot do what is asked.
     """
-    found, gpu_all = torch.cuda.is_available(), settings.suite == "gpu_all"
-    if not found and (settings.device == "cuda" or gpu_all):
+    found, gpu_all = torch.cuda.is_available(), keys.suite == "gpu_all"
+    if not found and (keys.device == "cuda" or gpu_all):
         key = "suite: gpu_all" if gpu_all else "device: cuda"
         raise UserError(f"{key} needs a GPU, and there is none on this machine")
-    device = torch.device("cuda" if found and settings.device != "cpu" else "cpu")
-    if (gpu_all and device.type == "cpu") or (settings.clock == "cpu" and device.type == "cuda"):
-        raise UserError(f"device: expected another one for suite={settings.suite} and "
-                        f"clock={settings.clock}, got {settings.device}")  # fmt: skip
-    timer = Timer(device, settings.clock, settings.budget or (GPU_SECONDS if gpu_all else math.inf))
-    torch.set_num_threads(settings.threads)
+    device = torch.device("cuda" if found and keys.device != "cpu" else "cpu")
+    if (gpu_all and device.type == "cpu") or (keys.clock == "cpu" and device.type == "cuda"):
+        raise UserError(f"device: expected another one for suite={keys.suite} and "
+                        f"clock={keys.clock}, got {keys.device}")  # fmt: skip
+    timer = Timer(device, keys.clock, keys.budget or (GPU_SECONDS if gpu_all else math.inf))
+    torch.set_num_threads(keys.threads)
     torch.manual_seed(0)
-    dtype = getattr(torch, settings.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device.type])
+    dtype = getattr(torch, keys.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device.type])
     say("measuring what the device can reach")
     ceilings = floors.ceilings(timer, dtype)
     return Session(timer, dtype, ceilings, columns(timer, dtype, ceilings), 1, say)
 
 
-def check_kernels(settings: BenchSchema, session: Session) -> Verdicts:
+def check_kernels(keys: Keys, session: Session) -> Verdicts:
     """Run tests/gpu on the structures and the dtype of this run; see `read_verdicts`."""
-    structures = settings.structures or settings.usual["layers"]["structures"]
+    structures = keys.structures or keys.usual["layers"]["structures"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "verdicts.jsonl")
         options = {"verdicts": path, "dtype": session.columns["dtype"],

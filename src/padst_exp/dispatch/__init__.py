@@ -2,7 +2,6 @@
 
 from padst_exp.dispatch.agreement import agrees, difference
 from padst_exp.dispatch.backends import (
-    Backend,
     Choice,
     choose,
     forced,
@@ -13,6 +12,7 @@ from padst_exp.dispatch.backends import (
     use_usual,
 )
 from padst_exp.dispatch.decision import Decision, device_name, fastest, is_recording, measure
+from padst_kernels import Backend
 
 __all__ = [
     "Backend",

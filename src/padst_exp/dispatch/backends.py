@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ def _measured(
     shape, tokens = measured_shape(layer, found.shape, found.tokens, samples, device)
     decision = training_decision(layer, possible, shape, found.dtype, device, compiled)
     name = str(found.dtype).removeprefix("torch.")
-    return Choice(decision.choice, tokens, name, decision.seconds)
+    return Choice(cast(Backend, decision.choice), tokens, name, decision.seconds)
 
 
 def measured_shape(

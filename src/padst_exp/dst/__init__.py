@@ -1,20 +1,27 @@
 """Dynamic sparse training: scores, schedules, the drop-and-grow rule, soft selections."""
 
 from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Static
+from padst_exp.dst.counts import Constant, Counts, Cubic, Sigmoid
 from padst_exp.dst.scores import DropScore, Gradient, GrowScore, Magnitude, Uniform
 from padst_exp.dst.selection import Selection
+from padst_exp.dst.srigl import SRigL
 from padst_exp.dst.topology import Change, Signal, Signals, Topology
 
 __all__ = [
     "MIN_DYNAMIC_UNITS",
     "Algorithm",
     "Change",
+    "Constant",
+    "Counts",
+    "Cubic",
     "DropGrow",
     "DropScore",
     "Gradient",
     "GrowScore",
     "Magnitude",
+    "SRigL",
     "Selection",
+    "Sigmoid",
     "Signal",
     "Signals",
     "Static",

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from padst_exp.dst.counts import Counts
 from padst_exp.dst.scores import DropScore, GrowScore
 from padst_exp.dst.selection import Selection
 from padst_exp.dst.topology import Change, Signal, Signals, Topology
@@ -27,12 +28,14 @@ class Algorithm(abc.ABC):
         moments: `"age"`: bias corrections of a grown entry count from its birth; `"zero"`: from
             the start of training, as in the papers' code (its first steps are then up to 3.2
             times the learning rate at beta2 = 0.999).
+        silences_rows: whether a row without active units is silent altogether, its bias too.
         selection_learner: trains the `selection` of each weight; None where topologies are hard
             from the start.
     """
 
     needs: frozenset[Signal] = frozenset()
     moments: Literal["age", "zero"] = "age"
+    silences_rows: bool = False
     selection_learner: Learner | None = None
 
     def initial_density(self, density: float) -> float:
@@ -76,15 +79,10 @@ class Static(Algorithm):
         return Change(topology.active), carry
 
 
-class DropGrow(Algorithm):
-    """Drop globally, refill locally.
-
-    The lowest-scored active units of the layer leave; each pool grows back as many as it lost, so
-    no budget can drift. A dropped unit is a candidate again, and keeps its values when it returns.
+class Periodic(Algorithm):
+    """Updates at regular intervals, until a share of the training is over.
 
     Args:
-        drop: score of active units.
-        grow: score of all units.
         fraction: alpha; the share of active units replaced at step t is
             alpha / 2 * (1 + cos(pi * t / (stop * total))) (RigL, section 3).
         interval: optimizer steps between updates.
@@ -93,29 +91,15 @@ class DropGrow(Algorithm):
     """
 
     def __init__(
-        self,
-        *,
-        drop: DropScore,
-        grow: GrowScore,
-        fraction: float,
-        interval: int,
-        stop: float,
-        moments: Literal["age", "zero"],
+        self, *, fraction: float, interval: int, stop: float, moments: Literal["age", "zero"]
     ) -> None:
         require(interval >= 1, "dst.interval", interval, "at least 1 step")
-        require(0 < fraction <= 1, "dst.fraction", fraction, "a share in (0, 1]")
+        require(0 <= fraction <= 1, "dst.fraction", fraction, "a share in [0, 1]")
         require(0 <= stop <= 1, "dst.stop", stop, "a share of training in [0, 1]")
-        self.drop = drop
-        self.grow = grow
         self.fraction = fraction
         self.interval = interval
         self.stop = stop
         self.moments = moments
-        self.needs = drop.needs | grow.needs
-
-    def can_change(self, topology: Topology) -> bool:
-        num_active = len(topology.active)
-        return MIN_DYNAMIC_UNITS <= num_active < int(topology.candidates.sum())
 
     def is_due(self, step: int, total: int) -> bool:
         return 0 < step < self.stop * total and step % self.interval == 0
@@ -123,6 +107,47 @@ class DropGrow(Algorithm):
     def drop_fraction(self, step: int, total: int) -> float:
         """Share of active units that are replaced at `step`."""
         return self.fraction / 2 * (1 + math.cos(math.pi * step / (self.stop * total)))
+
+
+class DropGrow(Periodic):
+    """Drop globally, refill locally.
+
+    The lowest-scored active units of the layer leave; then each pool is filled up to the number
+    that `counts` gives it, by default what it lost, so that no budget can drift. A pool that still
+    has more than that loses its lowest-scored units too. A dropped unit is a candidate again, and
+    keeps its values when it returns.
+
+    Args:
+        drop: score of active units.
+        grow: score of all units.
+        counts: how many units each pool has after an update.
+        fraction, interval, stop, moments: see `Periodic`.
+    """
+
+    def __init__(
+        self,
+        *,
+        drop: DropScore,
+        grow: GrowScore,
+        counts: Counts,
+        fraction: float,
+        interval: int,
+        stop: float,
+        moments: Literal["age", "zero"],
+    ) -> None:
+        super().__init__(fraction=fraction, interval=interval, stop=stop, moments=moments)
+        self.drop = drop
+        self.grow = grow
+        self.counts = counts
+        self.needs = drop.needs | grow.needs
+
+    def initial_density(self, density: float) -> float:
+        return self.counts.initial_density(density)
+
+    def can_change(self, topology: Topology) -> bool:
+        shrinks = not torch.equal(topology.counts(), topology.target)
+        num_active = len(topology.active)
+        return shrinks or MIN_DYNAMIC_UNITS <= num_active < int(topology.candidates.sum())
 
     def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
@@ -132,15 +157,19 @@ class DropGrow(Algorithm):
         wanted = self.drop_fraction(step, total) * num_active + carry
         num_drop = min(math.floor(wanted), num_active)
 
-        leaving = best_of_each(
-            -self.drop(topology, signals)[None], torch.tensor([num_drop], device=device)
-        )[0]
+        scores = self.drop(topology, signals)
+        leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=device))[0]
         survivors = topology.with_active(topology.active[~leaving])
-        lost = topology.counts() - survivors.counts()
+        counts = self.counts(topology, step / total)
+        if bool((survivors.counts() > counts).any()):
+            table = scores.new_full(topology.exists().shape, -torch.inf)
+            table.view(-1)[survivors.active] = scores[~leaving]
+            best = best_of_each(table, counts.minimum(survivors.counts()))
+            survivors = topology.with_active(best.flatten().nonzero().squeeze(1))
 
         open_slots = topology.exists()
         open_slots.view(-1)[survivors.active] = False
-        scores = self.grow(survivors, signals).masked_fill(~open_slots, -torch.inf)
-        coming = best_of_each(scores, lost).flatten().nonzero().squeeze(1)
-        active = torch.cat([survivors.active, coming]).sort().values
-        return Change(active), wanted - num_drop
+        candidates = self.grow(survivors, signals).masked_fill(~open_slots, -torch.inf)
+        coming = best_of_each(candidates, counts - survivors.counts())
+        active = torch.cat([survivors.active, coming.flatten().nonzero().squeeze(1)])
+        return Change(active.sort().values), wanted - num_drop

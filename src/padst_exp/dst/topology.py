@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ class Topology:
         size: entries of the weight if it were dense.
         target: int64 `[P]`, the active units of each pool that the asked density stands for. What
             keeps the number of entries never needs it; what grows or shrinks ends there.
+        is_output: whether the rows are the outputs of the whole model, none of which may vanish.
     """
 
     active: Tensor
@@ -31,6 +32,7 @@ class Topology:
     pool_size: int
     size: int
     target: Tensor
+    is_output: bool = False
 
     @property
     def num_pools(self) -> int:
@@ -63,8 +65,7 @@ class Topology:
 
     def with_active(self, active: Tensor) -> Topology:
         """The same weight with other active units, int64 `[N']`, sorted."""
-        rest = self.candidates, self.unit_sizes, self.pool_size, self.size, self.target
-        return Topology(active, *rest)
+        return replace(self, active=active)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class Signals:
     Args:
         magnitude: floating point `[N]`, root mean square of each active unit's values.
         generator: seeds every random choice; equal on all ranks.
+        progress: completed steps over all steps of the training, in 0 .. 1.
         dense_gradient: floating point `[P, Q]`, root mean square of the loss gradient over each
             unit, active or not, averaged over micro-batches and ranks before.
         weight_gradient: floating point `[N]`, the same over active units, from the step's own
@@ -85,6 +87,7 @@ class Signals:
 
     magnitude: Tensor
     generator: torch.Generator
+    progress: float
     dense_gradient: Tensor | None = None
     weight_gradient: Tensor | None = None
     coordinates: Tensor | None = None

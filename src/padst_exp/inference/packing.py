@@ -52,7 +52,8 @@ def packed_layer(layer: SparseLinear) -> PackedLinear | ConcatenatedLinear:
     start = 0
     for part in runs(folding, "packed"):
         stop = start + folding[part].out_features
-        bias = None if layer.bias is None else layer.bias[start:stop].clone()
+        bias = layer.live_bias()
+        bias = None if bias is None else bias[start:stop].clone()
         parts.append(_packed(folding[part], weights[part], bias))
         start = stop
     return parts[0] if len(parts) == 1 else ConcatenatedLinear(parts)

@@ -66,7 +66,8 @@ class SparseConv2d(SparseLinear):
     def _convolve(self, x: Tensor) -> Tensor:
         dtype = _autocast_dtype(x) or x.dtype
         y = self.dense_forward(x.to(dtype), self.weight.to(dtype))
-        return y if self.bias is None else y + self.bias.to(dtype)[:, None, None]
+        bias = self.live_bias()
+        return y if bias is None else y + bias.to(dtype)[:, None, None]
 
     def _padded(self, x: Tensor) -> Tensor:
         if not any(self._pad_sides):

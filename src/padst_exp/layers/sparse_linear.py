@@ -29,11 +29,13 @@ class SparseLinear(nn.Module):
         products: what multiplies; their outputs are concatenated. One, where all weights run as
             one.
         backend: what computes them, one of `backends`.
+        silences_rows: whether the bias of a row without active entries counts as zero.
         stale: a topology changed, a permutation hardened or a state was loaded since `index`.
             Forward then calls `index` by itself, once for all weights.
     """
 
     bias: nn.Parameter | None
+    live: Tensor | None
     products: nn.ModuleList
     # How many neighbouring inputs of a weight belong to one position of a convolution's kernel.
     taps = 1
@@ -56,6 +58,7 @@ class SparseLinear(nn.Module):
             for permutation in output_permutations
         )
         self.companion = companion
+        self.silences_rows = False
         self.in_features = weights[0].shape[1]
         self.out_features = sum(weight.shape[0] for weight in weights)
         self.storage = weights[0].storage
@@ -63,6 +66,7 @@ class SparseLinear(nn.Module):
         self.products = nn.ModuleList()
         self._parts: list[slice] = []
         self.stale = True
+        self.register_buffer("live", None, persistent=False)
         for weight in weights:
             weight.on_change.append(self._outdate)
         for permutation in self.permutations().values():
@@ -114,6 +118,8 @@ class SparseLinear(nn.Module):
         for multiply, part in zip(self.products, parts, strict=True):
             assert isinstance(multiply, Product)
             multiply.index(folding[part])
+        live = folding.live_rows() if self.silences_rows and self.bias is not None else None
+        self.live = None if live is None or bool(live.all()) else live
         self.stale = False
 
     def _outdate(self) -> None:
@@ -135,7 +141,12 @@ class SparseLinear(nn.Module):
         y = self._multiply(x, dtype)
         if self.companion is not None:
             y = y + self.companion(x.to(y.dtype))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self.live_bias()
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def live_bias(self) -> Tensor | None:
+        """The bias `[O]`, zero at silent rows; None without one."""
+        return self.bias if self.live is None or self.bias is None else self.bias * self.live
 
     def _multiply(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """P_out S P_in x."""

@@ -27,6 +27,7 @@ class SparseWeight(nn.Module):
             zero elsewhere, the reference that packed storage is tested against.
         target: int64 `[P]`, active units per pool that the asked density stands for; None: those
             that are active now.
+        is_output: whether its rows are the outputs of the whole model.
 
     Attributes:
         values: Parameter, `[N, E]` packed or `[O, I]` masked. Another Parameter after a change of
@@ -54,6 +55,7 @@ class SparseWeight(nn.Module):
         storage: Storage,
         *,
         target: Tensor | None = None,
+        is_output: bool = False,
     ) -> None:
         super().__init__()
         self.geometry = geometry
@@ -73,6 +75,7 @@ class SparseWeight(nn.Module):
         self.selection = None
         counts = torch.bincount(active.cpu() // geometry.pool_size, minlength=geometry.num_pools)
         self.target = counts if target is None else target
+        self.is_output = is_output
         self.register_load_state_dict_post_hook(_check_loaded)
 
     @property
@@ -90,6 +93,7 @@ class SparseWeight(nn.Module):
             geometry.pool_size,
             geometry.shape[0] * geometry.shape[1],
             self.target.to(device),
+            self.is_output,
         )
 
     def entries(self) -> Tensor:
@@ -166,6 +170,7 @@ class SparseWeight(nn.Module):
             Signals(
                 magnitude=geometry.frame_rms(self.packed(), topology.active),
                 generator=generator,
+                progress=step / total,
                 dense_gradient=dense_gradient,
                 weight_gradient=weight_gradient,
                 coordinates=geometry.coordinates(self.active.device) if coordinates else None,
@@ -233,7 +238,8 @@ class SparseWeight(nn.Module):
         if isinstance(values, Tensor) and self.storage == "packed":
             shape = (len(self.active), self.geometry.unit_size)
             if values.shape == shape and values.shape != self.values.shape:
-                self.values = nn.Parameter(self.values.new_empty(shape))
+                needs = self.values.requires_grad
+                self.values = nn.Parameter(self.values.new_empty(shape), requires_grad=needs)
         order = state_dict.get(f"{prefix}row_order")
         if (order is None) != (self.row_order is None):
             rows = torch.arange(self.shape[0], device=self.active.device)

@@ -27,7 +27,7 @@ class SparseAttention(nn.MultiheadAttention):
     @property
     def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
         """`[3 * E]`, or None."""
-        return self.in_proj.bias
+        return self.in_proj.live_bias()
 
 
 @dataclass(frozen=True, kw_only=True)

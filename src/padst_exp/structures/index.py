@@ -92,6 +92,12 @@ class Folding:
         outside = self.entries == num_rows * num_columns
         return torch.where(outside, self.entries, rows * num_columns + columns)
 
+    def live_rows(self) -> Tensor:
+        """Which rows of P_out S P_in have entries, bool `[sum of O]`."""
+        rows = self.permuted_entries // self.in_features
+        counts = torch.bincount(rows.flatten(), minlength=self.out_features + 1)
+        return counts[: self.out_features] > 0
+
 
 def tile_shape(geometry: Geometry, units: Tensor) -> tuple[int, int] | None:
     """Columns and rows of the tiles that `units` multiply as; None where single entries do.
@@ -132,9 +138,9 @@ def permuted_tiles(folding: Folding, *, num_slices: int | None = None) -> tuple[
         at = geometry.row_positions()
         at = torch.arange(geometry.shape[0]) if at is None else at
         positions.append(at.to(folding.device) + num_groups * height)
-        # Where each group has one tile, ascending ones stand in the order of the groups.
-        one_per_group &= tiling.ascending and len(owners[-1]) == tiling.num_row_groups
-        one_per_group &= merged == _merge(tiling, groups)
+        # As many tiles as row groups are not one for each: a group may have two, another none.
+        in_turn = torch.arange(num_groups, num_groups + tiling.num_row_groups)
+        one_per_group &= tiling.ascending and torch.equal(owners[-1], in_turn.to(groups.device))
         num_groups += tiling.num_row_groups
     places = torch.cat(positions)
     if folding.output_index is not None:

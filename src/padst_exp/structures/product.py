@@ -185,14 +185,14 @@ def backends(
     if not tiled:
         first = torch.zeros(1, dtype=torch.int64)
         diagonals = all(geometry.diagonal_offsets(first) is not None for geometry in geometries)
-        return ["scatter", "torch", *(["triton"] if diagonals else [])]
+        return ["scatter", "torch", "triton"] if diagonals else ["scatter", "torch"]
     grouped = any(tiling is not None and tiling.num_column_groups for tiling in tilings)
     sliced = not grouped and all(
         slices_on(device, geometry.shape[1], tiling.height) is not None
         for geometry, tiling in zip(geometries, tilings, strict=True)
         if tiling is not None
     )
-    return ["torch", "triton", *(["cuda"] if sliced else []), "scatter"]
+    return ["torch", "triton", "cuda", "scatter"] if sliced else ["torch", "triton", "scatter"]
 
 
 def product(geometry: Geometry, storage: Storage, backend: Backend) -> Product:
