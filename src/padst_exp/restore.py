@@ -20,6 +20,7 @@ from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
+from padst_exp.layers import sparse_layers
 from padst_exp.sparsify import Report
 from padst_exp.train import build_experiment, build_task
 
@@ -119,11 +120,12 @@ def restore_run(path: Path, world: World) -> RestoredRun:
     averaged = saved["average"] is not None
     checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
     # As in training, whose device may have been another.
-    choices = dispatch.restore(saved["backends"], model, world.device)
-    if choices is None:
-        dispatch.use_usual(model, world.device)
+    picks = dispatch.restore(saved["backends"], model, world.device)
+    if picks is not None:
+        dispatch.reuse(model, picks)
     else:
-        dispatch.reuse(model, choices)
+        for layer in sparse_layers(model).values():
+            layer.use_backend(layer.backends(world.device)[0])
     return RestoredRun(
         config=cfg,
         run=run,

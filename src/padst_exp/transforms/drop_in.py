@@ -98,7 +98,9 @@ class DropIn(Transform):
         sparsity: float,
     ) -> Rewrite:
         replaced = {
-            found.name for found, _ in chosen if not any(fnmatchcase(found.name, p) for p in self.keep)
+            found.name
+            for found, _ in chosen
+            if not any(fnmatchcase(found.name, p) for p in self.keep)
         }
         if sparsity == 0:
             replaced = set()
