@@ -122,12 +122,12 @@ def restore_run(path: Path, world: World) -> RestoredRun:
     model.to(world.device, trainer.dtype)
     averaged = saved["average"] is not None
     checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
-    # As in training, whose device may have been another.
-    choices = dispatch.restore(saved["backends"], model, world.device)
-    if choices is None:
-        dispatch.use_usual(model, world.device)
+    # As in training; what was measured on another device proves nothing here.
+    picks = dispatch.restore(saved["backends"], model, world.device)
+    if picks is None:
+        dispatch.forced(model, "torch", world.device)
     else:
-        dispatch.reuse(model, choices)
+        dispatch.reuse(model, picks)
     return RestoredRun(
         config=cfg,
         run=run,
