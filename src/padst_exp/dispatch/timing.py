@@ -17,7 +17,8 @@ import torch
 from filelock import FileLock
 
 import padst_kernels
-from padst_exp.cache import cache_folder, write_atomically
+from padst_exp.atomic import replacing
+from padst_exp.cache import cache_folder
 from padst_kernels.compiled import compiled
 
 # Rounds of one timing of every candidate, in turn; at least this long a timing, in seconds.
@@ -59,8 +60,8 @@ def timings(
         if key not in (known := _read(path)):
             known[key] = measure(calls(), device)
             # Where nothing can be written, the next run measures again.
-            with contextlib.suppress(OSError):
-                write_atomically(path, json.dumps(known, indent=0).encode())
+            with contextlib.suppress(OSError), replacing(path) as file:
+                file.write(json.dumps(known, indent=0).encode())
     return known[key]
 
 

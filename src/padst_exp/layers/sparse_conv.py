@@ -101,7 +101,8 @@ class SparseConv2d(SparseLinear):
         """`[N, C, H, W]` to `[N, O, H', W']`, in the dtype of x or of autocast."""
         if self.stale:
             self.index()
-        if self.backend == "scatter" and not self.parts()[0].collect_dense_gradient:
+        collecting = any(weight.collect_dense_gradient for weight in self.parts())
+        if self.backend == "scatter" and not collecting:
             return self._convolve(x)
         patches, size = self.window.patches(x)
         y = super().forward(patches)
