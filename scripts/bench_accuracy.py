@@ -22,7 +22,7 @@ from runs import FASHION, compose, training
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from padst_exp.config import build, register_schemas
+from padst_exp.config import build
 from padst_exp.data.task import Task
 from padst_exp.engine.run_directory import environment
 from padst_exp.errors import UserError
@@ -38,7 +38,6 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
-    register_schemas()
     rows: list[dict[str, object]] = []
     missed: list[str] = []
     for dataset, overrides in DATASETS.items():

@@ -19,17 +19,16 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from padst_exp.engine.topology import move_state
 from runs import compose, training
 from torch import nn
 
-from padst_exp.config import build, register_schemas
+from padst_exp.config import build
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Batch
 from padst_exp.dst import DropGrow, Magnitude, Uniform
-from padst_exp.engine.optimizers import AdamW
 from padst_exp.engine.run_directory import environment, read_metrics
 from padst_exp.engine.step import Stepper
-from padst_exp.engine.topology import move_state
 from padst_exp.layers import permutations, sparse_weights
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Rule, sparsify
@@ -56,7 +55,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
-    register_schemas()
     rows = memory_rows()
     rows.append(step_row(arguments.rounds, arguments.steps))
     rows.append(rewire_row(arguments.rounds, arguments.steps))
@@ -158,7 +156,7 @@ def memory_rows() -> list[dict[str, str]]:
         sparsify(layer, [Rule("0")], structure=structure, density=0.1,
                  learner=DoublyStochastic(side="auto"))  # fmt: skip
         dense = 4 * 4 * 768 * 3072
-        optimizer, _ = AdamW(lr=0.001).create(layer, total_steps=100)
+        optimizer, _ = build(compose().optimizer, "optimizer").create(layer, total_steps=100)
         soft = trained_bytes(layer, optimizer) / dense
         for permutation in permutations(layer).values():
             permutation.harden()

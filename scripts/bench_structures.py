@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runs import FASHION, compose, training
 
-from padst_exp.config import build, register_schemas
+from padst_exp.config import build
 from padst_exp.engine.run_directory import environment
 from padst_exp.errors import UserError
 
@@ -44,7 +44,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--sparsity", type=float, default=0.9)
     arguments = parser.parse_args()
-    register_schemas()
     datasets = {images(): FASHION if images() == "fashion_mnist" else []}
     datasets["shakespeare"] = ["model=gpt2"]
     env = environment("cpu")

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from from_yaml import from_yaml
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.small_images import Digits
 from padst_exp.dst import Algorithm, DropGrow, Gradient, Magnitude, Static, Uniform
 from padst_exp.engine.distributed import World
-from padst_exp.engine.optimizers import AdamW
-from padst_exp.engine.settings import Trainer
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import Stepper
 from padst_exp.layers import permutations, sparse_weights
@@ -44,7 +43,7 @@ LEARNERS: dict[str, Learner] = {
 
 @pytest.fixture(scope="module")
 def digits() -> Digits:
-    return Digits()
+    return from_yaml("dataset/digits")
 
 
 def train(
@@ -62,10 +61,11 @@ def train(
     )  # fmt: skip
     if precision == "float64":
         model.double()
-    trainer = Trainer(steps=STEPS, batch_size=32, precision=precision)  # type: ignore[arg-type]
+    trainer = from_yaml("trainer/default", steps=STEPS, batch_size=32, precision=precision)
     hardened: list[Mapping[str, Any]] = []
     state = TrainingState(
-        model=model.train(), optimizer=AdamW(lr=0.004, warmup=0.1), learner=LEARNERS[learner],
+        model=model.train(), optimizer=from_yaml("optimizer/adamw", lr=0.004, warmup=0.1),
+        learner=LEARNERS[learner],
         ema_decay=None, total=STEPS, world=World(), saved=None, path=Path(),
     )  # fmt: skip
     stepper = Stepper(

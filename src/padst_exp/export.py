@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.cli import command_line
-from padst_exp.config import ExportSchema, export_settings
-from padst_exp.errors import UserError
+from padst_exp.config import Device, settings
+from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import Tensor, nn
@@ -22,17 +22,39 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
 TOLERANCE = 1e-3
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportSchema:
+    """The keys of conf/export.yaml.
+
+    Args:
+        run: run directory, as printed at the end of a training, or a checkpoint file.
+        format: "packed" for `padst_exp.inference`, "dense" for plain timm and transformers.
+        out: folder to write; null is `export` (or `export-dense`) in the run.
+        overwrite: whether an earlier export there may be replaced.
+        device: "auto" takes the GPU where there is one.
+    """
+
+    run: str
+    format: Literal["packed", "dense"]
+    out: str | None
+    overwrite: bool
+    device: Device
+
+    def __post_init__(self) -> None:
+        require(self.out != "", "out", repr(self.out), "a folder")
+
+
 @command_line("export")
 def main(cfg: DictConfig) -> None:
     """Export the best checkpoint of a run and say where it is."""
-    settings = export_settings(cfg)
+    keys = settings(cfg, ExportSchema)
 
     from padst_exp.engine import distributed
     from padst_exp.engine.progress import say
 
-    world = distributed.start(settings.device)
+    world = distributed.start(keys.device)
     try:
-        folder, description = export(settings, world)
+        folder, description = export(keys, world)
     finally:
         world.close()
     for name in description["source"]["hardened"]:
@@ -45,8 +67,8 @@ def main(cfg: DictConfig) -> None:
     say(f"exported to {folder}")
 
 
-def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
-    """Export the best checkpoint of a run, as `settings` say.
+def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
+    """Export the best checkpoint of a run, as `keys` say.
 
     Permutations that are still soft become the nearest permutation. Before anything is written,
     the exported model computes the first validation sample like the trained one (hardened).
@@ -65,9 +87,9 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
 
     if world.size > 1:
         raise UserError(f"export: one process is enough, torchrun started {world.size}")
-    source = Path(settings.run)
-    folder = _folder(settings)
-    files.require_free(folder, overwrite=settings.overwrite)
+    source = Path(keys.run)
+    folder = _folder(keys)
+    files.require_free(folder, overwrite=keys.overwrite)
     restored = restore_run(source, world)
     model = restored.model.eval()
     soft = {name: p for name, p in permutations(model).items() if p.soft}
@@ -80,7 +102,7 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
 
     layers = pack(model)
     extra = {}
-    if settings.format == "dense":
+    if keys.format == "dense":
         plain = plain_model(restored.config, restored.task)
         # Copies: a plain load_state_dict wants tied weights under each of their names.
         state = {name: tensor.clone() for name, tensor in dense_state(model, plain).items()}
@@ -91,7 +113,7 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     largest = difference(found, expected)
     assert largest <= TOLERANCE, f"the exported model differs by {largest:.2g}"
     description = {
-        "kind": settings.format,
+        "kind": keys.format,
         "model": _constructor(restored),
         "layers": layers,
         "density_of_layers": restored.report.density("layers"),
@@ -108,15 +130,15 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         },
         "config": OmegaConf.to_yaml(restored.config, resolve=True),
     }
-    files.write(folder, model.state_dict(), description, extra=extra, overwrite=settings.overwrite)
+    files.write(folder, model.state_dict(), description, extra=extra, overwrite=keys.overwrite)
     return folder, description
 
 
-def _folder(settings: ExportSchema) -> Path:
-    if settings.out is not None:
-        return Path(settings.out)
-    source = Path(settings.run)
-    name = "export" if settings.format == "packed" else "export-dense"
+def _folder(keys: ExportSchema) -> Path:
+    if keys.out is not None:
+        return Path(keys.out)
+    source = Path(keys.run)
+    name = "export" if keys.format == "packed" else "export-dense"
     if not source.is_file():
         return source / name
     return source.with_name(f"{source.stem}-{name}")

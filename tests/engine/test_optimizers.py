@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from engine.toy import toy_learner, toy_model
-from padst_exp.engine.optimizers import SGD, AdamW, AgeAwareAdamW, birth_dtype, parameter_roles
+from from_yaml import from_yaml
+from padst_exp.engine.optimizers import AgeAwareAdamW, birth_dtype, parameter_roles
 from padst_exp.errors import UserError
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 0.05}
@@ -78,7 +79,7 @@ def test_roles_and_groups() -> None:
         "6.bias": "bias",
         "7.weight": "embedding",
     }
-    optimizer, _ = AdamW(lr=0.1, weight_decay=0.3).create(model, 10)
+    optimizer, _ = from_yaml("optimizer/adamw", lr=0.1, weight_decay=0.3).create(model, 10)
     decays = {group["role"]: group["weight_decay"] for group in optimizer.param_groups}
     assert decays == {"packed": 0.3, "weight": 0.3, "bias": 0, "norm": 0, "embedding": 0}
 
@@ -95,7 +96,7 @@ def test_a_tied_weight_is_one_embedding() -> None:
 )
 def test_schedules(schedule: str, middle: float, final: float) -> None:
     model = nn.Linear(2, 2)
-    builder = SGD(lr=0.1, warmup=0.2, schedule=schedule, min_lr=0.01)
+    builder = from_yaml("optimizer/sgd", lr=0.1, warmup=0.2, schedule=schedule, min_lr=0.01)
     optimizer, scheduler = builder.create(model, 100)
     rates = []
     for step in range(1, 101):
@@ -118,4 +119,4 @@ def test_schedules(schedule: str, middle: float, final: float) -> None:
 )
 def test_mistakes_name_the_key(settings: dict[str, float], key: str) -> None:
     with pytest.raises(UserError, match=rf"^optimizer\.{key}: expected .*, got"):
-        AdamW(**settings)
+        from_yaml("optimizer/adamw", **settings)

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from engine.toy import toy_learner
+from from_yaml import from_yaml
 from padst_exp.dst import DropGrow, Magnitude, Uniform
 from padst_exp.engine import topology
 from padst_exp.engine.distributed import World
 from padst_exp.engine.ema import Average
-from padst_exp.engine.optimizers import AdamW
 from padst_exp.layers import SparseWeight, permutations, sparse_weights
 from padst_exp.permutations import DoublyStochastic, Permutation
 from padst_exp.sparsify import Rule, sparsify
@@ -42,7 +42,7 @@ def as_dense(weight: SparseWeight, tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("moments", ["age", "zero"])
 def test_state_moves_with_the_units(storage: str, moments: str) -> None:
     model = sparse_model(storage)
-    optimizer, _ = AdamW(lr=0.01).create(model, 100)
+    optimizer, _ = from_yaml("optimizer/adamw", lr=0.01).create(model, 100)
     average = Average(model, decay=0.5)
     for step in range(1, 4):
         model(torch.randn(8, 24)).square().sum().backward()
@@ -99,7 +99,7 @@ def test_state_moves_with_the_units(storage: str, moments: str) -> None:
 def test_rewiring_depends_on_seed_and_step_only() -> None:
     def rewired(seed: int, step: int) -> str:
         model = sparse_model()
-        optimizer, _ = AdamW(lr=0.01).create(model, 100)
+        optimizer, _ = from_yaml("optimizer/adamw", lr=0.01).create(model, 100)
         torch.rand(seed + step)  # whatever else was drawn before
         algorithm = DropGrow(
             drop=Magnitude(), grow=Uniform(), fraction=0.6, interval=1, stop=1.0, moments="age"

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from from_yaml import from_yaml
 from padst_exp.data.task import Task
 from padst_exp.dst import DropGrow, Gradient, Magnitude
 from padst_exp.engine.backends import Backend
 from padst_exp.engine.distributed import World
 from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.loop import run
-from padst_exp.engine.optimizers import AdamW
 from padst_exp.engine.run_directory import TIME_FIELDS, RunDirectory
 from padst_exp.engine.settings import Trainer
 from padst_exp.permutations import DoublyStochastic
@@ -123,7 +123,8 @@ def toy_trainer(**changes: Any) -> Trainer:
         "clip_norm": 1.0,
         "ema_decay": 0.9,
     }
-    return Trainer(**settings | changes)
+    trainer: Trainer = from_yaml("trainer/default", **settings | changes)
+    return trainer
 
 
 def toy_run(
@@ -169,7 +170,7 @@ def toy_run(
         task=task or ToyTask(),
         algorithm=toy_algorithm(),
         learner=learner,
-        optimizer=AdamW(lr=0.01),
+        optimizer=from_yaml("optimizer/adamw", lr=0.01),
         trainer=trainer,
         report=report,
         directory=directory,

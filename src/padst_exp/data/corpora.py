@@ -5,10 +5,18 @@ from typing import TYPE_CHECKING, Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from padst_exp.data.sources import Split, existing, first_line, load_files, load_hub, require_hub
+from padst_exp.data.sources import (
+    Split,
+    existing,
+    first_line,
+    load_files,
+    load_hub,
+    require_columns,
+    require_hub,
+)
 from padst_exp.data.task import LanguageModeling
 from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:
     import datasets
@@ -30,7 +38,7 @@ def gpt2_tokenizer(vocab: str | None, merges: str | None) -> Tokenizer:
     """
     if (vocab is None) != (merges is None):
         missing, given = ("merges", "vocab") if merges is None else ("vocab", "merges")
-        raise UserError(f"dataset.{missing}=null: dataset.{given} is set, they come as a pair")
+        require(False, f"dataset.{missing}", None, f"a file to go with dataset.{given}")
     if vocab is None or merges is None:
         return _hub_tokenizer()
     files = str(existing(vocab, "vocab")), str(existing(merges, "merges"))
@@ -38,27 +46,27 @@ def gpt2_tokenizer(vocab: str | None, merges: str | None) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE.from_file(*files))
     except Exception as error:  # tokenizers raises nothing more specific
         raise UserError(
-            f"dataset.vocab={vocab}, dataset.merges={merges}: no GPT-2 tokenizer "
-            f"({first_line(error)})"
+            f"dataset.vocab: expected GPT-2's two files, here and in dataset.merges, got {vocab} "
+            f"and {merges} ({first_line(error)})"
         ) from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise UserError(f"dataset.vocab={vocab}: has no token {END_OF_TEXT}")
+    has_end = tokenizer.token_to_id(END_OF_TEXT) is not None
+    require(has_end, "dataset.vocab", vocab, f"a file with the token {END_OF_TEXT}")
     return tokenizer
 
 
 def _hub_tokenizer() -> Tokenizer:
     from huggingface_hub import hf_hub_download
 
-    local = "dataset.vocab and dataset.merges to GPT-2's encoder.json and vocab.bpe"
-    require_hub("dataset.vocab", "the GPT-2 tokenizer", local)
+    local = "GPT-2's encoder.json, and dataset.merges its vocab.bpe"
+    require_hub("dataset.vocab", local)
     try:
         return Tokenizer.from_file(hf_hub_download(GPT2_HUB, "tokenizer.json"))
     except Exception as error:  # of the hub, of httpx: what matters is the line
         raise UserError(
-            f"dataset.vocab=null: the hub did not give {GPT2_HUB} ({first_line(error)}); "
-            f"set {local}"
+            f"dataset.vocab: expected {local}, got None; the hub did not give {GPT2_HUB} "
+            f"({first_line(error)})"
         ) from error
 
 
@@ -74,8 +82,7 @@ def tokenised(rows: "datasets.Dataset", tokenizer: Tokenizer) -> TokenStream:
     import datasets
     from datasets.fingerprint import Hasher
 
-    if "text" not in rows.column_names:
-        raise UserError(f"dataset.root: no column 'text', only {rows.column_names}")
+    require_columns(rows, "text")
     end = tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None
 
@@ -123,11 +130,11 @@ class Wikitext103(LanguageModeling):
     def __init__(
         self,
         *,
-        root: str | None = None,
-        split: Literal["validation", "test"] = "validation",
-        context_length: int = 1024,
-        vocab: str | None = None,
-        merges: str | None = None,
+        root: str | None,
+        split: Literal["validation", "test"],
+        context_length: int,
+        vocab: str | None,
+        merges: str | None,
     ) -> None:
         tokenizer = gpt2_tokenizer(vocab, merges)
         train, held_out = (self._rows(root, name) for name in ("train", split))
@@ -164,27 +171,26 @@ class C4(LanguageModeling):
     def __init__(
         self,
         *,
-        root: str | None = None,
-        shards: int = 1,
-        validation_shards: int = 1,
-        documents: int | None = None,
-        validation_documents: int | None = None,
-        context_length: int = 1024,
-        vocab: str | None = None,
-        merges: str | None = None,
+        root: str | None,
+        shards: int,
+        validation_shards: int,
+        documents: int | None,
+        validation_documents: int | None,
+        context_length: int,
+        vocab: str | None,
+        merges: str | None,
     ) -> None:
         for key, count, limit in (
             ("shards", shards, C4_HUB_SHARDS["train"]),
             ("validation_shards", validation_shards, C4_HUB_SHARDS["validation"]),
         ):
-            if not 1 <= count <= limit:
-                raise UserError(f"dataset.{key}={count}: must be in 1..{limit}")
+            require(1 <= count <= limit, f"dataset.{key}", count, f"1 to {limit}")
         for key, limit_or_none in (
             ("documents", documents),
             ("validation_documents", validation_documents),
         ):
-            if limit_or_none is not None and limit_or_none < 1:
-                raise UserError(f"dataset.{key}={limit_or_none}: must be at least 1, or null")
+            valid = limit_or_none is None or limit_or_none >= 1
+            require(valid, f"dataset.{key}", limit_or_none, "at least 1, or null for all")
         tokenizer = gpt2_tokenizer(vocab, merges)
         super().__init__(vocab_size=tokenizer.get_vocab_size(), context_length=context_length)
         train = self._rows(root, "train", shards, documents)

@@ -34,11 +34,11 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"dataset.root: {path} is unreadable or cut short ({error})") from error
+        raise UserError(f"dataset.root: expected whole files, got {path} ({error})") from error
     header = 4 + 4 * ndim
     if len(content) < header or content[:4] != bytes([0, 0, 8, ndim]):
         raise UserError(
-            f"dataset.root: {path} is no idx file of bytes in {ndim} dimensions "
+            f"dataset.root: expected an idx file of bytes in {ndim} dimensions, got {path} "
             f"(it starts with {content[:4].hex() or 'nothing'}, not 000008{ndim:02x})"
         )
     shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">u4"))
@@ -46,7 +46,7 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     expected = int(np.prod(shape, dtype=np.int64))
     if len(values) != expected:
         raise UserError(
-            f"dataset.root: {path} promises {expected} bytes of shape {shape}, has {len(values)}"
+            f"dataset.root: expected {expected} bytes of shape {shape} in {path}, got {len(values)}"
         )
     return values.reshape(shape)
 
@@ -85,12 +85,13 @@ def read_cifar(root: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int
         labels = np.asarray(table[b"fine_labels"], np.int64)
     except Exception as error:  # a broken pickle can raise almost anything
         raise UserError(
-            f"dataset.root: {source} is no CIFAR-100 file ({type(error).__name__}: {error})"
+            f"dataset.root: expected a file of CIFAR-100, got {source} "
+            f"({type(error).__name__}: {error})"
         ) from error
     if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
         raise UserError(
-            f"dataset.root: {source} has images {images.dtype} {images.shape} for {len(labels)} "
-            "labels, expected uint8 [N, 3072]"
+            f"dataset.root: expected uint8 [{len(labels)}, 3072] in {source}, "
+            f"got {images.dtype} {list(images.shape)}"
         )
     return images.reshape(-1, 3, 32, 32), labels
 

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from padst_exp.data.seeding import preserved_rng, seed_of
 from padst_exp.data.sources import (
     SPLIT_NAMES,
     Split,
@@ -20,10 +19,12 @@ from padst_exp.data.sources import (
     first_line,
     load_files,
     load_hub,
+    require_columns,
     split_files,
 )
 from padst_exp.data.task import Address, Batch, Classification
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
+from padst_exp.seeds import preserved_rng, seed_of
 
 if TYPE_CHECKING:
     import datasets
@@ -50,7 +51,9 @@ class FolderImages:
         try:
             found = ImageFolder(str(folder))
         except FileNotFoundError as error:
-            raise UserError(f"dataset.root: {folder}: {first_line(error)}") from error
+            raise UserError(
+                f"dataset.root: expected class folders, got {folder} ({first_line(error)})"
+            ) from error
         self.samples: list[tuple[str, int]] = found.samples
         self.classes: list[str] = found.classes
 
@@ -72,19 +75,14 @@ class TableImages:
     def __init__(self, rows: "datasets.Dataset") -> None:
         import datasets
 
-        for column in ("image", "label"):
-            if column not in rows.column_names:
-                raise UserError(f"dataset.root: no column {column!r}, only {rows.column_names}")
+        require_columns(rows, "image", "label")
         feature = rows.features["label"]
         if isinstance(feature, datasets.ClassLabel):
             self.classes = list(feature.names)
         else:
             labels = sorted(rows.unique("label"))
-            if labels != list(range(len(labels))):
-                raise UserError(
-                    f"dataset.root: labels must be 0, 1, ..., found {len(labels)} labels from "
-                    f"{labels[0]} to {labels[-1]}"
-                )
+            found = f"{len(labels)} from {labels[0]} to {labels[-1]}"
+            require(labels == list(range(len(labels))), "dataset.root", found, "labels 0, 1, ...")
             self.classes = [str(label) for label in labels]
         self.rows = rows.select_columns(["image", "label"]).cast_column(
             "image", datasets.Image(decode=False)
@@ -105,7 +103,7 @@ def _opened(source: str | io.BytesIO, name: str) -> Image.Image:
             warnings.filterwarnings("ignore", module="PIL")
             return Image.open(source).convert("RGB")
     except OSError as error:
-        raise UserError(f"dataset.root: cannot decode the image {name} ({error})") from error
+        raise UserError(f"dataset.root: expected images, got {name} ({error})") from error
 
 
 class TrainImages(Dataset[Batch]):
@@ -159,19 +157,19 @@ class Imagenet1k(Classification):
     def __init__(
         self,
         *,
-        root: str | None = None,
-        num_classes: int = 1000,
-        image_size: int = 224,
-        mixup: float = 0.8,
-        cutmix: float = 1.0,
-        smoothing: float = 0.1,
-        objective: Literal["cross_entropy", "bce"] = "cross_entropy",
-        repeats: int = 1,
-        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
-        color_jitter: float = 0.0,
-        reprob: float = 0.25,
-        interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic",
-        crop_pct: float = 0.875,
+        root: str | None,
+        num_classes: int,
+        image_size: int,
+        mixup: float,
+        cutmix: float,
+        smoothing: float,
+        objective: Literal["cross_entropy", "bce"],
+        repeats: int,
+        auto_augment: str | None,
+        color_jitter: float,
+        reprob: float,
+        interpolation: Literal["bicubic", "bilinear", "random"],
+        crop_pct: float,
     ) -> None:
         super().__init__(
             image_size=image_size,
@@ -182,14 +180,10 @@ class Imagenet1k(Classification):
             mixup=mixup,
             cutmix=cutmix,
         )
-        if repeats < 1:
-            raise UserError(f"dataset.repeats={repeats}: must be at least 1 (off)")
-        if not 0 <= reprob <= 1:
-            raise UserError(f"dataset.reprob={reprob}: must be a probability")
-        if not 0 < crop_pct <= 1:
-            raise UserError(f"dataset.crop_pct={crop_pct}: must be in (0, 1]")
-        if color_jitter < 0:
-            raise UserError(f"dataset.color_jitter={color_jitter}: must not be negative")
+        require(repeats >= 1, "dataset.repeats", repeats, "at least 1, which is off")
+        require(0 <= reprob <= 1, "dataset.reprob", reprob, "a probability")
+        require(0 < crop_pct <= 1, "dataset.crop_pct", crop_pct, "a share in (0, 1]")
+        require(color_jitter >= 0, "dataset.color_jitter", color_jitter, "at least 0")
         self.repeats = repeats
         from timm.data.transforms_factory import create_transform
 
@@ -205,8 +199,8 @@ class Imagenet1k(Classification):
             )
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(
-                f"dataset.auto_augment={auto_augment}: no policy of timm; try "
-                "rand-m9-mstd0.5-inc1, 3a or null"
+                "dataset.auto_augment: expected a policy of timm as rand-m9-mstd0.5-inc1 or 3a, or "
+                f"null, got {auto_augment}"
             ) from error
         _allow_no_bits(augmented)
         plain = create_transform(
@@ -216,13 +210,11 @@ class Imagenet1k(Classification):
         )
         train, validation = _source(root, "train"), _source(root, "validation")
         for name, source in (("training", train), ("validation", validation)):
-            if len(source.classes) != num_classes:
-                raise UserError(
-                    f"dataset.num_classes={num_classes}: the {name} images have "
-                    f"{len(source.classes)} classes"
-                )
-        if train.classes != validation.classes:
-            raise UserError(f"dataset.root={root}: training and validation differ in their classes")
+            count = len(source.classes)
+            wanted = f"{count}, the classes of the {name} images"
+            require(count == num_classes, "dataset.num_classes", num_classes, wanted)
+        alike = train.classes == validation.classes
+        require(alike, "dataset.root", root, "the same classes in training and validation")
         self.train = TrainImages(train, augmented)
         self.validation = ValidationImages(validation, plain)
 
@@ -249,9 +241,7 @@ def _source(root: str | None, split: Split) -> FolderImages | TableImages:
         split_folder = folder / name
         if split_folder.is_dir() and any(child.is_dir() for child in split_folder.iterdir()):
             return FolderImages(split_folder)
-    if not folder.is_dir() or split_files(folder, split) is None:
-        raise UserError(
-            f"dataset.root={root}: has neither train/ and val/ of class folders nor {split} "
-            "parquet files"
-        )
+    wanted = f"train/ and val/ of class folders, or {split} parquet files"
+    has_files = folder.is_dir() and split_files(folder, split) is not None
+    require(has_files, "dataset.root", root, wanted)
     return TableImages(load_files(folder, split))

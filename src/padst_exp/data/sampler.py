@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from padst_exp.data.seeding import seed_of
 from padst_exp.data.task import Address, Batch, Task
-from padst_exp.errors import UserError
+from padst_exp.errors import require
+from padst_exp.seeds import seed_of
 
 
 class StepSampler(Sampler[list[Address]]):
@@ -24,11 +24,11 @@ class StepSampler(Sampler[list[Address]]):
 
     Args:
         length: samples in the data set.
-        batch_size: global, over all ranks and micro-batches.
+        batch_size: global, over all ranks and micro-batches; at most `length`.
         start_step, total_steps: optimizer steps, of the run, to yield: [start_step, total_steps).
 
     Raises:
-        UserError: `batch_size` does not divide evenly or exceeds the data set.
+        UserError: `batch_size` does not divide evenly.
     """
 
     def __init__(
@@ -44,16 +44,10 @@ class StepSampler(Sampler[list[Address]]):
         world_size: int,
         repeats: int = 1,
     ) -> None:
-        if batch_size < 1 or batch_size % (world_size * micro_batches):
-            raise UserError(
-                f"trainer.batch_size={batch_size}: must be a positive multiple of {world_size} "
-                f"ranks x {micro_batches} trainer.micro_batches"
-            )
-        if length < batch_size:
-            raise UserError(
-                f"trainer.batch_size={batch_size}: the data set has only {length} training "
-                "samples, less than one batch"
-            )
+        even = batch_size % (world_size * micro_batches) == 0
+        parts = f"trainer.micro_batches={micro_batches} times {world_size} processes"
+        require(even, "trainer.batch_size", batch_size, f"a multiple of {parts}")
+        assert 1 <= batch_size <= length  # the trainer has looked
         self.length, self.batch_size, self.micro_batches = length, batch_size, micro_batches
         self.start_step, self.total_steps = start_step, total_steps
         self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats

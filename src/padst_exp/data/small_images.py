@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from padst_exp.data.image_files import read_cifar, read_idx
 from padst_exp.data.images import AugmentedImages, TensorImages
-from padst_exp.data.sources import existing, load_files, load_hub, split_files
+from padst_exp.data.sources import existing, load_files, load_hub, require_columns, split_files
 from padst_exp.data.task import Classification
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:
     import datasets
@@ -34,18 +34,15 @@ class _SmallImages(Classification):
         shift: int,
         flip: bool,
     ) -> None:
-        if not 0 <= shift < self.model_shape["image_size"]:
-            raise UserError(f"dataset.shift={shift}: must be 0 or a few pixels")
         size, channels = self.model_shape["image_size"], self.model_shape["channels"]
+        require(0 <= shift < size, "dataset.shift", shift, f"0 or a few of {size} pixels")
         for name, (images, labels) in (("training", train), ("validation", validation)):
-            if images.shape != (len(labels), channels, size, size):
-                raise UserError(
-                    f"dataset.root: the {name} images have shape {images.shape} for {len(labels)} "
-                    f"labels, expected [N, {channels}, {size}, {size}]"
-                )
+            shape = (len(labels), channels, size, size)
+            found = f"shape {list(images.shape)}"
+            require(images.shape == shape, "dataset.root", found, f"{name} images {list(shape)}")
             last = self.model_shape["num_classes"] - 1
-            if len(labels) == 0 or labels.min() < 0 or labels.max() > last:
-                raise UserError(f"dataset.root: the {name} labels are not all in 0..{last}")
+            valid = len(labels) > 0 and labels.min() >= 0 and labels.max() <= last
+            require(valid, "dataset.root", "others", f"{name} labels from 0 to {last}")
         sets = [
             TensorImages(torch.tensor(images), torch.tensor(labels), mean, std)
             for images, labels in (train, validation)
@@ -66,9 +63,9 @@ class Digits(_SmallImages):
     def __init__(
         self,
         *,
-        shift: int = 0,
-        smoothing: float = 0.0,
-        objective: Literal["cross_entropy", "bce"] = "cross_entropy",
+        shift: int,
+        smoothing: float,
+        objective: Literal["cross_entropy", "bce"],
     ) -> None:
         super().__init__(
             image_size=8, channels=1, num_classes=10, smoothing=smoothing, objective=objective
@@ -104,13 +101,13 @@ class FashionMnist(_SmallImages):
     def __init__(
         self,
         *,
-        root: str | None = None,
-        shift: int = 2,
-        flip: bool = True,
-        smoothing: float = 0.0,
-        objective: Literal["cross_entropy", "bce"] = "cross_entropy",
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
+        root: str | None,
+        shift: int,
+        flip: bool,
+        smoothing: float,
+        objective: Literal["cross_entropy", "bce"],
+        mixup: float,
+        cutmix: float,
     ) -> None:
         super().__init__(
             image_size=28,
@@ -147,13 +144,13 @@ class Cifar100(_SmallImages):
     def __init__(
         self,
         *,
-        root: str | None = None,
-        shift: int = 4,
-        flip: bool = True,
-        smoothing: float = 0.0,
-        objective: Literal["cross_entropy", "bce"] = "cross_entropy",
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
+        root: str | None,
+        shift: int,
+        flip: bool,
+        smoothing: float,
+        objective: Literal["cross_entropy", "bce"],
+        mixup: float,
+        cutmix: float,
     ) -> None:
         super().__init__(
             image_size=32,
@@ -182,11 +179,9 @@ class Cifar100(_SmallImages):
         arrays = read_cifar(folder, split)
         if arrays is not None:
             return arrays
-        if not folder.is_dir() or split_files(folder, split) is None:
-            raise UserError(
-                f"dataset.root={root}: neither cifar-100-python (folder or .tar.gz) nor "
-                f"{split} parquet files"
-            )
+        wanted = f"cifar-100-python (folder or .tar.gz) or {split} parquet files"
+        has_files = folder.is_dir() and split_files(folder, split) is not None
+        require(has_files, "dataset.root", root, wanted)
         return decoded(load_files(folder, split), "img", "fine_label", "RGB")
 
 
@@ -200,7 +195,7 @@ def _idx_file(folder: Path, name: str) -> Path:
     for path in (folder / f"{name}.gz", folder / name):
         if path.is_file():
             return path
-    raise UserError(f"dataset.root={folder}: has no {name}.gz or {name} (Fashion-MNIST, idx)")
+    raise UserError(f"dataset.root: expected a folder with {name}, plain or .gz, got {folder}")
 
 
 def decoded(rows: "datasets.Dataset", image: str, label: str, mode: Literal["L", "RGB"]) -> Arrays:
@@ -216,18 +211,16 @@ def decoded(rows: "datasets.Dataset", image: str, label: str, mode: Literal["L",
     from datasets import Image as ImageFeature
     from PIL import Image
 
-    for column in (image, label):
-        if column not in rows.column_names:
-            raise UserError(f"dataset.root: no column {column!r}, only {rows.column_names}")
+    require_columns(rows, image, label)
     rows = rows.cast_column(image, ImageFeature(decode=False))
     try:
         images = [
             np.array(Image.open(io.BytesIO(cell["bytes"])).convert(mode)) for cell in rows[image]
         ]
     except (OSError, TypeError) as error:
-        raise UserError(f"dataset.root: an image cannot be decoded ({error})") from error
-    if len({pixels.shape for pixels in images}) != 1:
-        raise UserError("dataset.root: the images are not all of one size")
+        raise UserError(f"dataset.root: expected images, got others ({error})") from error
+    shapes = {pixels.shape for pixels in images}
+    require(len(shapes) == 1, "dataset.root", f"{len(shapes)} sizes", "images of one size")
     stacked = np.stack(images)
     stacked = stacked[:, None] if mode == "L" else stacked.transpose(0, 3, 1, 2)
     return stacked, np.array(rows[label], np.int64)

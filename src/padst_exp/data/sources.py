@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from padst_exp.cache import cache_folder
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:
     import datasets
@@ -32,8 +32,7 @@ def existing(path: str, key: str) -> Path:
         UserError: it does not exist.
     """
     found = Path(path).expanduser()
-    if not found.exists():
-        raise UserError(f"dataset.{key}={path}: no such file or folder")
+    require(found.exists(), f"dataset.{key}", path, "an existing file or folder")
     return found
 
 
@@ -68,8 +67,8 @@ def load_files(root: Path, split: Split) -> "datasets.Dataset":
     if found is None:
         names = "|".join(sorted(SPLIT_NAMES[split]))
         raise UserError(
-            f"dataset.root={root}: no {split} file (a name with {names} ending in "
-            f"{' '.join(BUILDERS)}, .gz allowed)"
+            f"dataset.root: expected a folder with {split} files (names with {names} ending in "
+            f"{' '.join(BUILDERS)}, .gz allowed), got {root}"
         )
     builder, files = found
     # A line break is a token of the text.
@@ -85,7 +84,8 @@ def load_files(root: Path, split: Split) -> "datasets.Dataset":
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         raise UserError(
-            f"dataset.root={root}: cannot read its {split} {builder} files: {first_line(cause)}"
+            f"dataset.root: expected readable {split} {builder} files, got {root} "
+            f"({first_line(cause)})"
         ) from error
 
 
@@ -99,7 +99,7 @@ def load_hub(
     """
     import datasets
 
-    require_hub("dataset.root", f"the data set {path}", "dataset.root to a local copy")
+    require_hub("dataset.root", f"a local copy of {path}")
     try:
         return datasets.load_dataset(
             path,
@@ -110,18 +110,24 @@ def load_hub(
         )
     except Exception as error:  # of the hub, of httpx, of datasets: what matters is the line
         raise UserError(
-            f"dataset.root=null: the hub did not give {path} ({first_line(error)}); accept its "
-            "terms and log in if it asks, or set dataset.root to a local copy"
+            f"dataset.root: expected a local copy of {path}, got None; the hub did not give it "
+            f"({first_line(error)}), accept its terms and log in if it asks"
         ) from error
 
 
-def require_hub(key: str, what: str, instead: str) -> None:
+def require_columns(rows: "datasets.Dataset", *names: str) -> None:
+    """Raises a `UserError` unless a table has these columns."""
+    for name in names:
+        have = rows.column_names
+        require(name in have, "dataset.root", f"only {', '.join(have)}", f"a column {name!r}")
+
+
+def require_hub(key: str, instead: str) -> None:
     """Asks once whether the hub answers, where its libraries would retry for half a minute.
 
     Args:
         key: whose null asks for the hub.
-        what: is wanted from it.
-        instead: which key to set to what, to do without.
+        instead: what to set it to, to do without.
 
     Raises:
         UserError: it does not answer.
@@ -134,8 +140,8 @@ def require_hub(key: str, what: str, instead: str) -> None:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # httpx or requests, as the hub's version has it
         raise UserError(
-            f"{key}=null: cannot reach {constants.ENDPOINT} for {what} ({first_line(error)}); set "
-            f"{instead}, or HF_HUB_OFFLINE=1 if it is already in the hub's cache"
+            f"{key}: expected {instead}, got None; {constants.ENDPOINT} cannot be reached "
+            f"({first_line(error)}), set HF_HUB_OFFLINE=1 if the hub's cache has it"
         ) from error
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from padst_exp.errors import UserError
+from padst_exp.errors import require
 
 Batch = tuple[Tensor, Tensor]
 """(inputs, targets)."""
@@ -98,15 +98,11 @@ class Classification(Task):
         mixup: float = 0.0,
         cutmix: float = 0.0,
     ) -> None:
-        if image_size < 1:
-            raise UserError(f"dataset.image_size={image_size}: must be at least 1 pixel")
-        if num_classes < 2:
-            raise UserError(f"dataset.num_classes={num_classes}: must be at least 2")
-        if not 0 <= smoothing < 1:
-            raise UserError(f"dataset.smoothing={smoothing}: must be in [0, 1)")
+        require(image_size >= 1, "dataset.image_size", image_size, "at least 1 pixel")
+        require(num_classes >= 2, "dataset.num_classes", num_classes, "at least 2")
+        require(0 <= smoothing < 1, "dataset.smoothing", smoothing, "a number in [0, 1)")
         for key, value in (("mixup", mixup), ("cutmix", cutmix)):
-            if value < 0:
-                raise UserError(f"dataset.{key}={value}: must be 0 (off) or a positive alpha")
+            require(value >= 0, f"dataset.{key}", value, "a positive alpha, or 0 for off")
         self.model_shape = {
             "image_size": image_size,
             "channels": channels,
@@ -126,13 +122,11 @@ class Classification(Task):
             return inputs, targets
         from timm.data.mixup import Mixup
 
-        from padst_exp.data.seeding import preserved_rng
+        from padst_exp.seeds import preserved_rng
 
-        if len(inputs) % 2:
-            raise UserError(
-                f"trainer.batch_size leaves micro-batches of {len(inputs)} images on a rank: "
-                "dataset.mixup and dataset.cutmix need an even number"
-            )
+        found = f"{len(inputs)} images in a micro-batch of one process"
+        wanted = "an even number for dataset.mixup and dataset.cutmix"
+        require(len(inputs) % 2 == 0, "trainer.batch_size", found, wanted)
         mix = Mixup(
             mixup_alpha=self.mixup,
             cutmix_alpha=self.cutmix,

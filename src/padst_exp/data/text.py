@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from padst_exp.cache import cache_folder, write_atomically
+from padst_exp.atomic import replacing
+from padst_exp.cache import cache_folder
 from padst_exp.data.bigram import Bigram
 from padst_exp.data.sources import existing
 from padst_exp.data.task import LanguageModeling
 from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 
 BYTES = 256
 WORK_SEPARATOR = "\f\n"
@@ -39,8 +40,8 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator([text], trainer)
     # A home that cannot be written only costs the second of training it again.
-    with contextlib.suppress(OSError):
-        write_atomically(path, tokenizer.to_str().encode())
+    with contextlib.suppress(OSError), replacing(path) as file:
+        file.write(tokenizer.to_str().encode())
     return tokenizer
 
 
@@ -52,10 +53,9 @@ class _OwnTokenizer(LanguageModeling):
     def __init__(
         self, *, train_text: str, validation_text: str, vocab_size: int, context_length: int
     ) -> None:
-        if vocab_size < BYTES:
-            raise UserError(f"dataset.vocab_size={vocab_size}: must be at least {BYTES}, the bytes")
-        if context_length < 1:
-            raise UserError(f"dataset.context_length={context_length}: must be at least 1")
+        enough = vocab_size >= BYTES
+        require(enough, "dataset.vocab_size", vocab_size, f"at least {BYTES}, all bytes")
+        require(context_length >= 1, "dataset.context_length", context_length, "at least 1")
         self.tokenizer = train_bpe(train_text, vocab_size)
         # A short text may not have as many merges as asked for.
         size = self.tokenizer.get_vocab_size()
@@ -83,7 +83,7 @@ class Shakespeare(_OwnTokenizer):
         context_length: tokens of one sample.
     """
 
-    def __init__(self, *, vocab_size: int = 1024, context_length: int = 128) -> None:
+    def __init__(self, *, vocab_size: int, context_length: int) -> None:
         asset = resources.files("padst_exp.data") / "assets" / "shakespeare.txt.xz"
         works = lzma.decompress(asset.read_bytes()).decode("ascii").split(WORK_SEPARATOR)
         super().__init__(
@@ -111,21 +111,18 @@ class TextFile(_OwnTokenizer):
         self,
         *,
         path: str,
-        validation_fraction: float = 0.1,
-        vocab_size: int = 1024,
-        context_length: int = 128,
+        validation_fraction: float,
+        vocab_size: int,
+        context_length: int,
     ) -> None:
-        if not 0 < validation_fraction < 1:
-            raise UserError(
-                f"dataset.validation_fraction={validation_fraction}: must be between 0 and 1"
-            )
+        valid = 0 < validation_fraction < 1
+        require(valid, "dataset.validation_fraction", validation_fraction, "between 0 and 1")
         try:
             text = existing(path, "path").read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"dataset.path={path}: no readable UTF-8 text ({error})") from error
+            raise UserError(f"dataset.path: expected UTF-8 text, got {path} ({error})") from error
         cut = text.rfind("\n", 0, int(len(text) * (1 - validation_fraction))) + 1
-        if cut == 0:
-            raise UserError(f"dataset.path={path}: no line break to cut the validation split at")
+        require(cut > 0, "dataset.path", path, "a line break to cut the validation split at")
         super().__init__(
             train_text=text[:cut],
             validation_text=text[cut:],

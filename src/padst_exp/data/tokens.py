@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from padst_exp.data.seeding import seed_of
 from padst_exp.data.task import IGNORED, Address, Batch
-from padst_exp.errors import UserError
+from padst_exp.errors import require
+from padst_exp.seeds import seed_of
 
 
 class TokenStream:
@@ -54,11 +54,7 @@ class TrainBlocks(Dataset[Batch]):
         self.seed = 0
         usable = len(stream) - 1 - (context_length - 1 if moving else 0)
         self.length = usable // context_length
-        if self.length < 1:
-            raise UserError(
-                f"dataset.context_length={context_length}: the training text has only "
-                f"{len(stream)} tokens"
-            )
+        _require_block(self.length >= 1, context_length, f"{len(stream)} tokens of training text")
 
     def __len__(self) -> int:
         return self.length
@@ -88,11 +84,8 @@ class ValidationBlocks(Dataset[Batch]):
 
     def __init__(self, stream: TokenStream, context_length: int) -> None:
         self.stream, self.context_length = stream, context_length
-        if len(stream) <= context_length:
-            raise UserError(
-                f"dataset.context_length={context_length}: the validation text has only "
-                f"{len(stream)} tokens"
-            )
+        fits = len(stream) > context_length
+        _require_block(fits, context_length, f"{len(stream)} tokens of validation text")
 
     def __len__(self) -> int:
         return -((1 - len(self.stream)) // self.context_length)
@@ -104,3 +97,7 @@ class ValidationBlocks(Dataset[Batch]):
         targets = tokens[1:].clone()
         targets[: index * size - start] = IGNORED
         return tokens[:-1], targets
+
+
+def _require_block(valid: bool, context_length: int, text: str) -> None:
+    require(valid, "dataset.context_length", context_length, f"a length that fits into the {text}")

@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol, cast, overload
 import torch
 from torch import Tensor, nn
 
-from padst_exp.engine.settings import require
+from padst_exp.errors import require
 from padst_exp.layers import SparseWeight
-from padst_exp.permutations import Permutation
+from padst_exp.soft import Soft
 
 Role = Literal["packed", "weight", "bias", "norm", "embedding"]
 DECAYED: tuple[Role, ...] = ("packed", "weight")
@@ -34,13 +34,13 @@ def parameter_roles(model: nn.Module) -> dict[str, tuple[Role, nn.Parameter]]:
     """Return role and parameter of every trained parameter of `model`, by name, each once.
 
     "packed": the values of a `SparseWeight`; "weight": a dense weight; "bias"; "norm": scales of
-    normalisation layers; "embedding": tables, tokens and other bare parameters. Soft permutations
+    normalisation layers; "embedding": tables, tokens and other bare parameters. Soft choices
     are left out: their learner brings an optimizer of its own.
     """
     roles: dict[str, tuple[Role, nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, Permutation):
+        if isinstance(module, Soft):
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.requires_grad and parameter not in seen:
@@ -175,12 +175,6 @@ class OptimizerBuilder(abc.ABC):
         require(lr > 0, "optimizer.lr", lr, "positive")
         require(weight_decay >= 0, "optimizer.weight_decay", weight_decay, "at least 0")
         require(0 <= warmup < 1, "optimizer.warmup", warmup, "a fraction of training in [0, 1)")
-        require(
-            schedule in ("cosine", "linear", "constant"),
-            "optimizer.schedule",
-            schedule,
-            "cosine, linear or constant",
-        )
         require(0 <= min_lr <= lr, "optimizer.min_lr", min_lr, f"from 0 to optimizer.lr={lr}")
         self.lr = lr
         self.weight_decay = weight_decay
@@ -189,7 +183,7 @@ class OptimizerBuilder(abc.ABC):
         self.min_lr = min_lr
 
     def create(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, Schedule]:
-        """Return an optimizer of all but the soft permutations of `model`, and its schedule.
+        """Return an optimizer of all but the soft choices of `model`, and its schedule.
 
         The model must be on its device already.
         """
@@ -267,24 +261,20 @@ class AdamW(OptimizerBuilder):
         self,
         *,
         lr: float,
-        weight_decay: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        warmup: float = 0.05,
-        schedule: Literal["cosine", "linear", "constant"] = "cosine",
-        min_lr: float = 0.0,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        warmup: float,
+        schedule: Literal["cosine", "linear", "constant"],
+        min_lr: float,
     ) -> None:
         super().__init__(
             lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, min_lr=min_lr
         )
-        require(
-            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-            "optimizer.betas",
-            betas,
-            "two numbers of at least 0 and below 1",
-        )
+        valid = all(0 <= beta < 1 for beta in betas)
+        require(valid, "optimizer.betas", betas, "two numbers of at least 0 and below 1")
         require(eps > 0, "optimizer.eps", eps, "positive")
-        self.betas = (float(betas[0]), float(betas[1]))
+        self.betas = betas
         self.eps = eps
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -305,12 +295,12 @@ class SGD(OptimizerBuilder):
         self,
         *,
         lr: float,
-        weight_decay: float = 5e-4,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        warmup: float = 0.05,
-        schedule: Literal["cosine", "linear", "constant"] = "cosine",
-        min_lr: float = 0.0,
+        weight_decay: float,
+        momentum: float,
+        nesterov: bool,
+        warmup: float,
+        schedule: Literal["cosine", "linear", "constant"],
+        min_lr: float,
     ) -> None:
         super().__init__(
             lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, min_lr=min_lr

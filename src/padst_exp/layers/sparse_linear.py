@@ -239,8 +239,9 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _needs_parts(weights: Sequence[SparseWeight], permutations: Sequence[nn.Module]) -> bool:
-    collecting = weights[0].collect_dense_gradient and torch.is_grad_enabled()
-    return collecting or any(isinstance(p, Permutation) and p.soft for p in permutations)
+    collecting = any(weight.collect_dense_gradient for weight in weights)
+    soft = any(isinstance(p, Permutation) and p.soft for p in permutations)
+    return soft or (collecting and torch.is_grad_enabled())
 
 
 def _hard_index(permutation: nn.Module | None) -> Tensor | None:

@@ -238,7 +238,8 @@ class SparseWeight(nn.Module):
         if isinstance(values, Tensor) and self.storage == "packed":
             shape = (len(self.active), self.geometry.unit_size)
             if values.shape == shape and values.shape != self.values.shape:
-                self.values = nn.Parameter(self.values.new_empty(shape))
+                needs = self.values.requires_grad
+                self.values = nn.Parameter(self.values.new_empty(shape), requires_grad=needs)
         order = state_dict.get(f"{prefix}row_order")
         if (order is None) != (self.row_order is None):
             rows = torch.arange(self.shape[0], device=self.active.device)
