@@ -5,23 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from dst.small_training import Training, start
-from padst_exp.config import build, config_dir, register_schemas
-from padst_exp.dst import Algorithm, DropGrow, Signals, Topology
+from from_yaml import from_yaml
+from padst_exp.dst import DropGrow, Signals, Topology
 from padst_exp.errors import UserError
 from padst_exp.structures import NM, Block, Diagonal, FanIn, Structure, Unstructured
 
 Units = dict[int, float]
-
-
-def method(name: str, *overrides: str) -> Algorithm:
-    """The algorithm of a YAML file."""
-    register_schemas()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = compose("config", overrides=[f"dst={name}", *overrides])
-    return build(cfg.dst, "dst")
 
 
 def cosine(share: float) -> float:
@@ -158,7 +149,7 @@ def expected(name: str, case: Case) -> tuple[list[int], float]:
 
 @pytest.mark.parametrize("name", ["set", "rigl", "mest", "mest_ems", "gmp", "granet"])
 def test_drops_and_grows_what_its_formula_says(name: str) -> None:
-    algorithm = method(name)
+    algorithm = from_yaml(f"dst/{name}")
     family = {"gmp": "shrinking", "granet": "shrinking", "mest_ems": "elastic"}.get(name, "")
     changed = 0
     for seed in range(200):
@@ -189,7 +180,7 @@ def test_what_shrinks_or_swells_ends_at_its_target(name: str) -> None:
 
 
 def check_densities(name: str, structure: Structure) -> None:
-    algorithm = method(name, "dst.interval=4")
+    algorithm = from_yaml(f"dst/{name}", interval=4)
     training = start(algorithm, structure, steps=30, ema_decay=0.9)
     densities: list[float] = []
 
@@ -219,7 +210,7 @@ def check_densities(name: str, structure: Structure) -> None:
 
 def test_counts_must_reach_their_target_before_updates_stop() -> None:
     with pytest.raises(UserError) as error:
-        method("granet", "dst.stop=0.5")
+        from_yaml("dst/granet", stop=0.5)
     assert str(error.value) == (
         "dst.stop: expected at least dst.counts.end=0.6, so that the last update reaches the "
         "density asked, got 0.5"
@@ -227,22 +218,21 @@ def test_counts_must_reach_their_target_before_updates_stop() -> None:
 
 
 def test_bad_settings_are_told_in_one_line() -> None:
-    for name, key, value, wanted in [
-        ("mest", "drop.gradient", -1.0, "at least 0"),
-        ("mest_ems", "counts.extra", 0.0, "a positive share of the active units"),
-        ("gmp", "counts.start", 0.0, "a density in (0, 1]"),
-        ("gmp", "counts.begin", 1.0, "a share of training in [0, 1)"),
-        ("gmp", "counts.end", 1.2, "a share of training in (0.0, 1]"),
-        ("set", "fraction", 2.0, "a share in [0, 1]"),
+    for name, group, key, value, wanted in [
+        ("mest", "drop", "gradient", -1.0, "at least 0"),
+        ("mest_ems", "counts", "extra", 0.0, "a positive share of the active units"),
+        ("gmp", "counts", "start", 0.0, "a density in (0, 1]"),
+        ("gmp", "counts", "begin", 1.0, "a share of training in [0, 1)"),
+        ("gmp", "counts", "end", 1.2, "a share of training in (0.0, 1]"),
     ]:
         with pytest.raises(UserError) as error:
-            method(name, f"dst.{key}={value}")
-        assert str(error.value) == f"dst.{key}: expected {wanted}, got {value}"
+            from_yaml(f"dst/{name}", **{group: {key: value}})
+        assert str(error.value) == f"dst.{group}.{key}: expected {wanted}, got {value}"
 
 
 def test_an_algorithm_asks_for_what_its_scores_need() -> None:
     def needs(name: str) -> frozenset[str]:
-        algorithm = method(name)
+        algorithm = from_yaml(f"dst/{name}")
         assert isinstance(algorithm, DropGrow)
         return algorithm.needs
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dst.small_training import FEATURES, Training, network, sgd, start
 from padst_exp.dst import Signals, SRigL, Topology
 from padst_exp.errors import UserError
-from padst_exp.inference import pack
+from padst_exp.inference.packing import pack
 from padst_exp.layers import SparseLinear, SparseWeight, sparse_weights
 from padst_exp.permutations import RandomPermutation
 from padst_exp.sparsify import Rule, sparsify

@@ -1,10 +1,8 @@
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from padst_exp.dst import Change, Signals, SRigL, Topology
-from padst_exp.errors import UserError
 
 
 def srigl(gamma: float = 0.5, *, ablation: bool = True, fraction: float = 0.5) -> SRigL:
@@ -88,13 +86,3 @@ def test_no_more_neurons_are_ablated_than_the_others_have_inputs_for() -> None:
     gradients[0] = 1.0
     counts = topology.with_active(decide(srigl(1.0), topology, weights, gradients).active).counts()
     assert int(counts.max()) <= 4 and int((counts > 0).sum()) >= 3
-
-
-def test_pools_of_unequal_counts_are_refused_in_one_line() -> None:
-    each = torch.ones(2, dtype=torch.int64)
-    topology = Topology(torch.arange(3), each * 4, each, 4, 8, torch.tensor([2, 1]))
-    with pytest.raises(UserError, match=r"^dst: srigl needs [^\n]*structure=fan_in[^\n]*$"):
-        srigl().can_change(topology)
-    for gamma in (-0.1, 1.5):
-        with pytest.raises(UserError, match=rf"^dst\.gamma: expected [^\n]*, got {gamma}$"):
-            srigl(gamma)
