@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from padst_exp.engine.topology import move_state
 from runs import compose, training
 from torch import nn
 
@@ -28,7 +29,6 @@ from padst_exp.data.task import Batch
 from padst_exp.dst import DropGrow, Magnitude, Uniform
 from padst_exp.engine.run_directory import environment, read_metrics
 from padst_exp.engine.step import Stepper
-from padst_exp.engine.topology import move_state
 from padst_exp.layers import permutations, sparse_weights
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.sparsify import Rule, sparsify

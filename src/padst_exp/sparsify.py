@@ -24,6 +24,7 @@ from padst_exp.errors import UserError, require
 from padst_exp.layers import LowRank, SparseLinear, SparseWeight, layer_densities
 from padst_exp.layers.views import LinearView, view
 from padst_exp.permutations import NoPermutation, Permutation, PermutationLearner
+from padst_exp.pools import TRAITS
 from padst_exp.seeds import stream
 from padst_exp.structures import (
     Dense,
@@ -375,6 +376,8 @@ def _weight(
     """One sparse weight with its first topology, and its selection if the algorithm wants one."""
     require(density > 0, "low_rank", "one that takes all entries", "a rank that leaves some")
     geometry = structure.geometry(matrix.shape[0], matrix.shape[1], density)
+    if algorithm is not None:
+        _check_served(algorithm, structure, geometry)
     target = structure.initial_counts(geometry, density)
     counts = target
     if algorithm is not None and (start := algorithm.initial_density(density)) != density:
@@ -384,6 +387,13 @@ def _weight(
     if algorithm is not None:
         weight.select(algorithm.selection(weight.topology(), generator))
     return weight
+
+
+def _check_served(algorithm: Algorithm, structure: Structure, geometry: Geometry) -> None:
+    """Refuse an algorithm that makes no sense on units and pools like these."""
+    for trait in sorted(algorithm.requires - geometry.traits):
+        wanted = f"{TRAITS[trait]} for {type(algorithm).__name__}"
+        require(False, "structure", type(structure).__name__, wanted)
 
 
 def _first_units(

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from dst_cases import rigl
-from layers.layer_cases import LIVES, Life, learned, linear, sparse_layer
+from layers.layer_cases import LIVES, Life, linear, sparse_layer
 from layers.reference import assert_close, expected, run
 from padst_exp.dst import Change
 from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear, SparseWeight, sparse_weights
 from padst_exp.structures import NM, Block, Diagonal, Structure, Unstructured, random_units
+from permutation_cases import learned
 from structure_cases import STRUCTURES, shapes
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from padst_exp.dst.scores import DropScore, GrowScore
 from padst_exp.dst.selection import Selection
 from padst_exp.dst.topology import Change, Signal, Signals, Topology
 from padst_exp.errors import require
-from padst_exp.pools import best_of_each
+from padst_exp.pools import Trait, best_of_each
 from padst_exp.soft import Learner
 
 # With fewer active units a share of them is not a meaningful choice; such layers stay as drawn.
@@ -25,6 +25,7 @@ class Algorithm(abc.ABC):
 
     Attributes:
         needs: which signals `decide` reads besides magnitudes.
+        requires: what the units and pools of a structure must be for it to make sense.
         moments: `"age"`: bias corrections of a grown entry count from its birth; `"zero"`: from
             the start of training, as in the papers' code (its first steps are then up to 3.2
             times the learning rate at beta2 = 0.999).
@@ -34,6 +35,7 @@ class Algorithm(abc.ABC):
     """
 
     needs: frozenset[Signal] = frozenset()
+    requires: frozenset[Trait] = frozenset()
     moments: Literal["age", "zero"] = "age"
     silences_rows: bool = False
     selection_learner: Learner | None = None
@@ -160,7 +162,9 @@ class DropGrow(Periodic):
         scores = self.drop(topology, signals)
         leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=device))[0]
         survivors = topology.with_active(topology.active[~leaving])
-        counts = self.counts(topology, step / total)
+        # Whatever the schedule of counts, the last update reaches the density asked.
+        last = step + self.interval >= self.stop * total
+        counts = self.counts(topology, 1.0 if last else step / total)
         if bool((survivors.counts() > counts).any()):
             table = scores.new_full(topology.exists().shape, -torch.inf)
             table.view(-1)[survivors.active] = scores[~leaving]

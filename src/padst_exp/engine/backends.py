@@ -9,7 +9,7 @@ import torch
 
 from padst_exp import dispatch
 from padst_exp.data.sampler import validation_loader
-from padst_exp.dispatch import Choice
+from padst_exp.dispatch import Pick
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.experiment import Experiment
@@ -17,7 +17,7 @@ from padst_exp.engine.experiment import Experiment
 
 def choose_backends(
     experiment: Experiment, *, world: World, saved: Mapping[str, Any] | None
-) -> dict[str, Choice]:
+) -> dict[str, Pick]:
     """Decide for every sparse layer, the same on every rank, before anything is compiled.
 
     Args:
@@ -31,7 +31,6 @@ def choose_backends(
     Raises:
         UserError: the backend needs another device.
     """
-    dispatch.require_device(experiment.backend, world.device)
     # Rank 0 alone decides: the devices of others may differ.
     choices = None
     if world.main:
@@ -46,7 +45,7 @@ def choose_backends(
     return choices
 
 
-def _measure(experiment: Experiment, world: World) -> dict[str, Choice]:
+def _measure(experiment: Experiment, world: World) -> dict[str, Pick]:
     model, trainer = experiment.model, experiment.trainer
 
     @torch.no_grad()
@@ -67,9 +66,9 @@ def _measure(experiment: Experiment, world: World) -> dict[str, Choice]:
     )
 
 
-def describe(choices: Mapping[str, Choice]) -> str:
+def describe(choices: Mapping[str, Pick]) -> str:
     """One line: how many layers each backend computes, and how fast beside dense ones."""
-    groups: dict[str, list[Choice]] = defaultdict(list)
+    groups: dict[str, list[Pick]] = defaultdict(list)
     for choice in choices.values():
         groups[choice.backend].append(choice)
     parts = []
@@ -83,7 +82,7 @@ def describe(choices: Mapping[str, Choice]) -> str:
     return "sparse layers, forward and backward: " + ", ".join(parts)
 
 
-def summarize_backends(choices: Mapping[str, Choice]) -> dict[str, object]:
+def summarize_backends(choices: Mapping[str, Pick]) -> dict[str, object]:
     """Plain data for `summary.json`: what computed which layer, and how fast beside dense."""
     return {
         name: {

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
+from padst_exp.atomic import sync
 from padst_exp.errors import UserError
 from padst_exp.inference.linear import ConcatenatedLinear, CondensedLinear, TiledLinear
 from padst_kernels.entries import Condensed
@@ -104,10 +105,10 @@ def write(
         for name, content in {**extra, DESCRIPTION: text}.items():
             (temporary / name).write_text(content)
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         temporary.chmod(0o777 & ~_umask())
         _replace(temporary, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"out: cannot write {folder}: {error}; nothing was changed") from error
     finally:
@@ -265,14 +266,6 @@ def _replace(new: Path, folder: Path) -> None:
         os.replace(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:
