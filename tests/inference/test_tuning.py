@@ -289,8 +289,7 @@ def test_tokens_are_mixed_through_transposed_inputs(stopwatch: Callable[..., Sto
 
 
 def test_a_real_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PADST_CACHE", str(tmp_path))
-    monkeypatch.setenv("PADST_NATIVE", "0")  # nor is anything compiled in that folder
+    monkeypatch.setattr("padst_exp.dispatch.timing.cache_folder", lambda: tmp_path)
     reports = []
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
         inputs = example("vit").to(dtype)
@@ -354,7 +353,7 @@ def test_captures_are_measured_as_such_and_need_a_gpu(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is measured too; nothing while capturing; a graph replays for its shape alone."""
-    monkeypatch.setenv("PADST_CACHE", str(tmp_path))
+    monkeypatch.setattr("padst_exp.dispatch.timing.cache_folder", lambda: tmp_path)
     model, inputs = packed(family, "nm-16").cuda(), example(family).cuda()
     with pytest.raises(ValueError, match="tune measures"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         tune(model, inputs)
