@@ -240,7 +240,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _needs_parts(weights: Sequence[SparseWeight], permutations: Sequence[nn.Module]) -> bool:
     collecting = any(weight.collect_dense_gradient for weight in weights)
-    return (collecting and torch.is_grad_enabled()) or any(isinstance(p, Permutation) and p.soft for p in permutations)
+    soft = any(isinstance(p, Permutation) and p.soft for p in permutations)
+    return soft or (collecting and torch.is_grad_enabled())
 
 
 def _hard_index(permutation: nn.Module | None) -> Tensor | None:

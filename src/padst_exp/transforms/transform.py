@@ -228,4 +228,3 @@ def _solve(
         middle = (low + high) / 2
         low, high = (middle, high) if now(middle) < flops.dense else (low, middle)
     return high
-
