@@ -412,7 +412,12 @@ def _rescale_rows(weight: SparseWeight) -> None:
     entries = weight.entries()
     num_rows, num_columns = weight.shape
     rows = (entries // num_columns).clamp(max=num_rows)
-    fan_in = torch.bincount(rows.flatten(), minlength=num_rows + 1)
+    shares = None
+    if weight.selection is not None:
+        # What will be left of each row once the selection is hard.
+        shares = weight.selection.coefficients().detach().double()
+        shares = shares[:, None].expand(entries.shape).flatten()
+    fan_in = torch.bincount(rows.flatten(), shares, minlength=num_rows + 1)
     factor = (num_columns / fan_in.clamp(min=1)).sqrt().to(weight.values.dtype)
     with torch.no_grad():
         if weight.storage == "packed":

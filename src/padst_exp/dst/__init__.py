@@ -2,6 +2,7 @@
 
 from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Static
 from padst_exp.dst.counts import Constant, Counts, Cubic, Elastic, Sigmoid
+from padst_exp.dst.dynadiag import DynaDiag
 from padst_exp.dst.scores import (
     DropScore,
     Gradient,
@@ -23,6 +24,7 @@ __all__ = [
     "Cubic",
     "DropGrow",
     "DropScore",
+    "DynaDiag",
     "Elastic",
     "Gradient",
     "GrowScore",
