@@ -258,11 +258,11 @@ def weigh(session: Session, model: Model, batch: int, kind: Kind | None) -> Row:
     )
     tensors = parameters, (p.grad for p in parameters if p.grad is not None), moments
     indices = (buffer for part in sparse_parts for buffer in part.buffers())
-    sizes = dict(zip(KEPT, map(_bytes, (*tensors, indices)), strict=True))
+    sizes = dict(zip(KEPT, map(tensor_bytes, (*tensors, indices)), strict=True))
     return {**one.columns(), **sizes, "peak_bytes": peak}
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, shared memory once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
