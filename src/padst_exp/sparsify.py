@@ -392,7 +392,7 @@ def _weight(
 def _check_served(algorithm: Algorithm, structure: Structure, geometry: Geometry) -> None:
     """Refuse an algorithm that makes no sense on units and pools like these."""
     for trait in sorted(algorithm.requires - geometry.traits):
-        wanted = f"{TRAITS[trait]} for {type(algorithm).__name__}"
+        wanted = f"{TRAITS[trait]} as this dst needs"
         require(False, "structure", type(structure).__name__, wanted)
 
 
