@@ -16,8 +16,9 @@ from torch import nn
 from padst_exp.bench import tables
 from padst_exp.config import config_dir, results_config
 from padst_exp.engine.distributed import World
+from padst_exp.engine.loop import run
 from padst_exp.engine.run_directory import RunDirectory, environment
-from padst_exp.train import train
+from padst_exp.train import build_experiment
 
 FASHION = ["dataset=fashion_mnist", "dataset.shift=0", "dataset.flip=false", "model.patch_size=7"]
 # Entries of conf/bench.yaml: what is timed is trained, too.
@@ -38,15 +39,16 @@ def training(
     cfg: DictConfig, prepare: Callable[[nn.Module], object] | None = None
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The run directory and the summary of a whole training; the directory goes on leaving."""
+    world = World()
     with tempfile.TemporaryDirectory() as folder:
-
-        def directory(keep_last: int) -> RunDirectory:
-            return RunDirectory.create(
-                Path(folder), "bench", resume="never", config=results_config(cfg), config_text="",
-                overrides=[], device="cpu", keep_last=keep_last,
-            )  # fmt: skip
-
-        yield train(cfg, World(), directory=directory, prepare=prepare)
+        experiment = build_experiment(cfg, world)
+        if prepare is not None:
+            prepare(experiment.model)
+        directory = RunDirectory.open(
+            Path(folder), "bench", world, resume="never", config=results_config(cfg),
+            config_text="", overrides=[],
+        )  # fmt: skip
+        yield directory.path, run(experiment, directory, world)
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from padst_exp.dst import Algorithm, Change, Selection, Signals, Topology
 from padst_exp.layers import SparseLinear, permutations
-from padst_exp.permutations import DoublyStochastic, PermutationLearner, RandomPermutation
+from padst_exp.permutations import PermutationLearner, RandomPermutation
 from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import Storage, Structure
+from permutation_cases import learned
 
 Life = Literal["none", "random", "soft", "hardened"]
 LIVES: tuple[Life, ...] = ("none", "random", "soft", "hardened")
-
-
-def learned(**changes: Any) -> DoublyStochastic:
-    """A `DoublyStochastic` learner of both sides with the settings of its YAML file, but short."""
-    settings: dict[str, Any] = {
-        "side": "both",
-        "parametrization": "logits",
-        "iterations": 10,
-        "init": "lognormal",
-        "scale": 1.0,
-        "lr": 0.3,
-        "betas": (0.9, 0.99),
-        "weighting": "adaptive",
-        "weight": 3.0,
-        "ramp_start": 0.05,
-        "ramp_end": 0.2,
-        "delta": 0.22,
-        "deadline": 0.6,
-        "interval": 1,
-        "clip": None,
-    }
-    return DoublyStochastic(**settings | changes)
 
 
 class SoftHalf(Algorithm):
@@ -101,8 +80,3 @@ def linear(shape: tuple[int, int], split: int = 1) -> nn.Linear:
     """A dense layer of `split` times O outputs and I inputs; always the same."""
     torch.manual_seed(1)
     return nn.Linear(shape[1], split * shape[0])
-
-
-def signals_for(shape: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """An input and a gradient of the output."""
-    return torch.randn(shape), torch.randn(outputs)

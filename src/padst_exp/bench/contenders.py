@@ -18,7 +18,7 @@ from padst_exp.bench.onednn import has_onednn, use_onednn
 from padst_exp.bench.session import Contender, Session
 from padst_exp.engine.backends import describe
 from padst_exp.engine.step import compile_blocks
-from padst_exp.inference import CondensedLinear, PackedLinear, TiledLinear, pack, tune
+from padst_exp.inference import PackedLinear, pack, tune
 from padst_exp.layers import SparseLinear, sparse_layers
 from padst_exp.sparsify import sparsify
 from padst_kernels import Backend
@@ -126,10 +126,8 @@ def exported_model(session: Session, one: Contender, inputs: Tensor) -> Contende
         raise ValueError("its kernels did not pass their checks")
     module = copy.deepcopy(one.modules[0])
     pack(module)
-    # Until tune knows them by these names.
-    known = ["torch" if backend == "native" else backend for backend in allowed]
-    report = tune(module, inputs, backends=known)
-    how = f"{report.layout}, {report.speedup:.2f}x dense"
+    report = tune(module, inputs, backends=allowed)
+    how = f"{report.form}, {report.speedup:.2f}x dense"
     return replace(one, form="exported, eager", modules=[module], dispatcher=how)
 
 
@@ -140,7 +138,8 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
     CSR take as long whatever the structure is; they are left out where they are `known`.
     """
     weight = sparse_layer(one).weight.detach()
-    tiles = exported_layer(one, "torch").modules[0].get_submodule("0")
+    packed = exported_layer(one, "torch").modules[0].get_submodule("0")
+    assert isinstance(packed, PackedLinear)
 
     def peer(form: str, module: nn.Module, trained: bool = True) -> Contender:
         return several(session, replace(one, form=form, modules=[module], trained=trained))
@@ -149,9 +148,9 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
         yield peer("masked dense", Masked(weight))
     if session.device.type == "cpu" and session.dtype != torch.float32:
         return  # these formats know single precision only
-    if isinstance(tiles, CondensedLinear) and "torch CSR" not in known:
+    if packed.tiles is None and "torch CSR" not in known:
         yield peer("torch CSR", Peer(weight.to_sparse_csr()))
-    size = tiles.weight.shape[2] if isinstance(tiles, TiledLinear) else 0
+    size = 0 if packed.tiles is None else packed.tiles.values.shape[2]
     if size and not any(side % size for side in weight.shape):
         blocks = weight.to_sparse_bsr((size, size))
         if blocks.values().numel() == sum(w.values.numel() for w in sparse_layer(one).parts()):

@@ -1,8 +1,15 @@
 """Dynamic sparse training: scores, schedules, the drop-and-grow rule, soft selections."""
 
 from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Static
-from padst_exp.dst.counts import Constant, Counts, Cubic, Sigmoid
-from padst_exp.dst.scores import DropScore, Gradient, GrowScore, Magnitude, Uniform
+from padst_exp.dst.counts import Constant, Counts, Cubic, Elastic, Sigmoid
+from padst_exp.dst.scores import (
+    DropScore,
+    Gradient,
+    GrowScore,
+    Magnitude,
+    MagnitudeAndGradient,
+    Uniform,
+)
 from padst_exp.dst.selection import Selection
 from padst_exp.dst.srigl import SRigL
 from padst_exp.dst.topology import Change, Signal, Signals, Topology
@@ -16,9 +23,11 @@ __all__ = [
     "Cubic",
     "DropGrow",
     "DropScore",
+    "Elastic",
     "Gradient",
     "GrowScore",
     "Magnitude",
+    "MagnitudeAndGradient",
     "SRigL",
     "Selection",
     "Sigmoid",

@@ -67,13 +67,14 @@ class Selection(Soft):
         return torch.sigmoid(logits - threshold)
 
     def penalty(self) -> Tensor:
-        """Sum of c (1 - c) over that of equal coefficients."""
+        """Sum of c (1 - c) over that of equal coefficients, in the pools that leave a choice."""
         if not self.soft:
             return self.temperature.new_zeros(())
         soft = self.coefficients()
         share = (self.target / self._per_pool(torch.ones_like(soft)))[self.pools].to(soft)
-        uniform = (share * (1 - share)).sum().clamp_min(torch.finfo(soft.dtype).tiny)
-        return (soft * (1 - soft)).sum() / uniform
+        uniform = share * (1 - share)
+        between = (soft * (1 - soft))[uniform > 0].sum()
+        return between / uniform.sum().clamp_min(torch.finfo(soft.dtype).tiny)
 
     @torch.no_grad()
     def gain(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +49,7 @@ class Move:
         self.old_entries = old_entries
         self.old = self.new = values
 
-    @property
+    @cached_property
     def num_grown(self) -> int:
         """How many units start at zero, wholly or in part."""
         grown = self.source < 0

@@ -1,20 +1,12 @@
 """Image classifiers over timm: targets of conf/model/*.yaml. They map `[B, C, H, W]` to logits."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from timm.models import (
-    MlpMixer,
-    VisionTransformer,
-    get_pretrained_cfg,
-    load_pretrained,
-    load_state_dict,
-    mlp_mixer,
-    vision_transformer,
-)
-from torch import Tensor, nn
+from timm.models import MlpMixer, VisionTransformer, mlp_mixer, vision_transformer
+from torch import nn
 
 from padst_exp.errors import UserError
+from padst_exp.models.weights import load
 
 
 def vit(
@@ -69,7 +61,14 @@ def vit(
         drop_path_rate=drop_path,
         init_values=layer_scale,
     )
-    return _load(model, vision_transformer.checkpoint_filter_fn, name, pretrained, checkpoint)
+    return load(
+        model,
+        name=name,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        classifier="head",
+        convert=vision_transformer.checkpoint_filter_fn,
+    )
 
 
 def mixer(
@@ -113,7 +112,14 @@ def mixer(
         mlp_ratio=(mlp_ratio[0], mlp_ratio[1]),
         drop_path_rate=drop_path,
     )
-    return _load(model, mlp_mixer.checkpoint_filter_fn, name, pretrained, checkpoint)
+    return load(
+        model,
+        name=name,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        classifier="head",
+        convert=mlp_mixer.checkpoint_filter_fn,
+    )
 
 
 def _require_divisor(patch_size: int, image_size: int) -> None:
@@ -121,38 +127,3 @@ def _require_divisor(patch_size: int, image_size: int) -> None:
         raise UserError(
             f"model.patch_size: expected a divisor of the image size {image_size}, got {patch_size}"
         )
-
-
-def _load(
-    model: VisionTransformer | MlpMixer,
-    convert: Callable[..., dict[str, Tensor]],
-    name: str,
-    pretrained: bool,
-    checkpoint: str | None,
-) -> nn.Module:
-    if pretrained and checkpoint is not None:
-        raise UserError("model.checkpoint: set either this or model.pretrained")
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise UserError(f"model.checkpoint: no file {checkpoint}")
-    source_cfg = get_pretrained_cfg(name)
-    if pretrained and source_cfg is None:
-        raise UserError(f"model.name: timm has no weights called {name!r}")
-    try:
-        if pretrained and source_cfg is not None:
-            load_pretrained(
-                model,
-                pretrained_cfg=source_cfg.to_dict(),
-                num_classes=model.num_classes,
-                in_chans=model.in_chans,
-                filter_fn=convert,
-            )
-        elif checkpoint is not None:
-            state = convert(load_state_dict(checkpoint), model)
-            if state["head.bias"].shape != model.head.bias.shape:
-                state.update({f"head.{k}": v for k, v in model.head.state_dict().items()})
-            model.load_state_dict(state)
-    except (OSError, RuntimeError, KeyError) as error:
-        source = f"pretrained: {name}" if pretrained else f"checkpoint: {checkpoint}"
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.{source} cannot be loaded ({reason})") from error
-    return model

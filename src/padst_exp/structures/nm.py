@@ -81,6 +81,7 @@ class NMGeometry(Geometry):
             frame=(1, 1, self.group),
         )
         self.num_groups = num_groups
+        self.traits = frozenset({"grid", "neurons"} if num_chunks == 1 else {"grid"})
 
     def _place(self, units: Tensor) -> tuple[Tensor, Tensor]:
         # Products, since remainders of int64 take as long as quotients.

@@ -1,4 +1,4 @@
-"""The fastest of several ways to compute one thing, measured once and kept on disk."""
+"""Times of several ways to compute one thing, measured once on a machine and kept on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 from filelock import FileLock
 
 import padst_kernels
-from padst_exp.cache import cache_folder, write_atomically
+from padst_exp.atomic import replacing
+from padst_exp.cache import cache_folder
 from padst_kernels.compiled import compiled
 
 # Rounds of one timing of every candidate, in turn; at least this long a timing, in seconds.
@@ -26,42 +26,31 @@ ROUNDS = 5
 TIMING = 2e-3
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What was measured.
-
-    Args:
-        choice: the fastest candidate.
-        seconds: median time of one call of each candidate, and of the dense layer.
-    """
-
-    choice: str
-    seconds: dict[str, float]
-
-
-def fastest(
+def timings(
     what: Mapping[str, object],
     calls: Callable[[], Mapping[str, Callable[[], object]]],
     *,
     device: torch.device,
-) -> Decision:
-    """The fastest way to compute `what` on this machine, from the cache or by measuring now.
+) -> dict[str, float]:
+    """Seconds of each way to compute `what` on this machine, from the cache or measured now.
 
-    Decisions are kept in `decisions.json` in the cache folder (`PADST_CACHE`, else
-    `~/.cache/padst_exp`) under `what` and everything else a timing depends on: device, threads,
-    instruction set, versions, and the source of the kernels.
+    They are kept in `timings.json` in the cache folder (`PADST_CACHE`, else `~/.cache/padst_exp`)
+    under `what` and everything else a timing depends on: device, threads, instruction set,
+    versions, and the source of the kernels.
 
     Args:
         what: plain values that say what is computed; token counts should be bucketed.
-        calls: makes the candidates by name, only if there is something to measure. One called
-            "dense" is timed with them but never chosen.
+        calls: makes the candidates by name, only if there is something to measure.
         device: where they run; a GPU is waited for.
+
+    Returns:
+        The median time of one call of each candidate.
 
     Raises:
         RuntimeError: there is something to measure in the middle of a compilation or a capture.
     """
     key = json.dumps({**what, **_machine(device)}, sort_keys=True)
-    path = cache_folder() / "decisions.json"
+    path = cache_folder() / "timings.json"
     if key in (known := _read(path)):
         return known[key]
     if is_recording(device):
@@ -69,13 +58,10 @@ def fastest(
     # Processes that start together measure one after the other, undisturbed, and agree.
     with _locked(path):
         if key not in (known := _read(path)):
-            seconds = measure(calls(), device)
-            choice = min((name for name in seconds if name != "dense"), key=seconds.__getitem__)
-            known[key] = Decision(choice, seconds)
-            text = json.dumps({name: asdict(value) for name, value in known.items()}, indent=0)
+            known[key] = measure(calls(), device)
             # Where nothing can be written, the next run measures again.
-            with contextlib.suppress(OSError):
-                write_atomically(path, text.encode())
+            with contextlib.suppress(OSError), replacing(path) as file:
+                file.write(json.dumps(known, indent=0).encode())
     return known[key]
 
 
@@ -156,17 +142,15 @@ def _kernels_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(path: Path) -> dict[str, Decision]:
-    """What is in the cache; entries that are damaged do not count."""
-    known = {}
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """What is in the cache; one that is damaged does not count."""
     try:
-        for key, value in json.loads(path.read_text()).items():
-            decision = Decision(**value)
-            if float(decision.seconds[decision.choice]) > 0:
-                known[key] = decision
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return {}
-    return known
+        known = json.loads(path.read_text())
+        if all(times and min(map(float, times.values())) > 0 for times in known.values()):
+            return known
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    return {}
 
 
 @contextlib.contextmanager

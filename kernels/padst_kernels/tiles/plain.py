@@ -1,22 +1,13 @@
-"""The three passes of the grouped gather GEMM on a CPU, and in plain PyTorch on any device.
+"""The three passes in plain PyTorch, on any device: rows of x are gathered, products batched.
 
-On a CPU float32, bfloat16 and float16 go to C++ kernels that read rows of x by index, without a
-gathered copy (cpu.cpp). Float64, machines without a compiler and GPUs without the Triton kernels
-gather in plain PyTorch, feature-major, and batch the products. Shape letters as in op.py;
-x `[T, I]`, dy `[T, O]`, weight `[G, K, V]`.
+Shape letters as in op.py; x `[T, I]`, dy `[T, O]`, weight `[G, K, V]`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from padst_kernels.compiled import compiled
 from padst_kernels.tiles.index import TileIndex
 
 # With fewer tokens the two transpositions of the feature-major form cost more than they save.
@@ -27,45 +18,30 @@ MIN_FEATURE_MAJOR_TOKENS = 32
 TOKENS, TOKENS_HALF, TOKENS_GPU = 256, 1024, 8192
 
 
-# Passes and element types, as cpu.cpp numbers them.
-_PRODUCT, _INPUT_GRADIENT, _WEIGHT_GRADIENT = range(3)
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def product(
-    x: Tensor, weight: Tensor, index: TileIndex, out_features: int, *, native: bool
-) -> Tensor:
+def product(x: Tensor, weight: Tensor, index: TileIndex, out_features: int) -> Tensor:
     """`[T, O]`, contiguous."""
     y = x.new_empty(x.shape[0], out_features)
-    if not (native and _run_compiled(_PRODUCT, x, weight, y, index, x, y, weight)):
-        tiles = weight if index.order is None else weight.index_select(0, index.order)
-        for part, out in zip(_split(x), _split(y), strict=True):
-            out.copy_(_product(part, tiles, index, out_features))
+    tiles = weight if index.order is None else weight.index_select(0, index.order)
+    for part, out in zip(_split(x), _split(y), strict=True):
+        out.copy_(_product(part, tiles, index, out_features))
     return y
 
 
-def input_gradient(
-    dy: Tensor, weight: Tensor, index: TileIndex, in_features: int, *, native: bool
-) -> Tensor:
+def input_gradient(dy: Tensor, weight: Tensor, index: TileIndex) -> Tensor:
     """`[T, I]`, contiguous."""
-    dx = dy.new_empty(dy.shape[0], in_features)
-    if not (native and _run_compiled(_INPUT_GRADIENT, dy, weight, dx, index, dx, dy, weight)):
-        num_rows, height = _num_rows(weight.shape, index), weight.shape[2]
-        tiles = weight if index.order is None else weight.index_select(0, index.order)
-        for part, out in zip(_split(dy), _split(dx), strict=True):
-            dx_tiles = torch.bmm(tiles, _dy_tiles(part, index, num_rows, height)).flatten(0, 1)
-            dx_rows = dx_tiles.new_zeros(in_features + 1, len(part))
-            out.copy_(dx_rows.index_add_(0, index.columns.flatten(), dx_tiles)[:-1].t())
+    dx = dy.new_empty(dy.shape[0], index.in_features)
+    num_rows, height = _num_rows(weight.shape, index), weight.shape[2]
+    tiles = weight if index.order is None else weight.index_select(0, index.order)
+    for part, out in zip(_split(dy), _split(dx), strict=True):
+        dx_tiles = torch.bmm(tiles, _dy_tiles(part, index, num_rows, height)).flatten(0, 1)
+        dx_rows = dx_tiles.new_zeros(index.in_features + 1, len(part))
+        out.copy_(dx_rows.index_add_(0, index.columns.flatten(), dx_tiles)[:-1].t())
     return dx
 
 
-def weight_gradient(
-    x: Tensor, dy: Tensor, index: TileIndex, height: int, *, native: bool
-) -> Tensor:
+def weight_gradient(x: Tensor, dy: Tensor, index: TileIndex, height: int) -> Tensor:
     """`[G, K, V]`, contiguous."""
     dweight = x.new_empty(*index.columns.shape, height)
-    if native and _run_compiled(_WEIGHT_GRADIENT, x, dy, dweight, index, x, dy, dweight):
-        return dweight
     num_rows = _num_rows(dweight.shape, index)
     # Sums over tokens stay wide.
     total = dweight.new_zeros(dweight.shape, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -76,65 +52,6 @@ def weight_gradient(
     if index.order is None:
         return in_order
     return dweight.index_copy_(0, index.order.long(), in_order)
-
-
-def _run_compiled(
-    which: int,
-    first: Tensor,
-    second: Tensor,
-    out: Tensor,
-    index: TileIndex,
-    x_like: Tensor,
-    y_like: Tensor,
-    weight_like: Tensor,
-) -> bool:
-    """Run one pass of cpu.cpp into `out`; False where there is none for these tensors."""
-    if not out.is_cpu:
-        raise ValueError(f"backend 'native' needs a CPU, got a tensor on {out.device}")
-    element = _TYPES.get(out.dtype)
-    function = None if element is None else _library()
-    if function is None:
-        return False
-    # Named as long as their memory is in use.
-    first, second = first.contiguous(), second.contiguous()
-    columns, rows, row_pointer, order = index[:4]
-    num_tiles, width, height = weight_like.shape
-    legal = function(
-        which,
-        element,
-        first.data_ptr(),
-        second.data_ptr(),
-        out.data_ptr(),
-        columns.data_ptr(),
-        None if rows is None else rows.data_ptr(),
-        None if row_pointer is None else row_pointer.data_ptr(),
-        None if order is None else order.data_ptr(),
-        *x_like.shape,
-        y_like.shape[1],
-        num_tiles,
-        width,
-        height,
-        num_tiles if row_pointer is None else row_pointer.shape[0] - 1,
-    )
-    if not legal:
-        raise IndexError(
-            f"tile_matmul: an index is out of range for x {tuple(x_like.shape)}, "
-            f"weight {tuple(weight_like.shape)} and {y_like.shape[1]} features out"
-        )
-    return True
-
-
-@functools.cache
-def _library() -> Callable[..., bool] | None:
-    """`padst_tile_matmul` of cpu.cpp."""
-    library = compiled(Path(__file__).with_name("cpu.cpp"))
-    if library is None:
-        return None
-    function = library.padst_tile_matmul
-    numbers, pointers = [ctypes.c_int64], [ctypes.c_void_p]
-    function.argtypes = [*numbers * 2, *pointers * 7, *numbers * 7]
-    function.restype = ctypes.c_bool
-    return function
 
 
 def _split(x: Tensor) -> tuple[Tensor, ...]:
