@@ -5,7 +5,7 @@ import pytest
 
 from padst_exp.bench import contenders, floors
 from padst_exp.bench.session import Contender
-from padst_exp.dispatch import decision
+from padst_exp.dispatch import timing
 
 
 @pytest.fixture(autouse=True)
@@ -21,4 +21,4 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(floors, "last_level_cache", lambda device: 1 << 12)
     monkeypatch.setattr(floors, "MAX_ROTATION", 2)
     monkeypatch.setitem(floors.GEMM, "cpu", 64)
-    monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path / "decisions")
+    monkeypatch.setattr(timing, "cache_folder", lambda: tmp_path / "decisions")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
 from padst_exp.bench.choices import Layer, Sparsity, learner
-from padst_exp.inference.features import Around, TiledFeatureLinear
-from padst_exp.inference.linear import PackedLinear, TiledLinear
+from padst_exp.inference.features import Fusion, TiledFeatureLinear
+from padst_exp.inference.linear import PackedLinear
 from padst_exp.inference.packing import packed_layer
 from padst_exp.layers import SparseLinear
 from padst_exp.sparsify import sparsify
@@ -24,7 +24,6 @@ from padst_kernels.tiles import aligned_features
 
 # What two roundings of a result may differ by where a dense product happens to be exact.
 EXACT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-EXPORTED = {"cpu": ("native",), "cuda": ("torch", "triton")}
 Results = Callable[[], Sequence[Tensor]]
 
 
@@ -97,21 +96,17 @@ def _exported(layer: SparseLinear, x: Tensor, residual: Tensor, what: str) -> It
         own = copy.deepcopy(layer).to(dtype)
         return [linear(x.to(dtype), own.weight, own.bias)]
 
-    for backend in EXPORTED[x.device.type]:
-        packed = packed_layer(layer)
-        assert isinstance(packed, PackedLinear)
-        packed.backend = backend  # type: ignore[assignment]
-        yield from compare(f"exported, {backend}", what, lambda p=packed: [p(x)], dense, x.dtype)
-        if not isinstance(packed, TiledLinear):
-            continue
-        for used in itertools.product((False, True), repeat=3):
-            yield from _fused(layer, packed, backend, x, residual, used, what)
+    packed = packed_layer(layer)
+    for backend in packed.backends():
+        packed.backend = backend
+        yield from compare(f"exported, {backend}", what, lambda: [packed(x)], dense, x.dtype)
+        for used in itertools.product((False, True), repeat=3) if packed.tiles else ():
+            yield from _fused(layer, packed, x, residual, used, what)
 
 
 def _fused(
     layer: SparseLinear,
-    packed: TiledLinear,
-    backend: str,
+    packed: PackedLinear,
     x: Tensor,
     residual: Tensor,
     used: tuple[bool, ...],
@@ -128,10 +123,8 @@ def _fused(
         y = gelu(y) if active else y
         return [y + residual.to(dtype) if added else y]
 
-    around = Around(
-        norm=norm if normed else None, gelu="exact" if active else "none", residual=added
-    )
-    features = TiledFeatureLinear(packed, backend, around)  # type: ignore[arg-type]
+    fusion = Fusion(norm if normed else None, gelu="exact" if active else "none", residual=added)
+    features = TiledFeatureLinear(packed, packed.backend, fusion)
     wide = x.float()
     statistics = (wide.mean(1), (wide.var(1, unbiased=False) + norm.eps).rsqrt())
     rows, plus = aligned_features(x).t(), aligned_features(residual).t()
@@ -140,7 +133,7 @@ def _fused(
         return [features(rows, plus if added else None, statistics if normed else None)]
 
     how = ", ".join(n for n, on in zip(("norm", "gelu", "residual"), used, strict=True) if on)
-    yield from compare(f"features, {backend}", f"{what}, {how}", fused, dense, x.dtype)
+    yield from compare(f"features, {packed.backend}", f"{what}, {how}", fused, dense, x.dtype)
 
 
 def compare(
