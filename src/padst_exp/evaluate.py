@@ -105,7 +105,7 @@ def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: Wor
             report = tune(export.model, inputs)
         if world.main:
             say(
-                f"{report.layout} for batches of {len(inputs)} in {precision}: "
+                f"{report.form} for batches of {len(inputs)} in {precision}: "
                 f"{report.speedup:.2f}x dense on {report.device}"
             )
 

@@ -1,9 +1,22 @@
-"""The one choice that structures and algorithms share: the best k of each pool."""
+"""What structures and algorithms share: words for pools, and the best k of each pool."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+# What an algorithm may require of the units and pools of a structure.
+#   neurons: a pool is a neuron, or a group of neurons that share inputs, and may read any of them.
+#   grid: units are the cells of a grid, each with a row and a column of its own.
+Trait = Literal["neurons", "grid"]
+
+# How to tell a user which structures have it.
+TRAITS: dict[Trait, str] = {
+    "neurons": "fan_in, whose pools are neurons,",
+    "grid": "one whose units have a row and a column each, such as unstructured,",
+}
 
 
 def best_of_each(scores: Tensor, k: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from padst_exp.errors import UserError
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.sparsify import Report
-from padst_exp.train import build_task, run_settings, sparse_model
+from padst_exp.train import build_experiment, build_task, run_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,30 +114,26 @@ def restore_run(path: Path, world: World) -> RestoredRun:
         cfg = _config(io.StringIO(saved["config_text"]), path)
     else:
         cfg = _config(run / "config.yaml", run / "config.yaml")
-    task = build_task(cfg, world)
-    trainer = build(cfg.trainer, "trainer")
-    model, report = sparse_model(
-        cfg, task, build(cfg.permutation, "permutation"), build(cfg.dst, "dst")
-    )
-    model.to(world.device, trainer.dtype)
+    experiment = build_experiment(cfg, world)
+    model = experiment.model.to(world.device, experiment.trainer.dtype)
     averaged = saved["average"] is not None
     checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
-    # As in training, whose device may have been another.
-    choices = dispatch.restore(saved["backends"], model, world.device)
-    if choices is None:
-        dispatch.use_usual(model, world.device)
+    # As in training; what was measured on another device proves nothing here.
+    picks = dispatch.restore(saved["backends"], model, world.device)
+    if picks is None:
+        dispatch.forced(model, "torch", world.device)
     else:
-        dispatch.reuse(model, choices)
+        dispatch.reuse(model, picks)
     return RestoredRun(
         config=cfg,
         run=run,
         path=path,
         step=int(saved["step"]),
         averaged=averaged,
-        task=task,
-        trainer=trainer,
+        task=experiment.task,
+        trainer=experiment.trainer,
         model=model,
-        report=report,
+        report=experiment.report,
     )
 
 

@@ -86,6 +86,8 @@ class Learner:
     Attributes:
         kind: the class of the choices it trains.
         interval: optimizer steps between two looks.
+        choices: those that are soft still, by name.
+        released: how many hardened so far.
     """
 
     kind: type[Soft]
@@ -94,10 +96,17 @@ class Learner:
         require(interval >= 1, "permutation.interval", interval, "at least 1 step")
         self.interval = interval
         self.choices: dict[str, Soft] = {}
+        self.released = 0
         self._optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def half_hard(self) -> bool:
+        """Whether some of the choices hardened and others did not."""
+        return self.released > 0 and len(self.choices) > 0
 
     def start(self, choices: Mapping[str, Soft]) -> None:
         """Take over the training of soft `choices`, by name."""
+        self.released = 0
         self.choices = dict(choices)
         logits = [choice.logits for choice in choices.values() if choice.logits is not None]
         self._optimizer = self.optimizer(logits) if logits else None
@@ -135,6 +144,7 @@ class Learner:
     def release(self, name: str, logits: nn.Parameter) -> None:
         """Let go of a choice that hardened, whose logits were these."""
         del self.choices[name]
+        self.released += 1
         assert self._optimizer is not None
         self._optimizer.state.pop(logits, None)
         for group in self._optimizer.param_groups:
@@ -146,7 +156,8 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold; the logits themselves are in the model."""
-        return {"optimizer": None if self._optimizer is None else self._optimizer.state_dict()}
+        optimizer = None if self._optimizer is None else self._optimizer.state_dict()
+        return {"optimizer": optimizer, "released": self.released}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it, after `start` with the choices that were soft then.
@@ -158,3 +169,4 @@ class Learner:
             raise ValueError("another number of soft choices")
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
+        self.released = state["released"]

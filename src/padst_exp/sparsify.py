@@ -24,6 +24,7 @@ from padst_exp.errors import UserError, require
 from padst_exp.layers import LowRank, SparseLinear, SparseWeight, layer_densities
 from padst_exp.layers.views import LinearView, view
 from padst_exp.permutations import NoPermutation, Permutation, PermutationLearner
+from padst_exp.pools import TRAITS
 from padst_exp.seeds import stream
 from padst_exp.structures import (
     Dense,
@@ -50,6 +51,25 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a forward pass of one sample.
+
+    Args:
+        dense: of the original model.
+        fixed: of all that has no sparse weight in the model at hand.
+        weights: of each sparse weight by name, were it dense.
+    """
+
+    dense: int
+    fixed: int
+    weights: Mapping[str, float]
+
+    def now(self, densities: Mapping[str, float]) -> float:
+        """Of the model at hand, given the density of each sparse weight."""
+        return self.fixed + sum(densities[name] * flops for name, flops in self.weights.items())
+
+
+@dataclass(frozen=True)
 class Baseline:
     """What a sparse model is compared with: the model as it was, before any transformation.
 
@@ -57,10 +77,16 @@ class Baseline:
         parameters: of the whole model.
         macs: weights of the layers that became sparse, without biases: multiply-accumulates per
             token, or per output position of a convolution.
+        factors: weights that a transformation keeps dense beside the sparse ones.
+        growth: parameters that it added elsewhere, such as wider embeddings and norms.
+        flops: before and after it; None: there was none.
     """
 
     parameters: int
     macs: int
+    factors: int = 0
+    growth: int = 0
+    flops: Flops | None = None
 
 
 @dataclass(frozen=True)
@@ -116,9 +142,19 @@ class Report:
 
     def density(self, scope: Literal["layers", "model"]) -> float:
         """Kept share of the weights of the baseline's sparse layers, or of all its parameters."""
-        removed = self.baseline.macs - sum(layer.parameters for layer in self.layers)
-        total = self.baseline.macs if scope == "layers" else self.baseline.parameters
+        kept = sum(layer.parameters for layer in self.layers) + self.baseline.factors
+        removed, total = self.baseline.macs - kept, self.baseline.macs
+        if scope == "model":
+            removed, total = removed - self.baseline.growth, self.baseline.parameters
         return 1 - removed / total if total else 1.0
+
+    def flops(self) -> float | None:
+        """FLOPs of a forward pass over those of the baseline; None without a transformation."""
+        flops = self.baseline.flops
+        if flops is None:
+            return None
+        kept = {layer.name: layer.parameters / layer.macs_dense for layer in self.layers}
+        return flops.now(kept) / flops.dense
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for `summary.json`."""
@@ -127,6 +163,7 @@ class Report:
             "density_of_layers": self.density("layers"),
             "density_of_model": self.density("model"),
             "model_parameters_dense": self.baseline.parameters,
+            "flops_over_dense": self.flops(),
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -203,13 +240,9 @@ def sparsify(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if isinstance(structure, Dense):
         return Report(type(structure).__name__, {}, {}, {}, baseline or Baseline(parameters, 0))
-    chosen = _match(model, rules)
+    chosen = match(model, rules)
     output = _output_layer(model)
-    shapes = {
-        f"{found.name}.weights.{part}": shape
-        for found, rule in chosen
-        for part, shape in enumerate(_projection_shapes(found, rule))
-    }
+    shapes = weight_shapes(chosen)
     baseline = baseline or Baseline(parameters, sum(o * i for o, i in shapes.values()))
     densities = layer_densities(shapes, density, distribution)
     learner = NoPermutation() if learner is None else learner
@@ -252,8 +285,12 @@ def sparsify(
     return Report(type(structure).__name__, layers, densities, sides, baseline, algorithm)
 
 
-def _match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rule]]:
-    """The layers that rules name, in the order of the model."""
+def match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rule]]:
+    """The layers that rules name, in the order of the model.
+
+    Raises:
+        UserError: a pattern matches nothing, or a tied or unsuitable layer.
+    """
     modules = dict(model.named_modules())
     views = {name: view(module, name) for name, module in modules.items() if name}
     owners: dict[int, list[str]] = {}
@@ -286,6 +323,19 @@ def _match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Ru
                 )
             chosen.setdefault(name, rule)
     return [(found, chosen[name]) for name, found in views.items() if name in chosen and found]
+
+
+def weight_shapes(chosen: Sequence[tuple[LinearView, Rule]]) -> dict[str, tuple[int, int]]:
+    """`(O, I)` of every weight that is to be sparse, by its future name.
+
+    Raises:
+        UserError: a split does not divide the outputs of a layer.
+    """
+    return {
+        f"{found.name}.weights.{part}": shape
+        for found, rule in chosen
+        for part, shape in enumerate(_projection_shapes(found, rule))
+    }
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
@@ -326,6 +376,8 @@ def _weight(
     """One sparse weight with its first topology, and its selection if the algorithm wants one."""
     require(density > 0, "low_rank", "one that takes all entries", "a rank that leaves some")
     geometry = structure.geometry(matrix.shape[0], matrix.shape[1], density)
+    if algorithm is not None:
+        _check_served(algorithm, structure, geometry)
     target = structure.initial_counts(geometry, density)
     counts = target
     if algorithm is not None and (start := algorithm.initial_density(density)) != density:
@@ -335,6 +387,13 @@ def _weight(
     if algorithm is not None:
         weight.select(algorithm.selection(weight.topology(), generator))
     return weight
+
+
+def _check_served(algorithm: Algorithm, structure: Structure, geometry: Geometry) -> None:
+    """Refuse an algorithm that makes no sense on units and pools like these."""
+    for trait in sorted(algorithm.requires - geometry.traits):
+        wanted = f"{TRAITS[trait]} as this dst needs"
+        require(False, "structure", type(structure).__name__, wanted)
 
 
 def _first_units(
@@ -353,7 +412,12 @@ def _rescale_rows(weight: SparseWeight) -> None:
     entries = weight.entries()
     num_rows, num_columns = weight.shape
     rows = (entries // num_columns).clamp(max=num_rows)
-    fan_in = torch.bincount(rows.flatten(), minlength=num_rows + 1)
+    shares = None
+    if weight.selection is not None:
+        # What will be left of each row once the selection is hard.
+        shares = weight.selection.coefficients().detach().double()
+        shares = shares[:, None].expand(entries.shape).flatten()
+    fan_in = torch.bincount(rows.flatten(), shares, minlength=num_rows + 1)
     factor = (num_columns / fan_in.clamp(min=1)).sqrt().to(weight.values.dtype)
     with torch.no_grad():
         if weight.storage == "packed":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -26,15 +25,10 @@ from padst_exp.config import (
 from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
-    from torch import nn
-
     from padst_exp.data.task import Task
-    from padst_exp.dst import Algorithm
     from padst_exp.engine.distributed import World
+    from padst_exp.engine.experiment import Experiment
     from padst_exp.engine.run_directory import RunDirectory
-    from padst_exp.engine.settings import Trainer
-    from padst_exp.permutations import PermutationLearner
-    from padst_exp.sparsify import Report
 
 
 @with_config(extra="forbid")
@@ -108,102 +102,51 @@ def main(cfg: DictConfig) -> None:
     """Build what the config names, train it, say where the results are."""
     settings = run_settings(cfg)
 
+    from padst_exp.dispatch import require_device
     from padst_exp.engine import distributed
+    from padst_exp.engine.loop import run
     from padst_exp.engine.progress import say
 
     world = distributed.start(settings.device)
     try:
-        directory, summary = train(cfg, world)
+        require_device(settings.backend, world.device)
+        experiment = build_experiment(cfg, world)
+        directory = open_directory(cfg, world)
+        summary = run(experiment, directory, world)
     finally:
         world.close()
     if world.main:
         name, value = summary["monitor"], summary["final"][summary["monitor"]]
         say(f"{name} {value:.4g}, density of layers {summary['density_of_layers']:.4f}")
-        say(f"results in {directory}")
+        say(f"results in {directory.path}")
 
 
-def train(
-    cfg: DictConfig,
-    world: World,
-    *,
-    directory: Callable[[int], RunDirectory] | None = None,
-    prepare: Callable[[nn.Module], object] | None = None,
-) -> tuple[Path, dict[str, Any]]:
-    """Run one training; the run directory and its summary.
+def build_experiment(cfg: DictConfig, world: World) -> Experiment:
+    """Everything that `cfg` names: data, a sparse model, and how to train it.
 
-    A run that is finished already is not repeated under `resume=auto`.
+    Pretrained weights keep their largest units and their scale; fresh ones start from a random
+    topology with rows scaled to their fan-in.
 
     Args:
-        cfg: the composed config.
-        world: from `distributed.start`.
-        directory: makes the run directory, given how many checkpoints to keep; by default the
-            one that `cfg` names, which needs a running Hydra job.
-        prepare: what else to do to the sparse model before it is trained.
+        cfg: composed config of a training.
+        world: of this process.
+
+    Raises:
+        UserError: in one line that names the key.
     """
-    from padst_exp.dispatch import require_device
+    import torch
+
     from padst_exp.engine.experiment import Experiment
-    from padst_exp.engine.loop import run
-    from padst_exp.engine.progress import say
+    from padst_exp.sparsify import Rule, sparsify
 
     settings = run_settings(cfg)
-    require_device(settings.backend, world.device)
     task = build_task(cfg, world)
     algorithm = build(cfg.dst, "dst")
     learner = build(cfg.permutation, "permutation")
     optimizer = build(cfg.optimizer, "optimizer")
     trainer = build(cfg.trainer, "trainer")
     logger = build(cfg.logger, "logger")
-    model, report = sparse_model(cfg, task, learner, algorithm)
-    experiment = Experiment(
-        task=task,
-        model=model,
-        report=report,
-        algorithm=algorithm,
-        learner=learner,
-        optimizer=optimizer,
-        trainer=trainer,
-        logger=logger,
-        seed=settings.seed,
-        backend=settings.backend,
-    )
-    if prepare is not None:
-        prepare(model)
-    folder = directory(trainer.keep_last) if directory else run_directory(cfg, world, trainer)
-    if folder.finished:
-        if world.main:
-            say("finished before; resume=never trains again")
-        return folder.path, folder.summary()
-    if world.main:
-        say(
-            f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
-            f"entries, {report.density('model'):.2%} of the model's parameters remain; "
-            f"{experiment.total_steps} steps on {world.device}, in {folder.path}"
-        )
-    return folder.path, run(experiment, folder, world)
 
-
-def build_task(cfg: DictConfig, world: World) -> Task:
-    """The data set of `cfg`. Rank 0 prepares what is cached on disk, the others then find it."""
-    # Before anything is downloaded or searched for.
-    require_fit(cfg.model, "model", getattr(resolve_target(cfg.dataset, "dataset"), "gives", ()))
-    task = build(cfg.dataset, "dataset") if world.main else None
-    world.from_main(None)
-    return build(cfg.dataset, "dataset") if task is None else task
-
-
-def sparse_model(
-    cfg: DictConfig, task: Task, learner: PermutationLearner, algorithm: Algorithm
-) -> tuple[nn.Module, Report]:
-    """The model of `cfg` for the data of `task`, its layers sparse, and what was done to it.
-
-    Pretrained weights keep their largest units and their scale; fresh ones start from a random
-    topology with rows scaled to their fan-in.
-    """
-    import torch
-
-    from padst_exp.sparsify import Rule, sparsify
-
-    settings = run_settings(cfg)
     torch.manual_seed(settings.seed)
     model = build(cfg.model, "model", task.model_shape)
     pretrained = bool(cfg.model.get("pretrained")) or cfg.model.get("checkpoint") is not None
@@ -215,37 +158,49 @@ def sparse_model(
         distribution=settings.distribution,
         learner=learner,
         algorithm=algorithm,
+        low_rank=settings.low_rank,
         storage=settings.storage,
         topology="magnitude" if pretrained else "random",
         rescale=not pretrained,
         seed=settings.seed,
     )
-    return model, report
+    return Experiment(
+        task=task,
+        model=model,
+        report=report,
+        algorithm=algorithm,
+        learner=learner,
+        optimizer=optimizer,
+        trainer=trainer,
+        logger=logger,
+        seed=settings.seed,
+        backend=settings.backend,
+    )
 
 
-def run_directory(cfg: DictConfig, world: World, trainer: Trainer) -> RunDirectory:
-    """The folder of this run, made (or found again) by rank 0 and known to all."""
+def build_task(cfg: DictConfig, world: World) -> Task:
+    """The data set of `cfg`. Rank 0 prepares what is cached on disk, the others then find it."""
+    # Before anything is downloaded or searched for.
+    require_fit(cfg.model, "model", getattr(resolve_target(cfg.dataset, "dataset"), "gives", ()))
+    task = build(cfg.dataset, "dataset") if world.main else None
+    world.from_main(None)
+    return build(cfg.dataset, "dataset") if task is None else task
+
+
+def open_directory(cfg: DictConfig, world: World) -> RunDirectory:
+    """The folder of the run that Hydra has just composed `cfg` for, made or found again."""
     from padst_exp.engine.run_directory import RunDirectory
 
-    config = results_config(cfg)
-    text = OmegaConf.to_yaml(cfg, resolve=True)
     hydra = HydraConfig.get()
-
-    def make() -> Path:
-        return RunDirectory.create(
-            Path(cfg.runs),
-            run_name(cfg, hydra.runtime.choices),
-            resume=cfg.resume,
-            config=config,
-            config_text=text,
-            overrides=list(hydra.overrides.task),
-            device=str(world.device),
-            keep_last=trainer.keep_last,
-        ).path
-
-    path = world.from_main(make() if world.main else None)
-    assert path is not None
-    return RunDirectory(path, config=config, config_text=text, keep_last=trainer.keep_last)
+    return RunDirectory.open(
+        Path(cfg.runs),
+        run_name(cfg, hydra.runtime.choices),
+        world,
+        resume=cfg.resume,
+        config=results_config(cfg),
+        config_text=OmegaConf.to_yaml(cfg, resolve=True),
+        overrides=list(hydra.overrides.task),
+    )
 
 
 if __name__ == "__main__":

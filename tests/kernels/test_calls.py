@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from padst_kernels import devices
 from padst_kernels.diagonals import diagonal_matmul
 from padst_kernels.entries import (
     Condensed,
@@ -104,6 +107,40 @@ def test_a_graph_serves_many_numbers_of_tokens(backend: str, name: str, most: in
             torch.testing.assert_close(*(torch.autograd.grad(out, x, dy) for out in (y, expected)))
     # And one of the first number alone.
     assert graphs.frame_count == 1 + most
+
+
+class Operators(TorchDispatchMode):
+    """Writes down which operators of ours are called, and with what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "padst":
+            first = not self.calls  # of the forward pass
+            self.calls.append((func, tuple(copied(value, first) for value in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def copied(value: Any, with_gradient: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(with_gradient and value.requires_grad)
+
+
+@pytest.mark.parametrize(("backend", "name"), NAMES)
+def test_operators_pass_opcheck(backend: str, name: str) -> None:
+    operation = operations(backend)[name]
+    for tokens in (5, 70):
+        x = torch.randn(tokens, 45, device=DEVICE, requires_grad=name != "condensed_matmul")
+        with Operators() as seen:
+            y = operation(x)
+            if x.requires_grad:
+                y.backward(torch.randn_like(y))
+        assert len(seen.calls) == (3 + (name == "tile_matmul_fused") if x.requires_grad else 1)
+        for func, args in seen.calls:
+            torch.library.opcheck(func, args)
 
 
 @pytest.mark.parametrize(("backend", "name"), NAMES)
@@ -227,6 +264,7 @@ def test_kernels_run_on_the_device_of_their_tensors(
 
 def test_float64_is_copied_into_no_other_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "aligned_features", None)
+    monkeypatch.setattr(devices, "aligned_features", None)
     case = vector_nm(True)
     x = torch.randn(70, 45, dtype=torch.float64, device=DEVICE, requires_grad=True)
     weight = case.weight.detach().double().requires_grad_()

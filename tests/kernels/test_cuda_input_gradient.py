@@ -259,24 +259,6 @@ def test_the_backend_computes_dx_with_it(
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
 
 
-def test_operators_pass_opcheck(emulator: Emulator) -> None:
-    columns = torch.stack([torch.randperm(45)[:9] for _ in range(4)])
-    options = {"height": 16, "num_row_groups": 4, "in_features": 45, "out_features": 61}
-    index = tile_index(columns, None, torch.randperm(64)[:61], **options, num_slices=2)
-    weight = torch.randn(4, 9, 16).half().requires_grad_()
-    for tokens in (5, 70):
-        x, dy = torch.randn(tokens, 45).half().requires_grad_(), torch.randn(tokens, 61).half()
-        torch.library.opcheck(
-            torch.ops.padst.tile_matmul.default, (x, weight, *index, 61), {"backend": "cuda"}
-        )
-        for feature_major in (False, True):
-            torch.library.opcheck(
-                torch.ops.padst.tile_matmul_input_gradient.default,
-                (dy, weight.detach(), *index),
-                {"feature_major": feature_major, "backend": "cuda"},
-            )
-
-
 def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator) -> None:
     case = make_case(torch.bfloat16, 32, 9, 70, (90, 60))
     dy = activation(60, 40, case.weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.entries import EntryIndex, entry_index, entry_matmul, passes
+from padst_kernels.entries import EntryIndex, entry_index, entry_matmul, native, op
 
 FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 # Outputs, inputs, entries, padding.
@@ -56,7 +56,7 @@ def make_case(
 
 @pytest.fixture(params=["native", "torch"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "native" and not passes._functions():
+    if request.param == "native" and not native.functions():
         pytest.skip("no compiler")
     return request.param
 
@@ -125,11 +125,11 @@ def test_takes_any_strides_and_leading_dimensions(backend: str) -> None:
 
 def test_computes_only_the_gradients_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(SHAPES[0], 9, torch.float64)
-    monkeypatch.setattr(passes, "input_gradient", None)
+    monkeypatch.setattr(op, "_input_gradient", None)
     entry_matmul(case.x.detach(), case.values, case.index, 67, backend="native").sum().backward()
     assert case.values.grad is not None
     monkeypatch.undo()
-    monkeypatch.setattr(passes, "values_gradient", None)
+    monkeypatch.setattr(op, "_values_gradient", None)
     entry_matmul(case.x, case.values.detach(), case.index, 67, backend="native").sum().backward()
     assert case.x.grad is not None
 
@@ -151,14 +151,6 @@ def test_threads_change_no_bit(tokens: int, dtype: torch.dtype) -> None:
         torch.set_num_threads(1)
     for one, two in zip(single, double, strict=True):
         assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize("by_row", [False, True])
-def test_operator_passes_opcheck(by_row: bool) -> None:
-    case = make_case(SHAPES[0], 9, torch.float32, by_row)
-    torch.library.opcheck(
-        torch.ops.padst.entry_matmul.default, (case.x, case.values, *case.index, 67, "native")
-    )
 
 
 def test_compiles_whole_and_survives_new_topologies() -> None:
@@ -199,18 +191,18 @@ def test_compiles_whole_and_survives_new_topologies() -> None:
 def test_an_index_out_of_range_is_an_error_not_a_crash(
     by_row: str, by_column: str, place: int, number: int, tokens: int
 ) -> None:
-    if not passes._functions():
+    if not native.functions():
         pytest.skip("no compiler")
     case = make_case(SHAPES[0], tokens, torch.float32)
     dy = entry_matmul(case.x, case.values, case.index, 67, backend="native")
     getattr(case.index, by_row)[place] = number
     getattr(case.index, by_column)[place] = number
     with pytest.raises(IndexError, match="out of range"):
-        passes.product(case.x, case.values, case.index, 67, "native")
+        native.product(case.x, case.values, case.index, 67)
     with pytest.raises(IndexError, match="out of range"):
-        passes.input_gradient(dy, case.values, case.index, "native")
+        native.input_gradient(dy, case.values, case.index)
     with pytest.raises(IndexError, match="out of range"):
-        passes.values_gradient(case.x, dy, case.index, "native")
+        native.values_gradient(case.x, dy, case.index)
 
 
 def test_plain_pytorch_sees_features_out_of_range() -> None:

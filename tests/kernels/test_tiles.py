@@ -12,7 +12,14 @@ from torch import Tensor
 
 from padst_kernels import compiled as compiled_module
 from padst_kernels.compiled import compiled
-from padst_kernels.tiles import TileIndex, cpu, tile_index, tile_matmul, tile_matmul_reference
+from padst_kernels.tiles import (
+    TileIndex,
+    native,
+    op,
+    tile_index,
+    tile_matmul,
+    tile_matmul_reference,
+)
 
 
 @dataclass
@@ -28,15 +35,7 @@ class Case:
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """The reference, with the zero feature that padding columns read."""
-        return tile_matmul_reference(
-            torch.nn.functional.pad(x, (0, 1)),
-            weight,
-            self.columns,
-            self.owner,
-            self.positions,
-            self.num_row_groups,
-            self.out_features,
-        )
+        return tile_matmul_reference(x, weight, self.index, self.out_features)
 
 
 SHAPES = [
@@ -87,8 +86,8 @@ INSTRUCTIONS = {
 def library(flags: tuple[str, ...]) -> Callable[..., bool] | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled_module, "COMPILE", [*compiled_module.COMPILE, *flags])
-        patch.setattr(cpu, "compiled", compiled.__wrapped__)
-        return cpu._library.__wrapped__()
+        patch.setattr(native, "compiled", compiled.__wrapped__)
+        return native.library.__wrapped__()
 
 
 @pytest.fixture(
@@ -107,7 +106,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     function = library(flags)
     if function is None:
         pytest.skip("no compiler")
-    monkeypatch.setattr(cpu, "_library", lambda: function)
+    monkeypatch.setattr(native, "library", lambda: function)
     yield "native"
 
 
@@ -193,11 +192,11 @@ def test_takes_any_strides_and_leading_dimensions(backend: str) -> None:
 
 def test_computes_only_the_gradients_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case((9, 33, 6, 5, 8, 3, 21), False, torch.float64)
-    monkeypatch.setattr(cpu, "input_gradient", None)
+    monkeypatch.setattr(op, "input_gradient", None)
     tile_matmul(case.x.detach(), case.weight, case.index, 21, backend="native").sum().backward()
     assert case.weight.grad is not None
     monkeypatch.undo()
-    monkeypatch.setattr(cpu, "weight_gradient", None)
+    monkeypatch.setattr(op, "weight_gradient", None)
     tile_matmul(case.x, case.weight.detach(), case.index, 21, backend="native").sum().backward()
     assert case.x.grad is not None
 
@@ -219,16 +218,6 @@ def test_threads_change_no_bit(shape: tuple[int, ...], dtype: torch.dtype) -> No
                 assert torch.equal(one, several)
     finally:
         torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("permuted", [False, True])
-def test_operator_passes_opcheck(permuted: bool) -> None:
-    for shape in SHAPES[2:4]:
-        case = make_case(shape, permuted, torch.float32)
-        torch.library.opcheck(
-            torch.ops.padst.tile_matmul.default,
-            (case.x, case.weight, *case.index, case.out_features),
-        )
 
 
 def test_compiles_whole_and_survives_new_topologies() -> None:
@@ -289,17 +278,17 @@ def test_names_shapes_and_dtypes_that_disagree() -> None:
 def test_an_index_out_of_range_is_an_error_not_a_crash(
     field: str, place: int, number: int, tokens: int
 ) -> None:
-    if cpu._library() is None:
+    if native.library() is None:
         pytest.skip("no compiler")
     case = make_case((tokens, 33, 6, 5, 8, 3, 21), True, torch.float32)
     index, dy = case.index, torch.ones(tokens, 21)
     getattr(index, field).view(-1)[place] = number
     with pytest.raises(IndexError, match="out of range"):
-        cpu.product(case.x, case.weight, index, 21, native=True)
+        native.product(case.x, case.weight, index, 21)
     with pytest.raises(IndexError, match="out of range"):
-        cpu.input_gradient(dy, case.weight, index, 33, native=True)
+        native.input_gradient(dy, case.weight, index)
     with pytest.raises(IndexError, match="out of range"):
-        cpu.weight_gradient(case.x, dy, index, 8, native=True)
+        native.weight_gradient(case.x, dy, index, 8)
 
 
 def test_plain_pytorch_sees_features_out_of_range() -> None:
@@ -322,7 +311,7 @@ def test_no_compiler_no_library(
 @pytest.fixture
 def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where a library may be written, with an empty cache, if there is a compiler."""
-    if cpu._library() is None:
+    if native.library() is None:
         pytest.skip("no compiler")
     monkeypatch.setenv("PADST_CACHE", str(tmp_path / "cache"))
     return tmp_path / "kernel.cpp"

@@ -103,22 +103,6 @@ def test_diagonal_matmul_equals_the_dense_product(
             torch.testing.assert_close(actual.double().cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("permuted", [False, True])
-def test_diagonal_operators_pass_opcheck(backend: str, permuted: bool) -> None:
-    values, offsets, columns, rows, *_ = make_layer((24, 40), permuted)
-    fold = (columns, rows) if permuted else (None, None)
-    x, dy = torch.randn(5, 40, device=DEVICE, requires_grad=True), torch.randn(5, 24, device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.padst.diagonal_matmul.default,
-        (x, values, offsets, *fold, 24, True, backend),
-    )
-    torch.library.opcheck(
-        torch.ops.padst.diagonal_matmul_values_gradient.default,
-        (x.detach(), dy, offsets, *fold, True, backend),
-    )
-
-
 def test_diagonal_matmul_compiles_whole_and_survives_new_topologies() -> None:
     torch._dynamo.reset()
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -120,12 +120,6 @@ def test_float64_goes_to_pytorch() -> None:
     torch.testing.assert_close(y.cpu(), x.cpu() @ dense.T)
 
 
-def test_operator_passes_opcheck() -> None:
-    weight, _ = make(SHAPES[0], torch.float32)
-    x = torch.randn(3, 41, device=DEVICE)
-    torch.library.opcheck(torch.ops.padst.condensed_matmul.default, (x, *weight[:4], 67, "triton"))
-
-
 def test_names_a_backend_that_does_not_exist() -> None:
     weight, _ = make(SHAPES[0], torch.float32)
     with pytest.raises(ValueError, match="backend is 'gpu', expected one of"):

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from padst_kernels.activations import empty_features, readable_tokens
-from padst_kernels.calls import on_its_device
+from padst_kernels.devices import on_its_device
 
 
 @triton.jit

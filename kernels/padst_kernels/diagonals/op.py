@@ -8,16 +8,14 @@ Shape letters: T tokens, I and O features in and out, D diagonals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from padst_kernels import Backend
-from padst_kernels.calls import needs_operator
-from padst_kernels.tiles.passes import (
+from padst_kernels.calls import operator
+from padst_kernels.devices import (
     MIN_RUN,
     pays_to_transpose,
     readable,
@@ -75,17 +73,11 @@ def diagonal_matmul(
         if tensor.device != x.device:
             raise ValueError(f"diagonal_matmul: {name} is on {tensor.device}, x on {x.device}")
     flat, by_row = x.reshape(-1, in_features), out_features < in_features
-    arguments = flat, values, offsets, columns, rows, out_features
-    if needs_operator(x, values):
-        y = _operator(*arguments, by_row, backend)
-    elif torch.is_grad_enabled():
-        y = _DiagonalMatmul.apply(*arguments, by_row, backend)
-    else:
-        y = _product(*arguments, by_row, backend)
+    y = _product(flat, values, offsets, columns, rows, out_features, by_row, backend)
     return y.view(*x.shape[:-1], out_features)
 
 
-def _product(
+def product(
     x: Tensor,
     values: Tensor,
     offsets: Tensor,
@@ -93,7 +85,7 @@ def _product(
     rows: Tensor | None,
     out_features: int,
     by_row: bool,
-    backend: str,
+    backend: Backend,
 ) -> Tensor:
     """`[T, O]` of x `[T, I]`; with O and I, rows and columns, and `by_row` exchanged, dX."""
     if not runs_on_triton(x, backend):
@@ -117,14 +109,14 @@ def _product(
     return y.contiguous()
 
 
-def _values_gradient(
+def values_gradient(
     x: Tensor,
     dy: Tensor,
     offsets: Tensor,
     columns: Tensor | None,
     rows: Tensor | None,
     by_row: bool,
-    backend: str,
+    backend: Backend,
 ) -> Tensor:
     """`[D, L]` of x `[T, I]` and dy `[T, O]`."""
     if not runs_on_triton(x, backend):
@@ -160,58 +152,35 @@ def _entries(
     return row.long() * in_features + column
 
 
-# The same passes as operators that torch.compile takes as they are.
-
-_operator = torch.library.custom_op("padst::diagonal_matmul", _product, mutates_args=())
-_values_gradient_operator = torch.library.custom_op(
-    "padst::diagonal_matmul_values_gradient", _values_gradient, mutates_args=()
-)
-
-
-@_operator.register_fake
-def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[3])
-
-
-@_values_gradient_operator.register_fake
-def _(x: Tensor, dy: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(offsets.shape[0], min(x.shape[1], dy.shape[1]))
-
-
-class _DiagonalMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        _setup_context(ctx, arguments, arguments[0])
-        return _product(*arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, _product, _values_gradient)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    *_, ctx.by_row, ctx.backend = inputs
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, _operator, _values_gradient_operator)
-
-
 def _gradients(
-    ctx: Any,
+    needed: Sequence[bool],
     dy: Tensor,
-    product: Callable[..., Tensor],
-    values_gradient: Callable[..., Tensor],
+    x: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    columns: Tensor | None,
+    rows: Tensor | None,
+    out_features: int,
+    by_row: bool,
+    backend: Backend,
 ) -> tuple[Tensor | None, ...]:
-    x, values, offsets, columns, rows = ctx.saved_tensors
+    """Of x and values."""
     dx = dvalues = None
-    if ctx.needs_input_grad[0]:
-        dx = product(dy, values, offsets, rows, columns, x.shape[1], not ctx.by_row, ctx.backend)
-    if ctx.needs_input_grad[1]:
-        dvalues = values_gradient(x, dy, offsets, columns, rows, ctx.by_row, ctx.backend)
-    return dx, dvalues, *(None for _ in range(6))
+    if needed[0]:
+        dx = _product(dy, values, offsets, rows, columns, x.shape[1], not by_row, backend)
+    if needed[1]:
+        dvalues = _values_gradient(x, dy, offsets, columns, rows, by_row, backend)
+    return dx, dvalues
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
+_product = operator(
+    "diagonal_matmul",
+    product,
+    lambda x, *rest: x.new_empty(x.shape[0], rest[-3]),
+    gradients=_gradients,
+)
+_values_gradient = operator(
+    "diagonal_matmul_values_gradient",
+    values_gradient,
+    lambda x, dy, offsets, *_: x.new_empty(len(offsets), min(x.shape[1], dy.shape[1])),
+)

@@ -54,6 +54,11 @@ class EntryIndex(NamedTuple):
     rows: Tensor
     slots: Tensor
 
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.column_pointer.numel() - 1
+
 
 def entry_index(
     entries: Tensor, out_features: int, in_features: int, *, by_row: bool = False

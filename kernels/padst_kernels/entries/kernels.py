@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from padst_kernels.activations import readable_tokens
-from padst_kernels.calls import on_its_device
+from padst_kernels.devices import on_its_device
 
 
 @dataclass(frozen=True)

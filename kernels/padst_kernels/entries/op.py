@@ -10,14 +10,13 @@ Shape letters: T tokens, I and O features in and out, S entries, N rows that hav
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from padst_kernels import Backend
-from padst_kernels.calls import needs_operator
+from padst_kernels.calls import operator
 from padst_kernels.entries import passes
 from padst_kernels.entries.index import Condensed, EntryIndex
 
@@ -61,14 +60,9 @@ def entry_matmul(
             f"entry_matmul: values is {tuple(values.shape)}, expected {columns.numel()} "
             "elements, as many as entries"
         )
-    _check("entry_matmul", x, values, columns, index.column_pointer.numel() - 1)
+    _check("entry_matmul", x, values, columns, index.in_features)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if needs_operator(flat, values):
-        y = _product_operator(flat, values, *index, out_features, backend)
-    elif torch.is_grad_enabled():
-        y = _EntryMatmul.apply(flat, values, *index, out_features, backend)
-    else:
-        y = passes.product(flat, values, index, out_features, backend)
+    y = _product(flat, values, index, out_features, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
@@ -104,10 +98,7 @@ def condensed_matmul(x: Tensor, weight: Condensed, *, backend: Backend = "torch"
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("condensed_matmul: x requires a gradient, but this is for inference only")
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if needs_operator(flat, values):
-        y = _operator(flat, values, columns, row_pointer, rows, out_features, backend)
-    else:
-        y = passes.condensed_product(flat, weight, backend)
+    y = _condensed_product(flat, values, columns, row_pointer, rows, out_features, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
@@ -123,126 +114,41 @@ def _check(name: str, x: Tensor, values: Tensor, columns: Tensor, in_features: i
         )
 
 
-@torch.library.custom_op("padst::condensed_matmul", mutates_args=())
-def _operator(
-    x: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    row_pointer: Tensor,
-    rows: Tensor,
-    out_features: int,
-    backend: str,
-) -> Tensor:
-    weight = Condensed(values, columns, row_pointer, rows, x.shape[1], out_features)
-    return passes.condensed_product(x, weight, backend)
-
-
-@_operator.register_fake
-def _(x: Tensor, values: Tensor, columns: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[-2])
-
-
-class _EntryMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, *rest: Any) -> Tensor:
-        *fields, out_features, ctx.backend = rest
-        index = EntryIndex(*fields)
-        ctx.save_for_backward(x, values, *index)
-        return passes.product(x, values, index, out_features, ctx.backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, *rest = ctx.saved_tensors
-        index = EntryIndex(*rest)
-        dx = dvalues = None
-        if ctx.needs_input_grad[0]:
-            dx = passes.input_gradient(dy, values, index, ctx.backend)
-        if ctx.needs_input_grad[1]:
-            dvalues = passes.values_gradient(x, dy, index, ctx.backend).view(values.shape)
-        return dx, dvalues, *(None for _ in index), None, None
-
-
-# The same passes as operators that torch.compile takes as they are.
-
-
-@torch.library.custom_op("padst::entry_matmul", mutates_args=())
-def _product_operator(
-    x: Tensor,
-    values: Tensor,
-    row_pointer: Tensor,
-    columns: Tensor,
-    order: Tensor | None,
-    column_pointer: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    out_features: int,
-    backend: str,
-) -> Tensor:
-    index = EntryIndex(row_pointer, columns, order, column_pointer, rows, slots)
-    return passes.product(x, values, index, out_features, backend)
-
-
-@_product_operator.register_fake
-def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[-2])
-
-
-@torch.library.custom_op("padst::entry_matmul_input_gradient", mutates_args=())
-def _input_gradient_operator(
+def _gradients(
+    needed: Sequence[bool],
     dy: Tensor,
-    values: Tensor,
-    row_pointer: Tensor,
-    columns: Tensor,
-    order: Tensor | None,
-    column_pointer: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    backend: str,
-) -> Tensor:
-    index = EntryIndex(row_pointer, columns, order, column_pointer, rows, slots)
-    return passes.input_gradient(dy, values, index, backend)
-
-
-@_input_gradient_operator.register_fake
-def _(dy: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return dy.new_empty(dy.shape[0], EntryIndex(*rest[:-1]).column_pointer.shape[0] - 1)
-
-
-@torch.library.custom_op("padst::entry_matmul_values_gradient", mutates_args=())
-def _values_gradient_operator(
     x: Tensor,
-    dy: Tensor,
-    row_pointer: Tensor,
-    columns: Tensor,
-    order: Tensor | None,
-    column_pointer: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    backend: str,
-) -> Tensor:
-    index = EntryIndex(row_pointer, columns, order, column_pointer, rows, slots)
-    return passes.values_gradient(x, dy, index, backend)
+    values: Tensor,
+    index: EntryIndex,
+    out_features: int,
+    backend: Backend,
+) -> tuple[Tensor | None, ...]:
+    """Of x and values."""
+    dx = _input_gradient(dy, values, index, backend) if needed[0] else None
+    dvalues = _values_gradient(x, dy, index, backend) if needed[1] else None
+    if dvalues is not None and values.dim() != 1:
+        dvalues = dvalues.view(values.shape)
+    return dx, dvalues
 
 
-@_values_gradient_operator.register_fake
-def _(x: Tensor, dy: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(EntryIndex(*rest[:-1]).columns.shape[0])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-2])
-    ctx.backend = inputs[-1]
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, *index = ctx.saved_tensors
-    dx = dvalues = None
-    if ctx.needs_input_grad[0]:
-        dx = _input_gradient_operator(dy, values, *index, ctx.backend)
-    if ctx.needs_input_grad[1]:
-        dvalues = _values_gradient_operator(x, dy, *index, ctx.backend).view(values.shape)
-    return dx, dvalues, *(None for _ in index), None, None
-
-
-_product_operator.register_autograd(_backward, setup_context=_setup_context)
+_product = operator(
+    "entry_matmul",
+    passes.product,
+    lambda x, values, index, out_features, backend: x.new_empty(x.shape[0], out_features),
+    gradients=_gradients,
+)
+_input_gradient = operator(
+    "entry_matmul_input_gradient",
+    passes.input_gradient,
+    lambda dy, values, index, backend: dy.new_empty(dy.shape[0], index.in_features),
+)
+_values_gradient = operator(
+    "entry_matmul_values_gradient",
+    passes.values_gradient,
+    lambda x, dy, index, backend: x.new_empty(index.columns.shape[0]),
+)
+_condensed_product = operator(
+    "condensed_matmul",
+    passes.condensed_product,
+    lambda x, *rest: x.new_empty(x.shape[0], rest[-2]),
+)

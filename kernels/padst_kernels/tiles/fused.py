@@ -6,27 +6,15 @@ Activations are `[features, T]` views, see activations.py; every saved tensor ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from padst_kernels import Backend
-from padst_kernels.activations import empty_features, has_aligned_rows
-from padst_kernels.calls import needs_operator
-from padst_kernels.tiles import passes
+from padst_kernels.activations import has_aligned_rows
 from padst_kernels.tiles.index import TileIndex
-from padst_kernels.tiles.op import (
-    INDEX_SCHEMA,
-    check,
-    input_gradient,
-    input_gradient_operator,
-    weight_gradient,
-    weight_gradient_operator,
-)
-from padst_kernels.tiles.passes import Norm
+from padst_kernels.tiles.op import check, product
+
+Norm = tuple[Tensor, Tensor, Tensor]
 
 
 def tile_matmul_fused(
@@ -100,152 +88,21 @@ def tile_matmul_fused(
         given = (x, weight, bias, residual, *norm)
         if any(tensor is not None and tensor.requires_grad for tensor in given):
             raise ValueError(f"{name}: norm has no gradient; use torch.no_grad()")
-    tensors = x, weight, bias, residual, mean, rstd, row_sums
-    how: dict[str, Any] = {"gelu": gelu, "feature_major": feature_major, "backend": backend}
-    if needs_operator(x, weight):
-        return _operator(*tensors, *index, out_features, **how)
-    if torch.is_grad_enabled():
-        return _TileMatmulFused.apply(*tensors, *index, out_features, how)
-    return _product(*tensors, *index, out_features, **how)
-
-
-def _product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    row_sums: Tensor | None,
-    *rest: Any,
-    gelu: bool,
-    feature_major: bool,
-    backend: Backend,
-) -> Tensor:
-    norm = None
-    if mean is not None and rstd is not None and row_sums is not None:
-        norm = (mean, rstd, row_sums)
-    return passes.product(
+    # Features first out here, tokens first in there.
+    y = product(
         x.t(),
         weight,
-        TileIndex(*rest[:-1]),
-        rest[-1],
+        bias,
+        None if residual is None else residual.t(),
+        index,
+        None,
+        mean,
+        rstd,
+        row_sums,
+        out_features,
+        gelu,
+        feature_major,
+        has_aligned_rows(x),
         backend,
-        feature_major=feature_major,
-        bias=bias,
-        gelu=gelu,
-        residual=None if residual is None else residual.t(),
-        norm=norm,
-    ).t()
-
-
-def _gelu_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *fields: Any,
-    feature_major: bool,
-    backend: Backend,
-) -> Tensor:
-    """dy `[O, T]` times the derivative of GELU at bias + W x."""
-    return passes.product(
-        x.t(),
-        weight,
-        TileIndex(*fields),
-        dy.shape[0],
-        backend,
-        feature_major=feature_major,
-        bias=bias,
-        gelu_gradient=dy.t(),
-    ).t()
-
-
-# As operators that torch.compile takes as they are.
-
-_operator = torch.library.custom_op(
-    "padst::tile_matmul_fused",
-    _product,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? rstd, "
-    f"Tensor? row_sums, {INDEX_SCHEMA}, SymInt out_features, *, bool gelu, "
-    "bool feature_major, str backend) -> Tensor",
-)
-_gelu_gradient_operator = torch.library.custom_op(
-    "padst::tile_matmul_gelu_gradient",
-    _gelu_gradient,
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor x, Tensor weight, Tensor? bias, {INDEX_SCHEMA}, *, "
-    "bool feature_major, str backend) -> Tensor",
-)
-
-
-@_operator.register_fake
-def _(x: Tensor, *rest: Any, gelu: bool, feature_major: bool, backend: Backend) -> Tensor:
-    return empty_features(rest[-1], x.shape[1], x, feature_major)
-
-
-@_gelu_gradient_operator.register_fake
-def _(dy: Tensor, *rest: Any, feature_major: bool, backend: Backend) -> Tensor:
-    return empty_features(dy.shape[0], dy.shape[1], dy, feature_major)
-
-
-class _TileMatmulFused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors_and_features, ctx.how = arguments
-        x, weight, bias = arguments[:3]
-        ctx.save_for_backward(x, weight, bias, *tensors_and_features[7:-1])
-        return _product(*tensors_and_features, **ctx.how)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, _gelu_gradient, input_gradient, weight_gradient), None
-
-
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
-) -> None:
-    x, weight, bias = inputs[:3]
-    ctx.save_for_backward(x, weight, bias, *inputs[7:-1])
-    ctx.how = keyword_only_inputs
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(
-        ctx, dy, _gelu_gradient_operator, input_gradient_operator, weight_gradient_operator
     )
-
-
-def _gradients(
-    ctx: Any,
-    dy: Tensor,
-    gelu_gradient: Callable[..., Tensor],
-    input_gradient: Callable[..., Tensor],
-    weight_gradient: Callable[..., Tensor],
-) -> tuple[Tensor | None, ...]:
-    """Of x, weight, bias and residual; None for all that follows."""
-    x, weight, bias, *fields = ctx.saved_tensors
-    backend, feature_major = ctx.how["backend"], ctx.how["feature_major"]
-    dx = dweight = dbias = None
-    needs_dx, needs_dweight, needs_dbias, needs_dresidual = ctx.needs_input_grad[:4]
-    dz = dy
-    if ctx.how["gelu"] and (needs_dx or needs_dweight or needs_dbias):
-        dz = gelu_gradient(
-            dy, x, weight, bias, *fields, feature_major=feature_major, backend=backend
-        )
-    else:
-        dz = passes.shared(dy.t(), TileIndex(*fields).row_run(weight.shape[2]), backend).t()
-    if needs_dx:
-        like_x = has_aligned_rows(x)
-        dx = input_gradient(dz.t(), weight, *fields, feature_major=like_x, backend=backend).t()
-    if needs_dweight:
-        dweight = weight_gradient(x.t(), dz.t(), *fields, weight.shape[2], backend=backend)
-    if needs_dbias:
-        dbias = dz.sum(1, dtype=bias.dtype)
-    dresidual = dy if needs_dresidual else None
-    return dx, dweight, dbias, dresidual, *(None for _ in range(3 + len(fields) + 1))
-
-
-_operator.register_autograd(_backward, setup_context=_setup_context)
+    return y.t()

@@ -1,4 +1,4 @@
-"""Grouped gather GEMM of token-major activations, differentiable.
+"""y = W x for a weight in dense tiles whose rows share gathered inputs, differentiable.
 
 Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile,
 R row groups.
@@ -6,16 +6,15 @@ R row groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from padst_kernels import Backend
 from padst_kernels.activations import empty_features
-from padst_kernels.calls import needs_operator
+from padst_kernels.calls import operator
+from padst_kernels.devices import shared
 from padst_kernels.tiles import passes
 from padst_kernels.tiles.index import TileIndex
 
@@ -49,18 +48,15 @@ def tile_matmul(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or there is no such backend for `x`.
+        IndexError: on a CPU, a number in `index` is out of range.
     """
     check("tile_matmul", x, x.shape[-1], weight, index, out_features, backend)
     # Of few tokens a view takes longer than the product.
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if needs_operator(flat, weight):
-        # Out here, so that backward has the copy too.
-        flat = passes.shared(flat, index.column_run, backend)
-        y = _operator(flat, weight, *index, out_features, backend=backend)
-    elif torch.is_grad_enabled():
-        y = _TileMatmul.apply(flat, weight, *index, out_features, backend)
-    else:
-        y = passes.product(flat, weight, index, out_features, backend)
+    y = product(
+        flat, weight, None, None, index, None, None, None, None,
+        out_features, False, False, False, backend,
+    )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
@@ -96,103 +92,53 @@ def check(
         )
 
 
-def _product(x: Tensor, weight: Tensor, *rest: Any, backend: Backend = "torch") -> Tensor:
-    return passes.product(x, weight, TileIndex(*rest[:-1]), rest[-1], backend)
-
-
-def input_gradient(
-    dy: Tensor, weight: Tensor, *fields: Any, feature_major: bool, backend: Backend
-) -> Tensor:
-    """`passes.input_gradient`, as an operator takes its arguments."""
-    index = TileIndex(*fields)
-    return passes.input_gradient(dy, weight, index, backend, feature_major=feature_major)
-
-
-def weight_gradient(x: Tensor, dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
-    """`passes.weight_gradient`, as an operator takes its arguments."""
-    return passes.weight_gradient(x, dy, TileIndex(*rest[:-1]), rest[-1], backend)
-
-
-# The same three as operators that torch.compile takes as they are.
-
-INDEX_SCHEMA = ", ".join(f"Tensor? {name}" for name in TileIndex._fields)
-
-_operator = torch.library.custom_op(
-    "padst::tile_matmul",
-    _product,
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor weight, {INDEX_SCHEMA}, SymInt out_features, *, "
-    "str backend='torch') -> Tensor",
-)
-input_gradient_operator = torch.library.custom_op(
-    "padst::tile_matmul_input_gradient",
-    input_gradient,
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor weight, {INDEX_SCHEMA}, *, bool feature_major, str backend) "
-    "-> Tensor",
-)
-weight_gradient_operator = torch.library.custom_op(
-    "padst::tile_matmul_weight_gradient",
-    weight_gradient,
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor dy, {INDEX_SCHEMA}, SymInt height, *, str backend) -> Tensor",
-)
-
-
-@_operator.register_fake
-def _(x: Tensor, weight: Tensor, *rest: Any, backend: Backend = "torch") -> Tensor:
-    return x.new_empty(x.shape[0], rest[-1])
-
-
-@input_gradient_operator.register_fake
-def _(dy: Tensor, weight: Tensor, *fields: Any, feature_major: bool, backend: Backend) -> Tensor:
-    return empty_features(TileIndex(*fields).in_features, dy.shape[0], dy, feature_major).t()
-
-
-@weight_gradient_operator.register_fake
-def _(x: Tensor, dy: Tensor, *rest: Any, backend: Backend) -> Tensor:
-    return x.new_empty(*rest[0].shape, rest[-1])
-
-
-class _TileMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        *fields, out_features, ctx.backend = rest
-        x = passes.shared(x, TileIndex(*fields).column_run, ctx.backend)
-        ctx.save_for_backward(x, weight, *fields)
-        return _product(x, weight, *fields, out_features, backend=ctx.backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, input_gradient, weight_gradient), None
-
-
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
-) -> None:
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.backend = keyword_only_inputs["backend"]
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, input_gradient_operator, weight_gradient_operator)
-
-
 def _gradients(
-    ctx: Any,
+    needed: Sequence[bool],
     dy: Tensor,
-    input_gradient: Callable[..., Tensor],
-    weight_gradient: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: None,
+    index: TileIndex,
+    *rest: Any,
 ) -> tuple[Tensor | None, ...]:
-    x, weight, *fields = ctx.saved_tensors
-    dy = passes.shared(dy, TileIndex(*fields).row_run(weight.shape[2]), ctx.backend)
-    dx = dweight = None
-    if ctx.needs_input_grad[0]:
-        dx = input_gradient(dy, weight, *fields, feature_major=False, backend=ctx.backend)
-    if ctx.needs_input_grad[1]:
-        dweight = weight_gradient(x, dy, *fields, weight.shape[2], backend=ctx.backend)
-    return dx, dweight, *(None for _ in fields), None
+    """Of x, weight, bias and residual. What stood before GELU is computed again."""
+    *_, gelu, feature_major, x_feature_major, backend = rest
+    dx = dweight = dbias = None
+    if gelu and any(needed[:3]):
+        dy_z = product(
+            x, weight, bias, None, index, dy, None, None, None,
+            dy.shape[1], False, feature_major, False, backend,
+        )  # fmt: skip
+    else:
+        dy_z = shared(dy, index.row_run(weight.shape[2]), backend)
+    if needed[0]:
+        dx = input_gradient(dy_z, weight, index, x_feature_major, backend)
+    if needed[1]:
+        dweight = weight_gradient(x, dy_z, index, weight.shape[2], backend)
+    if needed[2]:
+        assert bias is not None
+        dbias = dy_z.sum(0, dtype=bias.dtype)
+    return dx, dweight, dbias, dy if needed[3] else None
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
+product = operator(
+    "tile_matmul",
+    passes.product,
+    lambda x, *rest: empty_features(rest[-5], x.shape[0], x, feature_major=rest[-3]).t(),
+    gradients=_gradients,
+    prepare=lambda x, *rest: (shared(x, rest[3].column_run, rest[-1]), *rest),
+    forgotten="residual",
+)
+input_gradient = operator(
+    "tile_matmul_input_gradient",
+    passes.input_gradient,
+    lambda dy, weight, index, feature_major, backend: empty_features(
+        index.in_features, dy.shape[0], dy, feature_major
+    ).t(),
+)
+weight_gradient = operator(
+    "tile_matmul_weight_gradient",
+    passes.weight_gradient,
+    lambda x, dy, index, height, backend: x.new_empty(*index.columns.shape, height),
+)

@@ -11,37 +11,39 @@ from torch import Tensor
 
 from padst_kernels import Backend
 from padst_kernels.activations import aligned_features, has_aligned_rows
-from padst_kernels.tiles import cpu, cuda
+from padst_kernels.devices import pays_to_transpose, readable, runs_on_triton
+from padst_kernels.tiles import cuda, native, plain
 from padst_kernels.tiles.index import TileIndex
-
-Norm = tuple[Tensor, Tensor, Tensor]
-
-# From here on a token-major activation whose features are read or written singly is transposed
-# first: one more pass over it, where a gather would move 2 bytes of each 32 it touches, again for
-# every row group. By arithmetic, not measured.
-MIN_TRANSPOSED_TOKENS = 64
-# Neighbouring features that make a token-major access 16 bytes wide.
-MIN_RUN = 8
 
 
 def product(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
     index: TileIndex,
+    gelu_gradient: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    row_sums: Tensor | None,
     out_features: int,
+    gelu: bool,
+    feature_major: bool,
+    x_feature_major: bool,
     backend: Backend,
-    *,
-    feature_major: bool = False,
-    bias: Tensor | None = None,
-    gelu: bool = False,
-    gelu_gradient: Tensor | None = None,
-    residual: Tensor | None = None,
-    norm: Norm | None = None,
 ) -> Tensor:
-    """y `[T, O]` of x `[T, I]`; the epilogues are those of `launch_product`."""
-    if not runs_on_triton(x, backend):
-        y = cpu.product(x, weight, index, out_features, native=backend == "native")
-        y = _epilogue(y, bias, gelu, gelu_gradient, residual, norm)
+    """y `[T, O]` of x `[T, I]`, with the epilogues of `launch_product`.
+
+    `x_feature_major` is the layout that its gradient shall have.
+    """
+    norm = None
+    if mean is not None and rstd is not None and row_sums is not None:
+        norm = mean, rstd, row_sums
+    y = native.product(x, weight, index, out_features) if backend == "native" else None
+    if y is None and not runs_on_triton(x, backend):
+        y = plain.product(x, weight, index, out_features)
+    if y is not None:
+        y = _epilogue(y, norm, bias, gelu, gelu_gradient, residual)
         return aligned_features(y).t() if feature_major else y
     from padst_kernels.tiles import kernels
 
@@ -68,11 +70,13 @@ def product(
 
 
 def input_gradient(
-    dy: Tensor, weight: Tensor, index: TileIndex, backend: Backend, *, feature_major: bool = False
+    dy: Tensor, weight: Tensor, index: TileIndex, feature_major: bool, backend: Backend
 ) -> Tensor:
     """dx `[T, I]` of dy `[T, O]`."""
-    if not runs_on_triton(dy, backend):
-        dx = cpu.input_gradient(dy, weight, index, index.in_features, native=backend == "native")
+    dx = native.input_gradient(dy, weight, index) if backend == "native" else None
+    if dx is None and not runs_on_triton(dy, backend):
+        dx = plain.input_gradient(dy, weight, index)
+    if dx is not None:
         return aligned_features(dx).t() if feature_major else dx
     run = index.row_run(weight.shape[2])
     dy, weight = readable(dy, run), weight.contiguous()
@@ -141,8 +145,11 @@ def weight_gradient(
     x: Tensor, dy: Tensor, index: TileIndex, height: int, backend: Backend
 ) -> Tensor:
     """dweight `[G, K, V]` of x `[T, I]` and dy `[T, O]`."""
-    if not runs_on_triton(x, backend):
-        return cpu.weight_gradient(x, dy, index, height, native=backend == "native")
+    dweight = native.weight_gradient(x, dy, index, height) if backend == "native" else None
+    if dweight is None and not runs_on_triton(x, backend):
+        dweight = plain.weight_gradient(x, dy, index, height)
+    if dweight is not None:
+        return dweight
     from padst_kernels.tiles import kernels
 
     run = index.column_run
@@ -159,29 +166,6 @@ def weight_gradient(
     )
 
 
-def runs_on_triton(x: Tensor, backend: str) -> bool:
-    """Whether the Triton kernels compute with `x`.
-
-    Raises:
-        ValueError: they should, but cannot.
-    """
-    if not _prefers_triton(x, backend):
-        return False
-    if not x.is_cuda:
-        from padst_kernels.tiles import kernels
-
-        if not kernels.are_interpreted():
-            raise ValueError(
-                f"backend {backend!r} needs a GPU, got a tensor on {x.device}; use 'torch' there"
-            )
-    return True
-
-
-def _prefers_triton(x: Tensor, backend: str) -> bool:
-    # Triton has no float64 matrix instructions.
-    return backend in ("triton", "cuda") and x.dtype != torch.float64
-
-
 def _precision(x: Tensor) -> str:
     # Not allow_tf32, which raises once fp32_precision was set to TF32.
     if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -189,32 +173,13 @@ def _precision(x: Tensor) -> str:
     return "ieee"
 
 
-def pays_to_transpose(x: Tensor) -> bool:
-    """Whether token-major `x`, read or written feature by feature, is better transposed first."""
-    return x.shape[0] >= MIN_TRANSPOSED_TOKENS
-
-
-def shared(x: Tensor, run: int, backend: str) -> Tensor:
-    """`x`, or the copy of it that every pass would make."""
-    return readable(x, run) if _prefers_triton(x, backend) else x
-
-
-def readable(x: Tensor, run: int) -> Tensor:
-    """`x`, or a copy in the layout in which aligned runs of `run` features are best read."""
-    if has_aligned_rows(x.t()):
-        return x
-    if run < MIN_RUN and pays_to_transpose(x):
-        return aligned_features(x).t()
-    return x.contiguous()
-
-
 def _epilogue(
     y: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor] | None,
     bias: Tensor | None,
     gelu: bool,
     gelu_gradient: Tensor | None,
     residual: Tensor | None,
-    norm: Norm | None,
 ) -> Tensor:
     if norm is not None:
         mean, rstd, row_sums = norm

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from padst_exp.data.seeding import preserved_rng, seed_of
 from padst_exp.data.sources import (
     SPLIT_NAMES,
     Split,
@@ -25,6 +24,7 @@ from padst_exp.data.sources import (
 )
 from padst_exp.data.task import Address, Batch, Classification
 from padst_exp.errors import UserError, require
+from padst_exp.seeds import preserved_rng, seed_of
 
 if TYPE_CHECKING:
     import datasets

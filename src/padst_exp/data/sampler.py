@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from padst_exp.data.seeding import seed_of
 from padst_exp.data.task import Address, Batch, Task
 from padst_exp.errors import require
+from padst_exp.seeds import seed_of
 
 
 class StepSampler(Sampler[list[Address]]):

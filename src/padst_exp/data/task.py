@@ -125,7 +125,7 @@ class Classification(Task):
             return inputs, targets
         from timm.data.mixup import Mixup
 
-        from padst_exp.data.seeding import preserved_rng
+        from padst_exp.seeds import preserved_rng
 
         found = f"{len(inputs)} images in a micro-batch of one process"
         wanted = "an even number for dataset.mixup and dataset.cutmix"

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from padst_exp.cache import cache_folder, write_atomically
+from padst_exp.atomic import replacing
+from padst_exp.cache import cache_folder
 from padst_exp.data.bigram import Bigram
 from padst_exp.data.sources import existing
 from padst_exp.data.task import LanguageModeling
@@ -39,8 +40,8 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator([text], trainer)
     # A home that cannot be written only costs the second of training it again.
-    with contextlib.suppress(OSError):
-        write_atomically(path, tokenizer.to_str().encode())
+    with contextlib.suppress(OSError), replacing(path) as file:
+        file.write(tokenizer.to_str().encode())
     return tokenizer
 
 

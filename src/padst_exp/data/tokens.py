@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from padst_exp.data.seeding import seed_of
 from padst_exp.data.task import IGNORED, Address, Batch
 from padst_exp.errors import require
+from padst_exp.seeds import seed_of
 
 
 class TokenStream:

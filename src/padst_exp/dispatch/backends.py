@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from padst_exp.dispatch.agreement import agrees
-from padst_exp.dispatch.decision import Decision, device_name, fastest
+from padst_exp.dispatch.inputs import Input, inputs_of, random
+from padst_exp.dispatch.timing import device_name, timings
 from padst_exp.errors import UserError, require
 from padst_exp.layers import SparseConv2d, SparseLinear, sparse_layers
-from padst_exp.soft import choices as soft_or_hard
+from padst_exp.soft import choices
+from padst_exp.structures import tile_shape
 from padst_kernels import Backend
 
 # Ratios no longer change with more tokens, but measuring takes longer.
@@ -22,20 +24,20 @@ MAX_TOKENS = {"cpu": 1024, "cuda": 1 << 16}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How one layer is computed.
+class Pick:
+    """How one layer is computed, and the times that spoke for it.
 
     Args:
-        backend: see `SparseLinear`.
+        backend: see `SparseLinear`; "dense" where a dense layer took its place (`inference.tune`).
         tokens: that were measured with, about those of a forward pass; 0 where nothing was.
-        dtype: of activations, e.g. "bfloat16".
-        seconds: of forward and backward by each backend, and of a dense layer ("dense").
+        dtype: of the product, e.g. "bfloat16".
+        seconds: of each backend that computes the right thing, and of a dense layer ("dense").
     """
 
-    backend: Backend
-    tokens: int
-    dtype: str
-    seconds: dict[str, float]
+    backend: Backend | Literal["dense"]
+    tokens: int = 0
+    dtype: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float | None:
@@ -43,15 +45,6 @@ class Choice:
         if not {"dense", self.backend} <= self.seconds.keys():
             return None
         return self.seconds["dense"] / self.seconds[self.backend]
-
-
-@dataclass(frozen=True)
-class _Input:
-    """What reaches a layer: the shape behind the batch dimension, tokens of a sample, dtype."""
-
-    shape: tuple[int, ...]
-    tokens: int
-    dtype: torch.dtype
 
 
 def choose(
@@ -62,61 +55,55 @@ def choose(
     device: torch.device,
     compiled: bool,
     allowed: Collection[Backend] = get_args(Backend),
-) -> dict[str, Choice]:
-    """Measure every kind of sparse layer of `model` and let each use its fastest backend.
+) -> dict[str, Pick]:
+    """Measure every kind of sparse layer of `model` and let each use its fastest right backend.
 
     Forward and backward together. A kernel that disagrees with a dense weight in plain PyTorch is
-    not chosen, whichever it is.
+    not picked, whichever it is.
 
     Args:
         model: on `device`; only its backends change.
         example: runs `model` on one sample, as training will.
         samples: in one forward pass of training.
         device: of the model.
-        compiled: whether `torch.compile` will compile it; part of what decisions are kept under.
-        allowed: backends that may run.
+        compiled: whether `torch.compile` will compile it; part of what timings are kept under.
+        allowed: backends that may be picked.
 
     Raises:
         ValueError: a layer has none of the `allowed` backends.
     """
-    use_usual(model, device, allowed)
-    inputs = _inputs(model, example)
-    chosen = {
-        name: _measured(layer, inputs.get(name), samples, device, compiled, allowed)
-        for name, layer in sparse_layers(model).items()
-    }
-    reuse(model, chosen)
-    return chosen
+    # Nothing that is not proven yet runs in the example.
+    forced(model, "torch", device)
+    layers = sparse_layers(model)
+    inputs = inputs_of(example, layers)
+    picks = {}
+    for name, layer in layers.items():
+        possible = [backend for backend in layer.backends(device) if backend in allowed]
+        if not possible:
+            raise ValueError(f"no backend is left of {layer.backends(device)}")
+        if layer.storage == "masked" or name not in inputs:
+            picks[name] = Pick("torch" if "torch" in possible else possible[0])
+        else:
+            picks[name] = _measured(layer, possible, inputs[name][-1], samples, device, compiled)
+    reuse(model, picks)
+    return picks
 
 
-def forced(model: nn.Module, backend: Backend, device: torch.device) -> dict[str, Choice]:
+def forced(model: nn.Module, backend: Backend, device: torch.device) -> dict[str, Pick]:
     """Use `backend` wherever a layer has it, what it usually has where not. Measures nothing.
 
     Raises:
         UserError: see `require_device`.
     """
     require_device(backend, device)
-    chosen = {}
+    picks = {}
     for name, layer in sparse_layers(model).items():
         possible = layer.backends(device)
         # What only some layers have in CUDA, the others have in Triton.
         wanted = (backend, "triton") if backend == "cuda" else (backend,)
-        taken = next((name for name in wanted if name in possible), possible[0])
-        chosen[name] = Choice(taken, 0, "", {})
-    reuse(model, chosen)
-    return chosen
-
-
-def use_usual(
-    model: nn.Module, device: torch.device, allowed: Collection[Backend] = get_args(Backend)
-) -> None:
-    """Let every layer use its usual backend on `device`.
-
-    Raises:
-        ValueError: a layer has none of the `allowed` ones.
-    """
-    for layer in sparse_layers(model).values():
-        layer.use_backend(_possible(layer, device, allowed)[0])
+        picks[name] = Pick(next((one for one in wanted if one in possible), possible[0]))
+    reuse(model, picks)
+    return picks
 
 
 def require_device(backend: str, device: torch.device) -> None:
@@ -126,22 +113,24 @@ def require_device(backend: str, device: torch.device) -> None:
     require(on == device.type, "backend", backend, f"{what} (auto, torch or scatter)")
 
 
-def reuse(model: nn.Module, chosen: Mapping[str, Choice]) -> None:
-    """Let the layers of `model` use what was `chosen`, by their module names."""
+def reuse(model: nn.Module, picks: Mapping[str, Pick]) -> None:
+    """Let the layers of `model` use what was picked for them, by their module names."""
     for name, layer in sparse_layers(model).items():
-        layer.use_backend(chosen[name].backend)
+        backend = picks[name].backend
+        assert backend != "dense", name
+        layer.use_backend(backend)
 
 
-def save(chosen: Mapping[str, Choice], device: torch.device) -> dict[str, Any]:
+def save(picks: Mapping[str, Pick], device: torch.device) -> dict[str, Any]:
     """Plain data for a checkpoint."""
     return {
         "device": device_name(device),
-        "choices": {name: asdict(choice) for name, choice in chosen.items()},
+        "picks": {name: asdict(pick) for name, pick in picks.items()},
     }
 
 
-def restore(saved: object, model: nn.Module, device: torch.device) -> dict[str, Choice] | None:
-    """The choices that `save` stored.
+def restore(saved: object, model: nn.Module, device: torch.device) -> dict[str, Pick] | None:
+    """The picks that `save` stored.
 
     Returns:
         By module name; None when they were made on a device of another model, or are not those of
@@ -150,128 +139,85 @@ def restore(saved: object, model: nn.Module, device: torch.device) -> dict[str, 
     if not isinstance(saved, Mapping) or saved.get("device") != device_name(device):
         return None
     try:
-        chosen = {name: Choice(**choice) for name, choice in saved["choices"].items()}
+        picks = {name: Pick(**pick) for name, pick in saved["picks"].items()}
     except (AttributeError, KeyError, TypeError):
         return None
-    possible = {name: layer.backends(device) for name, layer in sparse_layers(model).items()}
-    fits = chosen.keys() == possible.keys() and all(
-        choice.backend in possible[name] for name, choice in chosen.items()
+    layers = sparse_layers(model)
+    fits = picks.keys() == layers.keys() and all(
+        pick.backend in layers[name].backends(device) for name, pick in picks.items()
     )
-    return chosen if fits else None
-
-
-def _inputs(model: nn.Module, example: Callable[[], object]) -> dict[str, _Input]:
-    """What of one sample reaches every sparse layer that `example` calls."""
-    seen: dict[str, _Input] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(
-            layer: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], y: Tensor
-        ) -> None:
-            (x,) = (*inputs, *named.values())
-            cast = torch.is_autocast_enabled(x.device.type)
-            dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
-            features = layer.out_features
-            assert isinstance(features, int)
-            seen[name] = _Input(tuple(x.shape[1:]), y.numel() // features, dtype)
-
-        return hook
-
-    handles = [
-        layer.register_forward_hook(watch(name), with_kwargs=True)
-        for name, layer in sparse_layers(model).items()
-    ]
-    try:
-        example()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _possible(
-    layer: SparseLinear, device: torch.device, allowed: Collection[Backend]
-) -> list[Backend]:
-    possible = [backend for backend in layer.backends(device) if backend in allowed]
-    if not possible:
-        raise ValueError(f"no backend is left of {layer.backends(device)}")
-    return possible
+    return picks if fits else None
 
 
 def _measured(
     layer: SparseLinear,
-    found: _Input | None,
+    possible: Sequence[Backend],
+    sample: Input,
     samples: int,
     device: torch.device,
     compiled: bool,
-    allowed: Collection[Backend],
-) -> Choice:
-    possible = _possible(layer, device, allowed)
-    if layer.storage == "masked" or found is None or found.tokens == 0:
-        return Choice(possible[0], 0, "", {})
-    shape, tokens = measured_shape(layer, found.shape, found.tokens, samples, device)
-    decision = training_decision(layer, possible, shape, found.dtype, device, compiled)
-    name = str(found.dtype).removeprefix("torch.")
-    return Choice(cast(Backend, decision.choice), tokens, name, decision.seconds)
-
-
-def measured_shape(
-    layer: SparseLinear,
-    sample: tuple[int, ...],
-    tokens: int,
-    samples: int,
-    device: torch.device,
-) -> tuple[tuple[int, ...], int]:
-    """The shape of the input a decision is measured with, and its tokens: a power of two of them.
-
-    Args:
-        layer: to be measured.
-        sample: shape of its input without the batch dimension.
-        tokens: rows that one sample multiplies: output positions of a convolution.
-        samples: in one forward pass.
-        device: of the layer.
-    """
+) -> Pick:
     most = MAX_TOKENS[device.type]
     if isinstance(layer, SparseConv2d):
-        number = min(1 << (samples - 1).bit_length(), max(1, most // tokens))
-        return (number, *sample), number * tokens
-    number = min(1 << (tokens * samples - 1).bit_length(), most)
-    return (number, layer.in_features), number
+        number = min(_power_of_two(samples), max(1, most // sample.tokens))
+        shape, tokens = (number, *sample.shape[1:]), number * sample.tokens
+    else:
+        tokens = min(_power_of_two(sample.tokens * samples), most)
+        shape = tokens, layer.in_features
+    seconds = training_seconds(layer, possible, shape, sample.dtype, device, compiled)
+    backend = min((one for one in possible if one in seconds), key=seconds.__getitem__)
+    return Pick(backend, tokens, sample.dtype_name, seconds)
 
 
-def training_decision(
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def training_seconds(
     layer: SparseLinear,
     backends: Sequence[Backend],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     compiled: bool,
-) -> Decision:
-    """The fastest of `backends` for forward and backward of layers like `layer`.
+) -> dict[str, float]:
+    """Times of forward and backward of layers like `layer`.
 
     Args:
         layer: any of its kind; a copy of it is measured.
         backends: the candidates.
-        shape: of the input.
+        shape: of the input, a batch for a convolution.
         dtype: of activations and values.
         device: where to measure.
-        compiled: part of what the decision is kept under. Measured eagerly all the same: compiled
+        compiled: part of what timings are kept under. Measured eagerly all the same: compiled
             code calls these very kernels.
+
+    Returns:
+        The seconds of each of `backends` that is right, and of a dense layer ("dense").
+
+    Raises:
+        UserError: none of them is right.
     """
     what = {
-        "layer": type(layer).__name__,
+        "pass": "forward and backward",
+        "layer": repr(layer.window) if isinstance(layer, SparseConv2d) else "linear",
         "weights": [
-            (type(w.geometry).__name__, *w.shape, *w.geometry.frame, len(w.active))
-            for w in layer.parts()
+            [
+                type(weight.geometry).__name__,
+                *(weight.shape, weight.geometry.frame, len(weight.active)),
+                # What units merge to, and what their rows are scattered by.
+                tile_shape(weight.geometry, weight.active.long()),
+                weight.row_order is not None,
+            ]
+            for weight in layer.parts()
         ],
+        "permuted": sorted({side for side, _ in layer.permutations()}),
         "backends": list(backends),
         "input": shape,
         "dtype": str(dtype),
         "compiled": compiled,
-        "permuted": sorted({side for side, _ in layer.permutations()}),
-        "pass": "forward and backward",
     }
-    return fastest(what, lambda: _passes(layer, backends, shape, dtype, device), device=device)
+    return timings(what, lambda: _passes(layer, backends, shape, dtype, device), device=device)
 
 
 def _passes(
@@ -281,26 +227,14 @@ def _passes(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Callable[[], Sequence[Tensor]]]:
+    """Forward and backward by each backend that agrees with a dense weight, and by that."""
     generator = torch.Generator(device).manual_seed(0)
     layer = _example_of(layer, dtype, generator)
-    # Drawn in float32: not every device draws every dtype.
-    x = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
-    values = [weight.values for weight in layer.parts()]
+    x = random(shape, dtype, generator).requires_grad_()
     y = layer.dense_forward(x, layer.weight)
-    dy = torch.randn(y.shape, generator=generator, device=device).to(dtype)
+    dy = random(y.shape, dtype, generator)
+    values = [weight.values for weight in layer.parts()]
     truth = (y.detach(), *torch.autograd.grad(y, (x, *values), dy))
-
-    def sparse(backend: Backend) -> Callable[[], Sequence[Tensor]]:
-        own = copy.deepcopy(layer)
-        own.use_backend(backend)
-        own_values = [weight.values for weight in own.parts()]
-
-        def call() -> Sequence[Tensor]:
-            y = own(x)
-            return (y.detach(), *torch.autograd.grad(y, (x, *own_values), dy))
-
-        return call
-
     weight = layer.weight.detach().clone().requires_grad_()
 
     def dense() -> Sequence[Tensor]:
@@ -308,7 +242,7 @@ def _passes(
 
     passes: dict[str, Callable[[], Sequence[Tensor]]] = {}
     for backend in backends:
-        call = sparse(backend)
+        call = _pass_of(layer, backend, x, dy)
         if agrees(backend, call, truth):
             passes[backend] = call
     if not passes:
@@ -319,6 +253,21 @@ def _passes(
     return {**passes, "dense": dense}
 
 
+def _pass_of(
+    layer: SparseLinear, backend: Backend, x: Tensor, dy: Tensor
+) -> Callable[[], Sequence[Tensor]]:
+    own = copy.deepcopy(layer)
+    own.use_backend(backend)
+    values = [weight.values for weight in own.parts()]
+
+    def call() -> Sequence[Tensor]:
+        y = own(x)
+        return (y.detach(), *torch.autograd.grad(y, (x, *values), dy))
+
+    return call
+
+
+@torch.no_grad()
 def _example_of(
     layer: SparseLinear, dtype: torch.dtype, generator: torch.Generator
 ) -> SparseLinear:
@@ -330,13 +279,11 @@ def _example_of(
         weight.select(None)
         weight.collect_dense_gradient = False
         weight.requires_grad_()
-        with torch.no_grad():
-            noise = torch.randn(
-                weight.values.shape, generator=generator, device=weight.values.device
-            )
-            # What lies outside the weight, or under no mask, stays zero.
-            weight.values.copy_(noise * (weight.values != 0))
-    for choice in soft_or_hard(example).values():
+        values, (rows, columns) = weight.values, weight.shape
+        # New ones where all are zero, and zero where a frame reaches over the edge.
+        inside = weight.entries() < rows * columns
+        values.copy_(random(values.shape, dtype, generator) * inside)
+    for choice in choices(example).values():
         if choice.soft:
             choice.harden()
     example.index()

@@ -13,7 +13,7 @@ from padst_exp.dst.scores import DropScore, GrowScore
 from padst_exp.dst.selection import Selection
 from padst_exp.dst.topology import Change, Signal, Signals, Topology
 from padst_exp.errors import require
-from padst_exp.pools import best_of_each
+from padst_exp.pools import Trait, best_of_each
 from padst_exp.soft import Learner
 
 # With fewer active units a share of them is not a meaningful choice; such layers stay as drawn.
@@ -25,6 +25,7 @@ class Algorithm(abc.ABC):
 
     Attributes:
         needs: which signals `decide` reads besides magnitudes.
+        requires: what the units and pools of a structure must be for it to make sense.
         moments: `"age"`: bias corrections of a grown entry count from its birth; `"zero"`: from
             the start of training, as in the papers' code (its first steps are then up to 3.2
             times the learning rate at beta2 = 0.999).
@@ -34,6 +35,7 @@ class Algorithm(abc.ABC):
     """
 
     needs: frozenset[Signal] = frozenset()
+    requires: frozenset[Trait] = frozenset()
     moments: Literal["age", "zero"] = "age"
     silences_rows: bool = False
     selection_learner: Learner | None = None
@@ -106,22 +108,24 @@ class Periodic(Algorithm):
 
     def drop_fraction(self, step: int, total: int) -> float:
         """Share of active units that are replaced at `step`."""
-        return self.fraction / 2 * (1 + math.cos(math.pi * step / (self.stop * total)))
+        share = min(step / (self.stop * total), 1.0)
+        return self.fraction / 2 * (1 + math.cos(math.pi * share))
 
 
 class DropGrow(Periodic):
-    """Drop globally, refill locally.
+    """Prune, drop globally, refill locally.
 
-    The lowest-scored active units of the layer leave; then each pool is filled up to the number
-    that `counts` gives it, by default what it lost, so that no budget can drift. A pool that still
-    has more than that loses its lowest-scored units too. A dropped unit is a candidate again, and
-    keeps its values when it returns.
+    Pools that have more than `counts` lets them keep are pruned to that. Then the lowest-scored
+    units of the whole layer leave, a share of those that are left; and each pool is filled up to
+    the number that `counts` gives it, by default what it lost, so that no budget can drift. A
+    unit that left is a candidate again, and keeps its values when it returns.
 
     Args:
         drop: score of active units.
         grow: score of all units.
         counts: how many units each pool has after an update.
-        fraction, interval, stop, moments: see `Periodic`.
+        fraction, interval, stop, moments: see `Periodic`. Where counts change, a last update at
+            `stop` brings them to their target.
     """
 
     def __init__(
@@ -136,13 +140,22 @@ class DropGrow(Periodic):
         moments: Literal["age", "zero"],
     ) -> None:
         super().__init__(fraction=fraction, interval=interval, stop=stop, moments=moments)
+        require(
+            counts.end <= stop, "dst.stop", stop, f"at least dst.counts.end={counts.end}, so that "
+            "the last update reaches the density asked",
+        )  # fmt: skip
         self.drop = drop
         self.grow = grow
         self.counts = counts
         self.needs = drop.needs | grow.needs
+        self.requires = drop.requires | grow.requires
 
     def initial_density(self, density: float) -> float:
         return self.counts.initial_density(density)
+
+    def is_due(self, step: int, total: int) -> bool:
+        closing = self.counts.end > 0 and step == math.ceil(self.stop * total)
+        return closing or super().is_due(step, total)
 
     def can_change(self, topology: Topology) -> bool:
         shrinks = not torch.equal(topology.counts(), topology.target)
@@ -152,24 +165,21 @@ class DropGrow(Periodic):
     def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
     ) -> tuple[Change, float]:
-        num_active, device = len(topology.active), topology.active.device
-        # Few active units would round to zero drops for ever without the carry.
-        wanted = self.drop_fraction(step, total) * num_active + carry
-        num_drop = min(math.floor(wanted), num_active)
+        progress = step / total
+        counts, scores = self.counts(topology, progress), self.drop(topology, signals)
+        table = scores.new_full(topology.exists().shape, -torch.inf)
+        table.view(-1)[topology.active] = scores
+        active = best_of_each(table, self.counts.kept(topology, progress)).view(-1)
+        scores, survivors = scores[active[topology.active]], active.nonzero().squeeze(1)
 
-        scores = self.drop(topology, signals)
-        leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=device))[0]
-        survivors = topology.with_active(topology.active[~leaving])
-        counts = self.counts(topology, step / total)
-        if bool((survivors.counts() > counts).any()):
-            table = scores.new_full(topology.exists().shape, -torch.inf)
-            table.view(-1)[survivors.active] = scores[~leaving]
-            best = best_of_each(table, counts.minimum(survivors.counts()))
-            survivors = topology.with_active(best.flatten().nonzero().squeeze(1))
+        # Few active units would round to zero drops for ever without the carry.
+        wanted = self.drop_fraction(step, total) * len(survivors) + carry
+        num_drop = min(math.floor(wanted), len(survivors))
+        leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=scores.device))[0]
+        left = topology.with_active(survivors[~leaving])
 
         open_slots = topology.exists()
-        open_slots.view(-1)[survivors.active] = False
-        candidates = self.grow(survivors, signals).masked_fill(~open_slots, -torch.inf)
-        coming = best_of_each(candidates, counts - survivors.counts())
-        active = torch.cat([survivors.active, coming.flatten().nonzero().squeeze(1)])
-        return Change(active.sort().values), wanted - num_drop
+        open_slots.view(-1)[left.active] = False
+        candidates = self.grow(left, signals).masked_fill(~open_slots, -torch.inf)
+        coming = best_of_each(candidates, counts - left.counts()).flatten().nonzero().squeeze(1)
+        return Change(torch.cat([left.active, coming]).sort().values), wanted - num_drop

@@ -23,13 +23,13 @@ class Selection(Soft):
 
     Attributes:
         temperature: a scalar tensor; the lower, the sharper the choice.
+        units: int64 `[N]`, the ids of the units to choose among.
         chosen: int64 ids of the units that stay, once hard; -1 before.
         last: the coefficients `[N]` when it hardened, which the values take over.
     """
 
     temperature: Tensor
     units: Tensor
-    pools: Tensor
     target: Tensor
     chosen: Tensor
     last: Tensor
@@ -40,15 +40,16 @@ class Selection(Soft):
         self.logits = nn.Parameter(logits.detach().clone())
         self.num_pools, self.pool_size = topology.num_pools, topology.pool_size
         self.register_buffer("temperature", logits.new_ones(()))
+        self.register_buffer("units", topology.active.clone())
         nobody = torch.full((int(topology.target.sum()),), -1, device=logits.device)
-        for name, tensor in {
-            "units": topology.active,
-            "pools": topology.pools,
-            "target": topology.target,
-            "chosen": nobody,
-            "last": torch.ones_like(logits),
-        }.items():
-            self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("target", topology.target, persistent=False)
+        self.register_buffer("chosen", nobody, persistent=False)
+        self.register_buffer("last", torch.ones_like(logits), persistent=False)
+
+    @property
+    def pools(self) -> Tensor:
+        """The pool of each unit, int64 `[N]`."""
+        return self.units // self.pool_size
 
     def coefficients(self) -> Tensor:
         """`[N]` in 0 .. 1, differentiable in the logits: sigmoid((logit - t) / temperature).
@@ -66,13 +67,14 @@ class Selection(Soft):
         return torch.sigmoid(logits - threshold)
 
     def penalty(self) -> Tensor:
-        """Sum of c (1 - c) over that of equal coefficients."""
+        """Sum of c (1 - c) over that of equal coefficients, in the pools that leave a choice."""
         if not self.soft:
             return self.temperature.new_zeros(())
         soft = self.coefficients()
         share = (self.target / self._per_pool(torch.ones_like(soft)))[self.pools].to(soft)
-        uniform = (share * (1 - share)).sum().clamp_min(torch.finfo(soft.dtype).tiny)
-        return (soft * (1 - soft)).sum() / uniform
+        uniform = share * (1 - share)
+        between = (soft * (1 - soft))[uniform > 0].sum()
+        return between / uniform.sum().clamp_min(torch.finfo(soft.dtype).tiny)
 
     @torch.no_grad()
     def gain(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Periodic
 from padst_exp.dst.topology import Change, Signals, Topology
-from padst_exp.errors import UserError, require
+from padst_exp.errors import require
 from padst_exp.pools import best_of_each
 
 
@@ -31,6 +31,7 @@ class SRigL(Periodic):
     """
 
     needs = frozenset({"dense_gradient"})
+    requires = frozenset({"neurons"})
 
     def __init__(
         self,
@@ -49,11 +50,6 @@ class SRigL(Periodic):
         self.silences_rows = ablation
 
     def can_change(self, topology: Topology) -> bool:
-        if topology.num_pools > 1 and len(topology.target.unique()) > 1:
-            raise UserError(
-                "dst: srigl needs a constant fan-in, expected structure=fan_in (or one where all "
-                "pools have one size)"
-            )
         num_active = len(topology.active)
         return MIN_DYNAMIC_UNITS <= num_active < int(topology.candidates.sum())
 
@@ -87,7 +83,9 @@ class SRigL(Periodic):
         if not self.ablation or topology.is_output:
             return torch.ones_like(salient, dtype=torch.bool)
         budget = int(topology.target.sum())
-        threshold = max(1, int(self.gamma * (budget // topology.num_pools)))
+        fan_in = budget // topology.num_pools
+        # 0.57 * 100 is a little less than 57.
+        threshold = max(1, int(self.gamma * fan_in + 1e-9))
         # So many must stay that none gets more inputs than there are.
         fewest = -(-budget // topology.pool_size)
         ranked = salient.sort(descending=True, stable=True).values

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from padst_exp.dst import Algorithm, Change
-from padst_exp.engine.distributed import World
+from padst_exp.dst import Change
+from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.optimizers import birth_dtype
 from padst_exp.engine.state import TrainingState
 from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
 from padst_exp.permutations import Permutation
 from padst_exp.seeds import stream
-from padst_exp.soft import Learner, Soft
+from padst_exp.soft import Learner
 
 
 class Follower(Protocol):
@@ -54,7 +54,8 @@ class Moments:
         state = self.optimizer.state.pop(move.old, None)
         if not state:
             return
-        if self.rule == "age" and isinstance(self.optimizer, torch.optim.Adam):
+        aware = self.rule == "age" and isinstance(self.optimizer, torch.optim.Adam)
+        if aware and move.num_grown:
             moment = state["exp_avg"]
             if "birth" not in state:
                 one_each = moment[:, :1] if weight.storage == "packed" else moment
@@ -69,20 +70,10 @@ class Moments:
         self.optimizer.state[move.new] = state
 
 
-def adopt(
-    name: str, weight: SparseWeight, change: Change, followers: Iterable[Follower], step: int
-) -> Move:
-    """Let one weight take a new topology, and all followers go along."""
-    move = weight.adopt(change)
-    for follower in followers:
-        follower.follow(name, weight, move, step)
-    return move
-
-
-def followers(state: TrainingState, rule: str) -> list[Follower]:
-    """The one list of what follows a change of topology; the engine rebuilds the rest by it."""
+def followers(experiment: Experiment, state: TrainingState) -> list[Follower]:
+    """The one list of what moves along when a topology changes."""
     each: list[Follower | None] = [
-        Moments(state.optimizer, rule),
+        Moments(state.optimizer, experiment.algorithm.moments),
         state.average,
         state.tracker,
         state.births,
@@ -91,76 +82,75 @@ def followers(state: TrainingState, rule: str) -> list[Follower]:
 
 
 def update_topologies(
-    state: TrainingState,
-    algorithm: Algorithm,
-    weights: Iterable[SparseWeight],
-    *,
-    total: int,
-    seed: int,
-    world: World,
+    experiment: Experiment, state: TrainingState, weights: Iterable[SparseWeight]
 ) -> list[Move]:
-    """Let `algorithm` decide the next topology of each of `weights`, and adopt it.
+    """Let the algorithm decide the next topology of each of `weights`, and adopt it.
 
     Returns:
         What was done to each weight, in order.
     """
-    changing = set(weights)
-    follow = followers(state, algorithm.moments)
+    changing, following = set(weights), followers(experiment, state)
     moves = []
     for position, (name, weight) in enumerate(sparse_weights(state.model).items()):
         if weight not in changing:
             continue
         if weight.dense_gradient is not None:
-            world.mean_([weight.dense_gradient])
+            state.world.mean_([weight.dense_gradient])
         change = weight.decide(
-            algorithm,
+            experiment.algorithm,
             step=state.step,
-            total=total,
+            total=experiment.total_steps,
             # Seeded anew for each decision: ranks agree, and a checkpoint need not hold it.
-            generator=stream(seed, "rewire", state.step, position),
+            generator=stream(experiment.seed, "rewire", state.step, position),
             birth=None if state.births is None else state.births.steps[name],
         )
         weight.dense_gradient = weight.weight_gradient = None
-        moves.append(adopt(name, weight, change, follow, state.step))
+        moves.append(_adopt(name, weight, change, following, state.step))
     state.tracker.updates += 1
-    _finish(state, moves, "topologies", world)
+    _finish(state, "topologies")
     return moves
 
 
 def harden(
+    experiment: Experiment,
     state: TrainingState,
-    learners: Sequence[Learner],
+    learners: Iterable[Learner],
     loss: Callable[[], float],
-    *,
-    rule: str,
-    progress: float,
-    world: World,
 ) -> tuple[list[dict[str, Any]], list[Move]]:
     """Harden every soft choice that is ready, one after the other.
 
     Args:
+        experiment: what is trained.
         state: its model's choices harden, those of its average adopt the same.
         learners: tell which are ready, and let go of them.
         loss: of the current training batch, averaged over ranks; called before and after each.
-        rule: see `Moments`.
-        progress: completed steps over all steps.
-        world: rank 0 decides for all.
 
     Returns:
         One record for each hardened choice (its name, step, why, penalty and gain just before,
         loss before and after), and the changes of topology that came of them.
     """
+    progress, world = state.step / experiment.total_steps, state.world
+    following = followers(experiment, state)
     records: list[dict[str, Any]] = []
     moves: list[Move] = []
     before: float | None = None
     for learner in learners:
         for name, choice in list(learner.choices.items()):
-            # A rounding difference must not part the ranks.
+            # Rank 0 decides for all: a rounding difference must not part the ranks.
             reason = world.from_main(learner.ready(choice, progress))
             if reason is None:
                 continue
             before = loss() if before is None else before
-            record = _before(name, choice, reason, state.step)
+            record = {
+                "choice": name,
+                "of": learner.kind.__name__.lower(),
+                "step": state.step,
+                "reason": reason,
+                "penalty": float(choice.penalty().detach()),
+                "gain": float(choice.gain()),
+            }
+            if isinstance(choice, Permutation):
+                record["agreement"] = choice.agreement()
             logits = choice.logits
             assert logits is not None
             hard = world.from_main(choice.nearest().cpu())
@@ -168,58 +158,55 @@ def harden(
             learner.release(name, logits)
             if state.average is not None:
                 state.average.harden(name, hard)
-            moves += _settle(state, rule)
+            moves += _settle(state, following)
             index_stale(state.model)
             after = loss()
             records.append({**record, "loss_before": before, "loss_after": after})
             before = after
     if records:
-        _finish(state, moves, "hard choices", world)
+        _finish(state, "hard choices")
     return records, moves
 
 
-def _before(name: str, choice: Soft, reason: str, step: int) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "choice": name,
-        "of": type(choice).__name__.lower(),
-        "step": step,
-        "reason": reason,
-        "penalty": float(choice.penalty().detach()),
-        "gain": float(choice.gain()),
-    }
-    if isinstance(choice, Permutation):
-        record["agreement"] = choice.agreement()
-    return record
+def _adopt(
+    name: str, weight: SparseWeight, change: Change, following: Iterable[Follower], step: int
+) -> Move:
+    """Let one weight take a new topology, and all that follows it go along."""
+    move = weight.adopt(change)
+    for follower in following:
+        follower.follow(name, weight, move, step)
+    return move
 
 
-def _settle(state: TrainingState, rule: str) -> list[Move]:
+def _settle(state: TrainingState, following: Iterable[Follower]) -> list[Move]:
     """Adopt what hard selections have chosen."""
-    follow = followers(state, rule)
     moves = []
     for name, weight in sparse_weights(state.model).items():
         change = weight.settle()
         if change is not None:
-            moves.append(adopt(name, weight, change, follow, state.step))
+            moves.append(_adopt(name, weight, change, following, state.step))
     return moves
 
 
-def _finish(state: TrainingState, moves: Sequence[Move], what: str, world: World) -> None:
+def _finish(state: TrainingState, what: str) -> None:
     """Derive anew what depends on topologies and choices, and make sure that ranks agree."""
     index_stale(state.model)
     if state.average is not None:
         index_stale(state.average.model)
         state.average.pair(state.model)
-    if world.size > 1:
-        world.assert_identical(topology_digest(state), f"{what} after step {state.step}")
+    if state.world.size > 1:
+        state.world.assert_identical(
+            topology_digest(state.model), f"{what} after step {state.step}"
+        )
 
 
-def topology_digest(state: TrainingState) -> str:
+def topology_digest(model: nn.Module) -> str:
     """Return a hash of all active units, row orders and permutations."""
     digest = hashlib.sha256()
-    for weight in sparse_weights(state.model).values():
+    for weight in sparse_weights(model).values():
         for tensor in (weight.active, weight.row_order):
             if tensor is not None:
                 digest.update(tensor.cpu().numpy().tobytes())
-    for permutation in permutations(state.model).values():
+    for permutation in permutations(model).values():
         digest.update(permutation.index.cpu().numpy().tobytes())
     return digest.hexdigest()

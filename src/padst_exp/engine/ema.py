@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from padst_exp.dst import Selection
 from padst_exp.layers import Move, SparseWeight, sparse_weights
 from padst_exp.soft import choices
 
@@ -47,7 +48,8 @@ class Average:
         self._statistics = [
             (buffer, buffers[f"{prefix}.{name}"])
             for prefix, module in self.model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            # A selection's temperature counts as much as its logits.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm | Selection)
             for name, buffer in module.named_buffers(recurse=False)
         ]
 

@@ -1,21 +1,14 @@
 """The training loop: steps, evaluations, checkpoints, metrics."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from padst_exp import dispatch
 from padst_exp.data.sampler import train_loader, validation_loader
-from padst_exp.data.seeding import seed_of
-from padst_exp.data.task import Batch
-from padst_exp.engine.backends import (
-    choose_backends,
-    describe,
-    summarize_backends,
-)
+from padst_exp.engine.backends import choose_backends, describe, summarize_backends
 from padst_exp.engine.checkpoint import require_same_config
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import evaluate
@@ -23,7 +16,7 @@ from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.interruption import Interrupted, Interruption
 from padst_exp.engine.loggers import flat_values
 from padst_exp.engine.plots import plot_curves, plot_topologies
-from padst_exp.engine.progress import Progress
+from padst_exp.engine.progress import Progress, say
 from padst_exp.engine.run_directory import RunDirectory, read_metrics
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import DivergedError, Stepper, eagerly
@@ -34,9 +27,11 @@ from padst_exp.errors import UserError
 def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[str, Any]:
     """Train to the end, from the last checkpoint in `directory` if there is one.
 
+    A run that is finished already is not repeated.
+
     Args:
         experiment: what is trained and how; its model is on the CPU still.
-        directory: of the run, already created; the same on every rank.
+        directory: of the run; the same on every rank.
         world: from `distributed.start`.
 
     Returns:
@@ -47,6 +42,17 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
             of another configuration. The last good checkpoint stays.
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
+    if directory.finished:
+        if world.main:
+            say("finished before; resume=never trains again")
+        return directory.summary()
+    if world.main:
+        report = experiment.report
+        say(
+            f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
+            f"entries, {report.density('model'):.2%} of the model's parameters remain; "
+            f"{experiment.total_steps} steps on {world.device}, in {directory.path}"
+        )
     training = _Training(experiment, directory, world)
     try:
         with Interruption() as interruption:
@@ -54,6 +60,12 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
         return training.finish()
     except BaseException as error:
         training.abort(error)
+        if isinstance(error, DivergedError):
+            last = directory.checkpoints.last
+            kept = f"the last good one is {last}" if last.exists() else "there is no checkpoint"
+            raise UserError(
+                f"training diverged: {error}; {kept}; lower optimizer.lr or set trainer.clip_norm"
+            ) from error
         raise
 
 
@@ -62,29 +74,18 @@ class _Training:
 
     def __init__(self, experiment: Experiment, directory: RunDirectory, world: World) -> None:
         self.experiment, self.directory, self.world = experiment, directory, world
-        self.task, self.trainer, self.logger = (
-            experiment.task,
-            experiment.trainer,
-            experiment.logger,
-        )
-        self.total = experiment.total_steps
-        self.saved = directory.checkpoints.load()
-        if self.saved is not None:
-            require_same_config(self.saved["config"], directory.config, directory.checkpoints.last)
+        self.task, self.trainer = experiment.task, experiment.trainer
+        self.logger, self.total = experiment.logger, experiment.total_steps
+        path, saved = directory.checkpoints.last, directory.checkpoints.load()
+        if saved is not None:
+            require_same_config(saved["config"], directory.config, path)
         experiment.model.to(world.device)
         if self.trainer.precision == "float64":
             experiment.model.double()
-        self.choices = choose_backends(
-            experiment,
-            world=world,
-            saved=None if self.saved is None else self.saved.get("backends"),
-        )
-        self.state = TrainingState(
-            experiment, world=world, saved=self.saved, path=directory.checkpoints.last
-        )
-        self.stepper = Stepper(
-            experiment, self.state, world=world, record=self.record, say=self.say
-        )
+        backends = None if saved is None else saved["backends"]
+        self.picks = choose_backends(experiment, world=world, saved=backends)
+        self.state = TrainingState(experiment, world=world, saved=saved, path=path)
+        self.stepper = Stepper(experiment, self.state, record=self.record, say=self.say)
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
         self.watched: float | None = None
         self.baselines: dict[str, float] = {}
@@ -108,15 +109,10 @@ class _Training:
                 workers=trainer.workers,
             )
         )
-        if self.saved is None:
-            # Dropout differs between ranks, and owes nothing to how the model was initialised.
-            torch.manual_seed(seed_of("dropout", self.experiment.seed, self.world.rank))
-        else:
-            state.restore_random_state(self.saved, self.directory.checkpoints.last)
-            self.saved = None
+        state.start_generators(self.experiment.seed)
         self.mark = time.perf_counter()
         while state.step < self.total:
-            self.step(batches)
+            self.stepper.step(batches)
             self.progress.advance()
             at_end = state.step == self.total
             logging = at_end or _due(state.step, trainer.log_interval)
@@ -140,15 +136,15 @@ class _Training:
         self.logger.start(self.directory.path, self.directory.config)
         if self.state.step:
             self.say(f"resumed at step {self.state.step} from {self.directory.checkpoints.last}")
-        if self.choices:
-            self.say(describe(self.choices))
+        if self.picks:
+            self.say(describe(self.picks))
         for name, value in self.baselines.items():
             self.say(f"baseline {name} {value:.4g}")
 
     def log(self) -> None:
         """Record the training metrics since the last time."""
         state = self.state
-        self.settle()
+        self.stepper.settle()
         seconds = time.perf_counter() - self.mark
         speed = (state.step - self.marked_step) * self.trainer.batch_size / seconds
         values = {"loss": sum(state.losses) / len(state.losses), "lr": self.stepper.lr}
@@ -209,41 +205,21 @@ class _Training:
     def save(self, is_best: bool) -> None:
         """Write a checkpoint, if the state is sound."""
         began = time.perf_counter()
-        self.settle()
+        self.stepper.settle()
         if not self.state.is_finite():
-            self.diverge(DivergedError("a weight is not finite", self.state.step))
+            raise DivergedError("a weight is not finite", self.state.step)
         self.world.average_statistics(self.state.model)
         payload = self.state.payload()
         if self.world.main:
             # First the metrics, so that no checkpoint is ever ahead of them.
             self.directory.sync_metrics()
-            payload["backends"] = dispatch.save(self.choices, self.world.device)
+            payload["backends"] = dispatch.save(self.picks, self.world.device)
             payload["config"] = self.directory.config
             payload["config_text"] = self.directory.config_text
-            self.directory.checkpoints.save(payload, is_best=is_best)
+            self.directory.checkpoints.save(
+                payload, is_best=is_best, keep_last=self.trainer.keep_last
+            )
         self.mark += time.perf_counter() - began
-
-    def step(self, batches: Iterator[Batch]) -> None:
-        """Take one optimizer step."""
-        try:
-            self.stepper.step(batches)
-        except DivergedError as error:
-            self.diverge(error)
-
-    def settle(self) -> None:
-        """Fetch the losses that are still on the device."""
-        try:
-            self.stepper.settle()
-        except DivergedError as error:
-            self.diverge(error)
-
-    def diverge(self, error: DivergedError) -> None:
-        """Stop, and say what is left."""
-        last = self.directory.checkpoints.last
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
-        raise UserError(
-            f"training diverged: {error}; {kept}; lower optimizer.lr or set trainer.clip_norm"
-        ) from error
 
     def stop(self, interruption: Interruption) -> None:
         """Leave after a signal, to this rank or another; the state is saved."""
@@ -271,7 +247,7 @@ class _Training:
                 world=self.world,
                 seconds=time.perf_counter() - self.started,
             )
-            summary["backends"] = summarize_backends(self.choices)
+            summary["backends"] = summarize_backends(self.picks)
             plot_curves(rows, self.task.monitor[0], self.baselines, path / "curves.png")
             plot_topologies(state.model, state.tracker.initial, path / "topology.png")
             self.directory.finish(summary)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from padst_exp.errors import require
 from padst_exp.layers import SparseWeight
-from padst_exp.permutations import Permutation
+from padst_exp.soft import Soft
 
 Role = Literal["packed", "weight", "bias", "norm", "embedding"]
 DECAYED: tuple[Role, ...] = ("packed", "weight")
@@ -34,13 +34,13 @@ def parameter_roles(model: nn.Module) -> dict[str, tuple[Role, nn.Parameter]]:
     """Return role and parameter of every trained parameter of `model`, by name, each once.
 
     "packed": the values of a `SparseWeight`; "weight": a dense weight; "bias"; "norm": scales of
-    normalisation layers; "embedding": tables, tokens and other bare parameters. Soft permutations
+    normalisation layers; "embedding": tables, tokens and other bare parameters. Soft choices
     are left out: their learner brings an optimizer of its own.
     """
     roles: dict[str, tuple[Role, nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, Permutation):
+        if isinstance(module, Soft):
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.requires_grad and parameter not in seen:
@@ -183,7 +183,7 @@ class OptimizerBuilder(abc.ABC):
         self.min_lr = min_lr
 
     def create(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, Schedule]:
-        """Return an optimizer of all but the soft permutations of `model`, and its schedule.
+        """Return an optimizer of all but the soft choices of `model`, and its schedule.
 
         The model must be on its device already.
         """

@@ -1,6 +1,6 @@
 """Everything that changes while training, which is what a checkpoint holds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
+from padst_exp.seeds import seed_generators, seed_of
 from padst_exp.soft import soft_choices
 
 
@@ -27,6 +28,7 @@ class TrainingState:
         path: of the checkpoint, for messages.
 
     Attributes:
+        world: of this process.
         step: completed steps.
         best: best value of the monitored metric so far, and its step.
         losses: of the steps since the last row of metrics; `norms` of their gradients alike.
@@ -48,6 +50,7 @@ class TrainingState:
         self.best: tuple[float, int] | None = None
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self._random: Sequence[Mapping[str, Any]] | None = None
         # The fresh model has the initial topology, whatever the checkpoint holds.
         self.tracker = TopologyTracker(sparse_weights(model))
         if saved is not None:
@@ -60,7 +63,7 @@ class TrainingState:
         # Only now is it known which choices are still soft.
         for learner in self.learners:
             soft = soft_choices(model)
-            learner.start({n: choice for n, choice in soft.items() if type(choice) is learner.kind})
+            learner.start({n: c for n, c in soft.items() if isinstance(c, learner.kind)})
         self.optimizer, self.schedule = experiment.optimizer.create(model, experiment.total_steps)
         if saved is not None:
             self._restore(saved, path)
@@ -82,15 +85,14 @@ class TrainingState:
             "random": self.world.gather(checkpoint.random_state()),
         }
 
-    def restore_random_state(self, saved: Mapping[str, Any], path: Path) -> None:
-        """Set the generators of this rank; the last thing to do before the next step."""
-        ranks = len(saved["random"])
-        if ranks != self.world.size:
-            raise UserError(
-                f"{path}: written by {ranks} processes, resumed by {self.world.size}; "
-                f"start as many as then"
-            )
-        checkpoint.restore_random_state(saved["random"][self.world.rank])
+    def start_generators(self, seed: int) -> None:
+        """Set the global generators of this rank; the last thing to do before the first step."""
+        if self._random is None:
+            # Dropout differs between ranks, and owes nothing to how the model was initialised.
+            seed_generators(seed_of("dropout", seed, self.world.rank))
+        else:
+            checkpoint.restore_random_state(self._random[self.world.rank])
+            self._random = None
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return all parameters but those of soft choices."""
@@ -102,6 +104,12 @@ class TrainingState:
         return bool(torch.stack(norms).isfinite().all())
 
     def _restore(self, saved: Mapping[str, Any], path: Path) -> None:
+        self._random = saved["random"]
+        if len(self._random) != self.world.size:
+            raise UserError(
+                f"{path}: written by {len(self._random)} processes, resumed by {self.world.size}; "
+                f"start as many as then"
+            )
         if (saved["average"] is None) != (self.average is None):
             raise UserError(f"{path}: written with another trainer.ema_decay")
         if self.average is not None:

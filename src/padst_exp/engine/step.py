@@ -8,28 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from padst_exp.data.seeding import seed_of
+from padst_exp.data.task import Batch
 from padst_exp.engine import changes
-from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.state import TrainingState
 from padst_exp.layers import Move, SparseWeight, sparse_weights
-from padst_exp.soft import Learner, choices, soft_choices
-
-Batch = tuple[Tensor, Tensor]
+from padst_exp.seeds import seed_of
+from padst_exp.soft import Learner, soft_choices
 
 
 class DivergedError(Exception):
-    """The loss or a weight is not a finite number.
-
-    Attributes:
-        step: at which it was first seen.
-    """
+    """The loss or a weight is not a finite number."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} at step {step}")
-        self.step = step
 
 
 class Stepper:
@@ -37,8 +30,7 @@ class Stepper:
 
     Args:
         experiment: what is trained and how.
-        state: of the training.
-        world: of this process.
+        state: of its training.
         record: takes a kind of event and its values, for the metrics.
         say: takes a line for a person.
 
@@ -51,50 +43,35 @@ class Stepper:
         experiment: Experiment,
         state: TrainingState,
         *,
-        world: World,
         record: Callable[[str, Mapping[str, Any]], None],
         say: Callable[[str], None],
     ) -> None:
-        self.experiment, self.state, self.world = experiment, state, world
-        self.task, self.trainer = experiment.task, experiment.trainer
-        self.algorithm = experiment.algorithm
-        self.total = experiment.total_steps
+        self.experiment, self.state = experiment, state
         self.record, self.say = record, say
-        self.model = state.model
-        if self.trainer.compile:
-            compile_blocks(self.model)
-        self._replicate()
+        self.algorithm, self.trainer = experiment.algorithm, experiment.trainer
+        self.model, self.world = state.model, state.world
         self.lr = 0.0
         self._pending: list[tuple[Tensor, Tensor | None]] = []
-
-    def _replicate(self) -> None:
-        """Take the parameters of the model as they are now: for ranks, and for clipping."""
-        soft = [f"{name}.logits" for name in soft_choices(self.model)]
-        # What was there before lets go of the parameters first.
-        self.forward: nn.Module = self.model
-        self.forward = self.world.replicate(self.model, soft)
-        self.parameters = self.state.trained_parameters()
-
-    @property
-    def soft(self) -> bool:
-        """Whether any choice is still soft."""
-        return any(learner.choices for learner in self.state.learners)
+        if self.trainer.compile:
+            compile_blocks(self.model)
+        self._take_parameters()
 
     def step(self, batches: Iterator[Batch]) -> None:
         """Take as many micro-batches as one step needs and carry the state on.
 
         Nothing here waits for the device, but for steps that change topologies or harden.
+
+        Raises:
+            DivergedError: before a change, a loss is not finite.
         """
-        state = self.state
-        step, progress = state.step + 1, (state.step + 1) / self.total
+        state, step, total = self.state, self.state.step + 1, self.experiment.total_steps
         changing = self._changing(step)
 
         state.optimizer.zero_grad(set_to_none=True)
         for learner in state.learners:
             learner.zero_grad()
         loss, seen = self._accumulate(batches, changing)
-        if self.soft:
-            self._average_gradients()
+        self._average_soft_gradients()
         self._keep_gradients(changing)
         norm = None
         if self.trainer.clip_norm is not None:
@@ -103,22 +80,23 @@ class Stepper:
         state.optimizer.step()
         state.schedule.step_update(step)
         for learner in state.learners:
-            learner.step(progress)
+            learner.step(step / total)
         if state.average is not None:
             state.average.update(step)
         state.step = step
         self._pending.append((loss, norm))
-        hardening = [
+
+        looking = [
             learner
             for learner in state.learners
-            if learner.choices and (step % learner.interval == 0 or step == self.total)
+            if learner.choices and (step % learner.interval == 0 or step == total)
         ]
-        if changing or hardening:
+        if changing or looking:
             self.settle()  # nothing is chosen by a gradient that is not finite
         if changing:
             self._change(changing)
-        if hardening:
-            self._harden(hardening, seen, progress)
+        if looking:
+            self._harden(looking, seen)
 
     def settle(self) -> None:
         """Fetch losses and norms from the device.
@@ -131,9 +109,9 @@ class Stepper:
         losses = torch.stack([loss for loss, _ in self._pending])
         self.world.mean_([losses])
         first = self.state.step - len(self._pending) + 1
-        for offset, loss in enumerate(losses.tolist()):
+        for step, loss in enumerate(losses.tolist(), first):
             if not math.isfinite(loss):
-                raise DivergedError(f"the loss is {loss}", first + offset)
+                raise DivergedError(f"the loss is {loss}", step)
             self.state.losses.append(loss)
         norms = [norm for _, norm in self._pending if norm is not None]
         if norms:
@@ -146,16 +124,24 @@ class Stepper:
         soft = soft_choices(self.model)
         if not soft:
             return {}
-        both = [torch.stack([c.penalty(), c.gain()]) for c in soft.values()]
+        both = [torch.stack([choice.penalty(), choice.gain()]) for choice in soft.values()]
         rows = dict(zip(soft, torch.stack(both).tolist(), strict=True))
         return {
             "penalty": {name: penalty for name, (penalty, _) in rows.items()},
             "gain": {name: gain for name, (_, gain) in rows.items()},
         }
 
+    def _take_parameters(self) -> None:
+        """Replicate the parameters as they are now, and know them for clipping."""
+        soft = [f"{name}.logits" for name in soft_choices(self.model)]
+        # The replica that was there before lets go of the parameters first.
+        self.forward: nn.Module = self.model
+        self.forward = self.world.replicate(self.model, soft)
+        self.parameters = self.state.trained_parameters()
+
     def _changing(self, step: int) -> list[SparseWeight]:
         """The weights whose topology is to be decided after `step`."""
-        if not self.algorithm.is_due(step, self.total):
+        if not self.algorithm.is_due(step, self.experiment.total_steps):
             return []
         return [
             weight
@@ -167,22 +153,23 @@ class Stepper:
         self, batches: Iterator[Batch], changing: Sequence[SparseWeight]
     ) -> tuple[Tensor, list[Batch]]:
         """Forward and backward of all micro-batches; return the mean loss and the batches."""
-        trainer, world = self.trainer, self.world
+        trainer, world, task = self.trainer, self.world, self.experiment.task
         collect = bool(changing) and "dense_gradient" in self.algorithm.needs
         for weight in changing:
             weight.collect_dense_gradient = collect
         # What is rare or passing is not worth another compilation of every block.
+        passing = collect or any(learner.half_hard for learner in self.state.learners)
         losses, seen = [], []
-        with eagerly(trainer.compile and (collect or self._half_hard())):
+        with eagerly(trainer.compile and passing):
             for micro in range(trainer.micro_batches):
                 part = world.rank * trainer.micro_batches + micro
                 inputs, targets = to_device(next(batches), world.device, trainer.precision)
-                inputs, targets = self.task.augment(
+                inputs, targets = task.augment(
                     inputs, targets, seed_of("mix", self.experiment.seed, self.state.step, part)
                 )
                 with self._unsynchronised(micro + 1 < trainer.micro_batches):
                     with forward_context(trainer.precision, world.device):
-                        loss = self.task.loss(self.forward(inputs), targets)
+                        loss = task.loss(self.forward(inputs), targets)
                     loss = loss / trainer.micro_batches
                     loss.backward()
                 losses.append(loss.detach())
@@ -197,8 +184,8 @@ class Stepper:
             return self.forward.no_sync()
         return nullcontext()
 
-    def _average_gradients(self) -> None:
-        """Average the gradients of soft choices, which are not replicated by torch."""
+    def _average_soft_gradients(self) -> None:
+        """Average over ranks what the replica leaves out, since it may come and go."""
         logits = [c.logits for learner in self.state.learners for c in learner.choices.values()]
         self.world.mean_([p.grad for p in logits if p is not None and p.grad is not None])
 
@@ -210,14 +197,8 @@ class Stepper:
                 weight.weight_gradient = None if gradient is None else gradient.clone()
 
     def _change(self, changing: Sequence[SparseWeight]) -> None:
-        moves = changes.update_topologies(
-            self.state,
-            self.algorithm,
-            changing,
-            total=self.total,
-            seed=self.experiment.seed,
-            world=self.world,
-        )
+        """Let the algorithm decide the topologies of these weights."""
+        moves = changes.update_topologies(self.experiment, self.state, changing)
         self._follow(moves)
         replaced = sum(move.num_grown for move in moves)
         active = sum(len(weight.active) for weight in changing)
@@ -226,15 +207,10 @@ class Stepper:
             "rewire", {"replaced": replaced, "churn": replaced / active, "density": density}
         )
 
-    def _harden(self, learners: Sequence[Learner], seen: list[Batch], progress: float) -> None:
+    def _harden(self, learners: Sequence[Learner], seen: list[Batch]) -> None:
         """Harden the soft choices that are ready."""
         hardened, moves = changes.harden(
-            self.state,
-            learners,
-            lambda: self._loss_of(seen),
-            rule=self.algorithm.moments,
-            progress=progress,
-            world=self.world,
+            self.experiment, self.state, learners, lambda: self._loss_of(seen)
         )
         if not hardened:
             return
@@ -250,12 +226,13 @@ class Stepper:
         )
 
     def _follow(self, moves: Sequence[Move]) -> None:
-        """Replicate anew where the number of entries changed."""
-        if any(move.new is not move.old for move in moves):
-            self._replicate()
-
-    def _half_hard(self) -> bool:
-        return 0 < len(soft_choices(self.model)) < len(choices(self.model))
+        """Take the parameters anew where a change of the number of entries made other ones."""
+        if all(move.new is move.old for move in moves):
+            return
+        if self.trainer.compile:
+            # Code of shapes that are no more would fill up what torch keeps for each block.
+            torch.compiler.reset()
+        self._take_parameters()
 
     @torch.no_grad()
     def _loss_of(self, seen: list[Batch]) -> float:
@@ -267,7 +244,7 @@ class Stepper:
                 eagerly(self.trainer.compile),
                 forward_context(self.trainer.precision, self.world.device),
             ):
-                losses.append(self.task.loss(self.model(inputs), targets))
+                losses.append(self.experiment.task.loss(self.model(inputs), targets))
         self.model.train()
         mean = torch.stack(losses).mean()
         self.world.mean_([mean])

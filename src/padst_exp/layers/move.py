@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +49,7 @@ class Move:
         self.old_entries = old_entries
         self.old = self.new = values
 
-    @property
+    @cached_property
     def num_grown(self) -> int:
         """How many units start at zero, wholly or in part."""
         grown = self.source < 0
@@ -67,7 +68,7 @@ class Move:
         return scatter_entries(moved, entries, self.geometry.shape)
 
     def units(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
-        """The same for one number per unit, `[N]`; a unit with any old entry keeps the first's."""
+        """The same for one number per unit, `[N]`; one made of several keeps the last one's."""
         source = self.source
         if source.dim() == 2:
             source = torch.where(source >= 0, source // source.shape[1], -1).amax(1)
@@ -108,6 +109,7 @@ def plan(weight: SparseWeight, change: Change) -> Move:
     if change.source is not None:
         source = change.source
         _check_source(source, len(active), len(before), weight.geometry.unit_size)
+        source = _inside(source, geometry, active)
     elif geometry is not weight.geometry:
         assert old_entries is not None
         source = _same_entries(old_entries, geometry.entries(active), geometry.shape)
@@ -138,9 +140,21 @@ def _check_source(source: Tensor, units: int, old_units: int, unit_size: int) ->
         raise ValueError(f"source reaches beyond the {most} old places")
 
 
+def _inside(source: Tensor, geometry: Geometry, active: Tensor) -> Tensor:
+    """`source` with -1 where a frame reaches over the edge of the weight: nothing moves there."""
+    if geometry.exact_frames:
+        return source
+    if source.dim() == 1:
+        steps = torch.arange(geometry.unit_size, device=source.device)
+        source = torch.where(source < 0, -geometry.unit_size, source * geometry.unit_size)
+        source = (source[:, None] + steps).clamp(min=-1)
+    outside = geometry.shape[0] * geometry.shape[1]
+    return source.masked_fill(geometry.entries(active) == outside, -1)
+
+
 def _same_units(before: Tensor, active: Tensor) -> Tensor:
     """The old row of each unit that was active before, -1 for others; both are sorted."""
-    place = torch.searchsorted(before, active).clamp(max=len(before) - 1)
+    place = torch.searchsorted(before, active.contiguous()).clamp(max=len(before) - 1)
     return torch.where(before[place] == active, place, -1)
 
 

@@ -118,9 +118,17 @@ class SparseLinear(nn.Module):
         for multiply, part in zip(self.products, parts, strict=True):
             assert isinstance(multiply, Product)
             multiply.index(folding[part])
-        live = folding.live_rows() if self.silences_rows and self.bias is not None else None
-        self.live = None if live is None or bool(live.all()) else live
+        self.live = self._live_rows(folding)
         self.stale = False
+
+    def _live_rows(self, folding: Folding) -> Tensor | None:
+        """Which outputs have a bias, bool `[O]`; None: all."""
+        # A companion, or a soft permutation of the outputs, leaves no output without inputs.
+        mixed = any(p.soft for (side, _), p in self.permutations().items() if side == "out")
+        if not self.silences_rows or self.bias is None or self.companion is not None or mixed:
+            return None
+        live = folding.live_rows()
+        return None if bool(live.all()) else live
 
     def _outdate(self) -> None:
         self.stale = True
@@ -231,8 +239,9 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _needs_parts(weights: Sequence[SparseWeight], permutations: Sequence[nn.Module]) -> bool:
-    collecting = weights[0].collect_dense_gradient and torch.is_grad_enabled()
-    return collecting or any(isinstance(p, Permutation) and p.soft for p in permutations)
+    collecting = any(weight.collect_dense_gradient for weight in weights)
+    soft = any(isinstance(p, Permutation) and p.soft for p in permutations)
+    return soft or (collecting and torch.is_grad_enabled())
 
 
 def _hard_index(permutation: nn.Module | None) -> Tensor | None:

@@ -91,7 +91,7 @@ class SparseWeight(nn.Module):
             geometry.candidates.to(device),
             geometry.unit_sizes.to(device),
             geometry.pool_size,
-            geometry.shape[0] * geometry.shape[1],
+            geometry.shape,
             self.target.to(device),
             self.is_output,
         )
@@ -238,7 +238,8 @@ class SparseWeight(nn.Module):
         if isinstance(values, Tensor) and self.storage == "packed":
             shape = (len(self.active), self.geometry.unit_size)
             if values.shape == shape and values.shape != self.values.shape:
-                self.values = nn.Parameter(self.values.new_empty(shape))
+                needs = self.values.requires_grad
+                self.values = nn.Parameter(self.values.new_empty(shape), requires_grad=needs)
         order = state_dict.get(f"{prefix}row_order")
         if (order is None) != (self.row_order is None):
             rows = torch.arange(self.shape[0], device=self.active.device)

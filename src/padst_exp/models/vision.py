@@ -1,20 +1,11 @@
 """Image classifiers over timm: targets of conf/model/*.yaml. They map `[B, C, H, W]` to logits."""
 
-from collections.abc import Callable
-from pathlib import Path
 
-from timm.models import (
-    MlpMixer,
-    VisionTransformer,
-    get_pretrained_cfg,
-    load_pretrained,
-    load_state_dict,
-    mlp_mixer,
-    vision_transformer,
-)
-from torch import Tensor, nn
+from timm.models import MlpMixer, VisionTransformer, mlp_mixer, vision_transformer
+from torch import nn
 
-from padst_exp.errors import UserError, require
+from padst_exp.errors import require
+from padst_exp.models.weights import load
 
 
 def vit(
@@ -69,7 +60,14 @@ def vit(
         drop_path_rate=drop_path,
         init_values=layer_scale,
     )
-    return _load(model, vision_transformer.checkpoint_filter_fn, name, pretrained, checkpoint)
+    return load(
+        model,
+        name=name,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        classifier="head",
+        convert=vision_transformer.checkpoint_filter_fn,
+    )
 
 
 def mixer(
@@ -108,45 +106,16 @@ def mixer(
         mlp_ratio=mlp_ratio,
         drop_path_rate=drop_path,
     )
-    return _load(model, mlp_mixer.checkpoint_filter_fn, name, pretrained, checkpoint)
+    return load(
+        model,
+        name=name,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        classifier="head",
+        convert=mlp_mixer.checkpoint_filter_fn,
+    )
 
 
 def _require_divisor(patch_size: int, image_size: int) -> None:
     fits = patch_size >= 1 and image_size % patch_size == 0
     require(fits, "model.patch_size", patch_size, f"a divisor of the image size {image_size}")
-
-
-def _load(
-    model: VisionTransformer | MlpMixer,
-    convert: Callable[..., dict[str, Tensor]],
-    name: str,
-    pretrained: bool,
-    checkpoint: str | None,
-) -> nn.Module:
-    if checkpoint is not None:
-        require(not pretrained, "model.checkpoint", checkpoint, "null beside model.pretrained=true")
-        require(Path(checkpoint).is_file(), "model.checkpoint", checkpoint, "an existing file")
-    source_cfg = get_pretrained_cfg(name)
-    known = not pretrained or source_cfg is not None
-    require(known, "model.name", name, "a name that timm has weights for")
-    try:
-        if pretrained and source_cfg is not None:
-            load_pretrained(
-                model,
-                pretrained_cfg=source_cfg.to_dict(),
-                num_classes=model.num_classes,
-                in_chans=model.in_chans,
-                filter_fn=convert,
-            )
-        elif checkpoint is not None:
-            state = convert(load_state_dict(checkpoint), model)
-            if state["head.bias"].shape != model.head.bias.shape:
-                state.update({f"head.{k}": v for k, v in model.head.state_dict().items()})
-            model.load_state_dict(state)
-    except (OSError, RuntimeError, KeyError) as error:
-        key, source = ("pretrained", name) if pretrained else ("checkpoint", checkpoint)
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model.{key}: expected weights to load, got {source} ({reason})"
-        ) from error
-    return model

@@ -31,6 +31,8 @@ class Block(Structure):
 class BlockGeometry(Geometry):
     """Geometry of `Block`. A unit's frame is one tile of `size` columns by `size` rows."""
 
+    traits = frozenset({"grid"})
+
     def __init__(self, out_features: int, in_features: int, size: int, balanced: bool) -> None:
         full_rows, edge_rows = divmod(out_features, size)
         full_columns, edge_columns = divmod(in_features, size)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from padst_exp.pools import Trait
+
 # Rows of a tile from which on it multiplies as a whole: lower ones would leave most of a vector
 # empty, and go to the kernels of single entries.
 MIN_TILE_HEIGHT = 8
@@ -69,7 +71,10 @@ class Geometry(abc.ABC):
     Attributes:
         row_order: int64 `[O]`, at which row of the weight each row of the geometry stands; None in
             natural order. See `with_row_order`.
+        traits: what algorithms may require of units and pools.
     """
+
+    traits: frozenset[Trait] = frozenset()
 
     def __init__(
         self,

@@ -138,9 +138,9 @@ def permuted_tiles(folding: Folding, *, num_slices: int | None = None) -> tuple[
         at = geometry.row_positions()
         at = torch.arange(geometry.shape[0]) if at is None else at
         positions.append(at.to(folding.device) + num_groups * height)
-        # Where each group has one tile, ascending ones stand in the order of the groups.
-        one_per_group &= tiling.ascending and len(owners[-1]) == tiling.num_row_groups
-        one_per_group &= merged == _merge(tiling, groups)
+        # As many tiles as row groups are not one for each: a group may have two, another none.
+        in_turn = torch.arange(num_groups, num_groups + tiling.num_row_groups)
+        one_per_group &= tiling.ascending and torch.equal(owners[-1], in_turn.to(groups.device))
         num_groups += tiling.num_row_groups
     places = torch.cat(positions)
     if folding.output_index is not None:

@@ -27,6 +27,8 @@ class Unstructured(Structure):
 class EntryGeometry(Geometry):
     """Geometry of single entries in one pool."""
 
+    traits = frozenset({"grid"})
+
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__(
             shape=(out_features, in_features),

@@ -23,13 +23,12 @@ README.md has the maths and what the compiled code must look like.
 
 from padst_kernels.activations import empty_features, readable_tokens
 from padst_kernels.tiles.kernels.input_gradient import launch_input_gradient
-from padst_kernels.tiles.kernels.product import are_interpreted, launch_product
+from padst_kernels.tiles.kernels.product import launch_product
 from padst_kernels.tiles.kernels.tiles import Tile
 from padst_kernels.tiles.kernels.weight_gradient import launch_weight_gradient
 
 __all__ = [
     "Tile",
-    "are_interpreted",
     "empty_features",
     "launch_input_gradient",
     "launch_product",

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from padst_kernels.activations import empty_features, readable_tokens
-from padst_kernels.calls import on_its_device
+from padst_kernels.devices import on_its_device
 from padst_kernels.tiles.kernels.product import launch_product
 from padst_kernels.tiles.kernels.tiles import Tile
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from padst_kernels.activations import empty_features, readable_tokens
-from padst_kernels.calls import on_its_device
+from padst_kernels.devices import on_its_device
 from padst_kernels.tiles.kernels.tiles import Tile, block_height
 
 
@@ -253,11 +253,6 @@ def launch_product(
         num_stages=tile.stages,
     )
     return y
-
-
-def are_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels: on any device, slowly."""
-    return not isinstance(_product_kernel, triton.JITFunction)
 
 
 def _product_tile(x: Tensor, width: int, block_v: int, run: int, transposed: bool) -> Tile:

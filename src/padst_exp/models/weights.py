@@ -1,0 +1,68 @@
+"""Weights of timm's models: from the hub, or from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from timm.models import get_pretrained_cfg, load_pretrained, load_state_dict
+from torch import Tensor, nn
+
+from padst_exp.errors import UserError
+
+Convert = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+
+
+def load(
+    model: Any,
+    *,
+    name: str,
+    pretrained: bool,
+    checkpoint: str | None,
+    classifier: str,
+    convert: Convert | None = None,
+) -> nn.Module:
+    """Give `model` the weights that are asked for, if any, and return it.
+
+    Args:
+        model: of timm, with `num_classes`.
+        name: what timm calls its sizes, with or without a tag for the weights.
+        pretrained: load the weights of `name` from the hub; they must have these sizes.
+        checkpoint: load weights from this file of PyTorch or safetensors instead; a classifier for
+            another number of classes is left out.
+        classifier: name of the last layer.
+        convert: what timm does to a stored state before it loads it.
+
+    Raises:
+        UserError: unknown names, or unavailable weights.
+    """
+    if pretrained and checkpoint is not None:
+        raise UserError("model.checkpoint: set either this or model.pretrained")
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise UserError(f"model.checkpoint: no file {checkpoint}")
+    source_cfg = get_pretrained_cfg(name)
+    if pretrained and source_cfg is None:
+        raise UserError(f"model.name: timm has no weights called {name!r}")
+    try:
+        if pretrained and source_cfg is not None:
+            load_pretrained(
+                model,
+                pretrained_cfg=source_cfg.to_dict(),
+                num_classes=model.num_classes,
+                in_chans=model.in_chans,
+                filter_fn=convert,
+            )
+        elif checkpoint is not None:
+            state = load_state_dict(checkpoint)
+            state = state if convert is None else convert(state, model)
+            head = model.get_submodule(classifier)
+            if state[f"{classifier}.bias"].shape != head.bias.shape:
+                state.update({f"{classifier}.{k}": v for k, v in head.state_dict().items()})
+            model.load_state_dict(state)
+    except (OSError, RuntimeError, KeyError) as error:
+        source = f"pretrained: {name}" if pretrained else f"checkpoint: {checkpoint}"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.{source} cannot be loaded ({reason})") from error
+    loaded: nn.Module = model
+    return loaded
