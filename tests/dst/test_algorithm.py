@@ -68,9 +68,8 @@ def test_constant_counts_never_move() -> None:
 def test_shrinking_counts_fall_in_every_pool_and_end_at_the_target() -> None:
     schedules: list[Shrinking] = [
         Cubic(start=0.8, begin=0.1, end=0.6),
-        # The last update before `stop` takes what is left.
         Sigmoid(start=1.0, begin=0.0, end=0.75, steepness=6.0),
-        Cubic(start=0.5, begin=0.5, end=1.0),
+        Cubic(start=0.5, begin=0.5, end=0.75),
     ]
     for counts in schedules:
         algorithm = rigl(counts=counts, interval=10, stop=0.75)
@@ -80,7 +79,8 @@ def test_shrinking_counts_fall_in_every_pool_and_end_at_the_target() -> None:
                 assert start == counts.start
                 topology = table(structure.geometry(*shape, 0.25), structure, start)
                 carry = 0.0
-                for step in range(10, 80, 10):
+                # The last update is at `stop`, between two others.
+                for step in (step for step in range(100) if algorithm.is_due(step, 100)):
                     before = topology.counts()
                     shrinks = not torch.equal(before, topology.target)
                     assert algorithm.can_change(topology) or not shrinks

@@ -87,14 +87,6 @@ def _matrix(permutation: Permutation) -> Tensor:
 def _dense(layer: SparseLinear, x: Tensor, matrix: Tensor) -> Tensor:
     if not isinstance(layer, SparseConv2d):
         return nn.functional.linear(x, matrix, layer.bias)
-    dense = nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        padding_mode=layer.padding_mode,
-    )
-    kernel = matrix.unflatten(1, (*layer.kernel_size, -1)).permute(0, 3, 1, 2)
+    dense = layer.window.convolution(1, 1, bias=False)
+    kernel = matrix.unflatten(1, (*dense.kernel_size, -1)).permute(0, 3, 1, 2)
     return dense._conv_forward(x, kernel, layer.bias)

@@ -1,7 +1,4 @@
-"""What one pass of a model computes and moves: every operation counted, on fake tensors.
-
-Nothing is calculated: a model of any size is counted in about a second, dense or sparse.
-"""
+"""What one pass of a model computes and moves: every operation counted, none calculated."""
 
 from __future__ import annotations
 
@@ -12,15 +9,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from padst_exp.analysis.fake import fake_pass
 from padst_exp.layers import SparseLinear
 
 Kind = Literal["sparse", "product", "attention", "norm", "activation", "other"]
@@ -111,23 +106,9 @@ def count(model: nn.Module, inputs: Tensor) -> Costs:
         model: any module; its parameters may be on the meta device.
         inputs: one batch for it, on the device of the model; only shape and dtype matter.
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    # Attention is counted as its two products, causal or not, whatever a device would choose.
-    attention = sdpa_kernel(SDPBackend.MATH)
     counter = _Counter()
-    try:
-        with (
-            _stack(model, counter),
-            FakeTensorMode(allow_non_fake_inputs=True),
-            counter,
-            attention,
-            torch.no_grad(),
-        ):
-            model(inputs)
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with _stack(model, counter), fake_pass(model), counter:
+        model(inputs)
     return Costs(tuple(Cost(m, k, f, b) for (m, k), (f, b) in counter.costs.items()))
 
 
@@ -285,13 +266,10 @@ def sparse_ift_flops(
         for name, module in model.named_modules()
         if not any(fnmatchcase(name, pattern) for pattern in skip)
     ]
-    training = model.training
-    model.eval()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with fake_pass(model):
             model(inputs)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return total

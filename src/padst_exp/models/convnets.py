@@ -60,25 +60,26 @@ def resnet(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     base = _width(width)
-    require(len(depths) > 0, "model.depths", list(depths), "the number of blocks of each stage")
-    _require_size(image_size, stem, stages=len(depths))
+    valid = len(depths) == 4 and min(depths) > 0
+    require(valid, "model.depths", list(depths), "the number of blocks of four stages")
+    _require_size(image_size, stem)
     model = ResNet(
         block=BasicBlock if block == "basic" else Bottleneck,
         layers=tuple(depths),
-        channels=tuple(base << stage for stage in range(len(depths))),
-        stem_width=base,
+        channels=tuple(base << stage for stage in range(4)),
         in_chans=channels,
         num_classes=num_classes,
         drop_path_rate=drop_path,
         zero_init_last=zero_init_last,
     )
+    if base != 64:
+        _set_stem_width(model, base)
     if stem == "cifar":
         model.conv1 = nn.Conv2d(channels, base, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    return load(
-        model, name=name, pretrained=pretrained, checkpoint=checkpoint, classifier="fc"
-    )
+    if base != 64 or stem == "cifar":
+        model.init_weights(zero_init_last)
+    return load(model, name=name, pretrained=pretrained, checkpoint=checkpoint, classifier="fc")
 
 
 def mobilenet_v2(
@@ -104,7 +105,7 @@ def mobilenet_v2(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     _width(width)
-    _require_size(image_size, stem, stages=4)
+    _require_size(image_size, stem)
     second = 2 if stem == "imagenet" else 1
     blocks = [
         ["ds_r1_k3_s1_c16"],
@@ -134,18 +135,36 @@ def mobilenet_v2(
     )
 
 
+def _set_stem_width(model: ResNet, base: int) -> None:
+    """Give the stem `base` channels; timm's has 64 whatever the stages have."""
+    stem, first = model.conv1, model.layer1[0]
+    model.conv1 = nn.Conv2d(
+        stem.in_channels, base, stem.kernel_size, stem.stride, stem.padding, bias=False
+    )
+    model.bn1 = nn.BatchNorm2d(base)
+    inside = first.conv1
+    first.conv1 = nn.Conv2d(
+        base, inside.out_channels, inside.kernel_size, padding=inside.padding, bias=False
+    )
+    if isinstance(first, Bottleneck):
+        first.downsample[0] = nn.Conv2d(base, 4 * base, 1, bias=False)
+    else:
+        first.downsample = None
+
+
 def _width(width: float) -> int:
     """Channels of the first stage of a ResNet."""
+    # 64 * sqrt(4) is a little less than 128.
     base = int(64 * width + 1e-9)
     require(base >= 1, "model.width", width, "a factor that leaves a channel")
     return base
 
 
-def _require_size(image_size: int, stem: Stem, stages: int) -> None:
+def _require_size(image_size: int, stem: Stem) -> None:
     """Refuse images that would be pooled to less than a pixel."""
-    reduction = 2 ** (stages - 1) * (4 if stem == "imagenet" else 1)
+    reduction = 32 if stem == "imagenet" else 8
     if image_size < reduction:
         raise UserError(
-            f"model.stem: expected one that keeps images of {image_size} pixels above one pixel, "
-            f"got {stem}, which divides by {reduction}"
+            f"model.stem: expected one for images of {image_size} pixels, got {stem}, which "
+            f"divides them by {reduction}"
         )

@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from padst_exp.analysis.fake import fake_pass
 
 
 @dataclass
@@ -70,16 +70,12 @@ def chains(model: nn.Module, inputs: Tensor, layers: Collection[str]) -> dict[st
         return leave
 
     handles = [module.register_forward_hook(hook(n)) for n, module in model.named_modules() if n]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with fake_pass(model):
             model(inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, was in training.items():
-            module.training = was
     return found
 
 

@@ -207,7 +207,7 @@ class SparseFactorized(DropIn):
         size, sides = found.matrix.numel(), sum(found.matrix.shape)
         rank = math.ceil(size / (sides * (1 - sparsity)) - 1e-9)
         down, up = _factors(found, rank, 2.0 if inside else 1.0, bias=True)
-        norm = nn.BatchNorm2d(rank) if inside and chain.norm is not None else None
+        norm = nn.BatchNorm2d(rank).to(found.matrix) if inside and chain.norm is not None else None
         act = (chain.act or first) if inside else None
         made = _sequence(down=down, norm=norm, act=act, up=up)
         return made, [("down", 1), ("up", rule.split)], 0
