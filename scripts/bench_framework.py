@@ -28,12 +28,13 @@ from padst_exp.config import build
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Batch
 from padst_exp.engine.changes import Moments, adopt
+from padst_exp.engine.distributed import World
 from padst_exp.engine.run_directory import read_metrics
 from padst_exp.engine.step import Stepper
 from padst_exp.layers import sparse_weights
 from padst_exp.soft import soft_choices
 from padst_exp.sparsify import Rule, sparsify
-from padst_exp.train import sparse_model
+from padst_exp.train import build_experiment
 
 LIMITS = {"step": 1.05, "rewire": 0.02, "memory": 0.2, "start": 3.0}
 Row = dict[str, Any]
@@ -80,10 +81,9 @@ def framework_step_seconds(cfg: DictConfig) -> float:
 
 def bare_step_seconds(cfg: DictConfig) -> float:
     """The same for a loop as one writes it by hand, on the same model and data."""
-    task = build(cfg.dataset, "dataset")
-    learner, algorithm = build(cfg.permutation, "permutation"), build(cfg.dst, "dst")
-    model, _ = sparse_model(cfg, task, learner, algorithm)
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
+    experiment = build_experiment(cfg, World())
+    task, model = experiment.task, experiment.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     # Batches are ready before the clock starts, so only the framework pays for loading.
     batches = list(
         train_loader(

@@ -22,7 +22,7 @@ from from_yaml import from_yaml
 from inference.own_models import Perceptron
 from inference.small_models import assert_equal
 from padst_exp import dispatch
-from padst_exp.config import config_dir, settings
+from padst_exp.config import config_dir, read_keys
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.errors import UserError
@@ -340,7 +340,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ("out=''", "out: expected a folder, got ''"),
     ):
         with pytest.raises(UserError, match=f"^{message}$"):
-            settings(composed("export", "run=x", override), ExportSchema)
+            read_keys(composed("export", "run=x", override), ExportSchema)
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

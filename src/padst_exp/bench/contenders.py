@@ -25,8 +25,6 @@ from padst_kernels import Backend
 
 # Backends that every layer has; timed where there is nothing better.
 PLAIN = ("torch", "scatter")
-# Backends of exported layers by device.
-EXPORTED: dict[str, tuple[Backend, ...]] = {"cpu": ("native",), "cuda": ("torch", "triton")}
 
 
 def dense(
@@ -96,18 +94,20 @@ def by_backend(session: Session, one: Contender) -> Iterator[Contender]:
         layer.use_backend(backend)
         yield several(session, replace(one, form=f"packed, {backend}"))
     if one.permutation != "soft":
-        for backend in EXPORTED[session.device.type]:
-            yield several(session, exported_layer(one, backend))
+        packed = exported_layer(one)
+        possible = packed.backends()
+        for backend in [b for b in possible if b not in PLAIN] or possible:
+            packed.backend = backend
+            form = f"exported, {backend}"
+            yield several(session, replace(one, form=form, modules=[packed], trained=False))
 
 
-def exported_layer(one: Contender, backend: Backend) -> Contender:
-    """What export makes of a sparse layer, by one backend."""
+def exported_layer(one: Contender) -> PackedLinear:
+    """What export makes of a sparse layer."""
     module = copy.deepcopy(one.modules[0])
     pack(module)
-    for part in module.modules():
-        if isinstance(part, PackedLinear):
-            part.backend = backend
-    return replace(one, form=f"exported, {backend}", modules=[module], trained=False)
+    (packed,) = (part for part in module.modules() if isinstance(part, PackedLinear))
+    return packed
 
 
 def exported_model(session: Session, one: Contender, inputs: Tensor) -> Contender:
@@ -116,12 +116,13 @@ def exported_model(session: Session, one: Contender, inputs: Tensor) -> Contende
     Raises:
         ValueError: the kernels that it would use have failed their checks.
     """
-    allowed = [
-        backend
-        for backend in EXPORTED[session.device.type]
-        if not session.refusal(one.structure, f"exported, {backend}")
-        and not session.refusal(one.structure, f"features, {backend}")
-    ]
+    allowed = {
+        b
+        for b in get_args(Backend)
+        if not any(
+            session.refusal(one.structure, f"{how}, {b}") for how in ("exported", "features")
+        )
+    }
     if not allowed:
         raise ValueError("its kernels did not pass their checks")
     module = copy.deepcopy(one.modules[0])
@@ -138,8 +139,7 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
     CSR take as long whatever the structure is; they are left out where they are `known`.
     """
     weight = sparse_layer(one).weight.detach()
-    packed = exported_layer(one, "torch").modules[0].get_submodule("0")
-    assert isinstance(packed, PackedLinear)
+    tiles = exported_layer(one).tiles
 
     def peer(form: str, module: nn.Module, trained: bool = True) -> Contender:
         return several(session, replace(one, form=form, modules=[module], trained=trained))
@@ -148,9 +148,9 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
         yield peer("masked dense", Masked(weight))
     if session.device.type == "cpu" and session.dtype != torch.float32:
         return  # these formats know single precision only
-    if packed.tiles is None and "torch CSR" not in known:
+    if tiles is None and "torch CSR" not in known:
         yield peer("torch CSR", Peer(weight.to_sparse_csr()))
-    size = 0 if packed.tiles is None else packed.tiles.values.shape[2]
+    size = 0 if tiles is None else tiles.values.shape[2]
     if size and not any(side % size for side in weight.shape):
         blocks = weight.to_sparse_bsr((size, size))
         if blocks.values().numel() == sum(w.values.numel() for w in sparse_layer(one).parts()):

@@ -61,7 +61,7 @@ def run(keys: Keys, session: Session) -> Iterator[list[Row]]:
     densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities or ()]
     every = itertools.product(structures, densities, keys.scopes or ())
     phases = slice(1 if keys.suite == "model_inference" else 2)
-    kinds = [(*one, state) for one in every for state in one[0].phases[phases]]
+    kinds: list[Kind] = [(*one, state) for one in every for state in one[0].phases[phases]]
     measure = {"model_inference": _infer, "model_train": _train, "memory": _memory}[keys.suite]
     for model, batch in session.affordable(keys.suite, cases):
         name = f"{model.label} at batch {batch}"
@@ -87,7 +87,12 @@ def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.
 
 
 def _sides(
-    session: Session, model: Model, batch: int, kinds: list[Kind], dtype: torch.dtype, export: bool
+    session: Session,
+    model: Model,
+    batch: int,
+    kinds: Sequence[Kind],
+    dtype: torch.dtype,
+    export: bool,
 ) -> list[Contender]:
     """Dense and sparse models, eager and compiled; none where no structure is legal."""
     torch.compiler.reset()
@@ -104,7 +109,7 @@ def _sides(
     return contenders.dense(session, model, dtype, packed) + sides if sides else []
 
 
-def _infer(session: Session, model: Model, batch: int, kinds: list[Kind]) -> list[Row]:
+def _infer(session: Session, model: Model, batch: int, kinds: Sequence[Kind]) -> list[Row]:
     """Forward passes; those of a language model with all logits, and with the last ones only."""
     sides = _sides(session, model, batch, kinds, session.dtype, export=True)
     inputs = _to(session, model.example(batch)[0], session.dtype)
@@ -121,7 +126,7 @@ def _infer(session: Session, model: Model, batch: int, kinds: list[Kind]) -> lis
     return rows
 
 
-def _train(session: Session, model: Model, batch: int, kinds: list[Kind]) -> list[Row]:
+def _train(session: Session, model: Model, batch: int, kinds: Sequence[Kind]) -> list[Row]:
     sides = _sides(session, model, batch, kinds, torch.float32, export=False)
     calls = [(one, step(session, model, one, batch)[0]) for one in sides]
     name = "training step"
@@ -192,7 +197,7 @@ def step(
     return call, optimizer
 
 
-def _memory(session: Session, model: Model, batch: int, kinds: list[Kind]) -> list[Row]:
+def _memory(session: Session, model: Model, batch: int, kinds: Sequence[Kind]) -> list[Row]:
     """Bytes of every side, the dense one first; on a CPU each in a process of its own."""
     rows: list[Row] = []
     for kind in session.affordable(f"sides of {model.label}", [None, *kinds]):

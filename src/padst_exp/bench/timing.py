@@ -76,7 +76,8 @@ class Timer:
         Returns:
             The timings, and the reason in one line for each call that did not run.
         """
-        once, failed = {}, {}
+        once: dict[str, float] = {}
+        failed: dict[str, str] = {}
         for name, call in calls.items():
             if once and self.left < RESERVED * self.budget < math.inf:
                 failed[name] = "no time left"
