@@ -70,7 +70,8 @@ def run(
     own = {key: value for key, value in entry.items() if key != "dst"}
     row = {"dataset": dataset, "seed": seed, "model": model, "metric": metric,
            "value": summary["final"][metric], "structure": choices.sparsity(own).label,
-           "density": round(summary["density_of_layers"], 4), **groups}  # fmt: skip
+           "density": round(summary["density_of_layers"], 4), **groups,
+           "steps": cfg.trainer.steps}  # fmt: skip
     print(*row.values(), flush=True)
     return row, summary
 
