@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.cli import command_line
-from padst_exp.config import Device, settings
+from padst_exp.config import Device, read_keys
 from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
@@ -47,7 +47,7 @@ class ExportSchema:
 @command_line("export")
 def main(cfg: DictConfig) -> None:
     """Export the best checkpoint of a run and say where it is."""
-    keys = settings(cfg, ExportSchema)
+    keys = read_keys(cfg, ExportSchema)
 
     from padst_exp.engine import distributed
     from padst_exp.engine.progress import say

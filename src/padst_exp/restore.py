@@ -12,7 +12,7 @@ from torch import nn
 from yaml import YAMLError
 
 from padst_exp import dispatch
-from padst_exp.config import build, run_settings
+from padst_exp.config import build
 from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
@@ -21,7 +21,7 @@ from padst_exp.errors import UserError
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.sparsify import Report
-from padst_exp.train import build_experiment, build_task
+from padst_exp.train import build_experiment, build_task, run_settings
 
 
 @dataclass(frozen=True, kw_only=True)

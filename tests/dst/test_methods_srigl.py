@@ -348,6 +348,6 @@ def test_other_structures_are_refused() -> None:
     with pytest.raises(UserError) as error:
         start(srigl(), Block(size=8, balanced=True), steps=1)
     assert str(error.value) == (
-        "structure: expected fan_in, whose pools are neurons, for SRigL, got Block "
+        "structure: expected fan_in, whose pools are neurons, as this dst needs, got Block "
         "(layer 0.weights.0)"
     )

@@ -75,6 +75,7 @@ def sparse_model(
     heads: int = 2,
     storage: Storage = "packed",
     density: float = 0.3,
+    low_rank: int = 0,
 ) -> nn.Module:
     """A sparse model in eval mode, as a training would leave it."""
     model = dense_model(family, dim, heads)
@@ -86,7 +87,7 @@ def sparse_model(
     }[life]
     sparsify(
         model, RULES[family], structure=STRUCTURES[structure], density=density, learner=learner,
-        storage=storage,
+        storage=storage, low_rank=low_rank,
     )  # fmt: skip
     if life == "hardened":
         harden(model)

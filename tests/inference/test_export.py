@@ -317,7 +317,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 )
 def test_wrong_values_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}$"):
-        config.settings(composed("export", "run=x", *overrides), ExportSchema)
+        config.read_keys(composed("export", "run=x", *overrides), ExportSchema)
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

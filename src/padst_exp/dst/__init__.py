@@ -1,7 +1,9 @@
 """Dynamic sparse training: scores, schedules, the drop-and-grow rule, soft selections."""
 
 from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Static
+from padst_exp.dst.cht import CH2L3, CH3L3, SoftMagnitude
 from padst_exp.dst.counts import Constant, Counts, Cubic, Elastic, Sigmoid
+from padst_exp.dst.dynadiag import DynaDiag
 from padst_exp.dst.scores import (
     DropScore,
     Gradient,
@@ -15,6 +17,8 @@ from padst_exp.dst.srigl import SRigL
 from padst_exp.dst.topology import Change, Signal, Signals, Topology
 
 __all__ = [
+    "CH2L3",
+    "CH3L3",
     "MIN_DYNAMIC_UNITS",
     "Algorithm",
     "Change",
@@ -23,6 +27,7 @@ __all__ = [
     "Cubic",
     "DropGrow",
     "DropScore",
+    "DynaDiag",
     "Elastic",
     "Gradient",
     "GrowScore",
@@ -33,6 +38,7 @@ __all__ = [
     "Sigmoid",
     "Signal",
     "Signals",
+    "SoftMagnitude",
     "Static",
     "Topology",
     "Uniform",

@@ -20,9 +20,6 @@ from padst_exp.inference.linear import PackedLinear
 from padst_exp.inference.measuring import fastest_feature_layer, fastest_layers
 from padst_kernels import Backend
 
-# These read the weights of their layers instead of calling them, at least sometimes.
-READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
 
 @dataclass(frozen=True)
 class TuningReport:
@@ -106,10 +103,12 @@ def tune(
         raise ValueError("tune measures; call it before compiling or capturing the model")
     packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     inputs = inputs_of(lambda: model(example), packed)
+    # Attention reads the weights of its layers: they multiply as dense ones in any case.
     twins = {
         name: layer.dense()
         for name, layer in packed.items()
-        if name in inputs or isinstance(model.get_submodule(name.rpartition(".")[0]), READERS)
+        if name in inputs
+        or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
     }
     dense = with_modules(model, twins)
     stack, feature_layers, note = _feature_stack(model, example, backends)
