@@ -2,9 +2,9 @@
 
     python scripts/bench_accuracy.py [demos] [structures] [--seeds 3] [--steps 1000]
 
-demos: top-1 of the ViT demo on the digits and, where it is installed, Fashion-MNIST; of the same run
-with every sparse layer zero throughout; and of a linear classifier on the pixels. On the embedded
-text, perplexity of the GPT-2 demo and of smoothed bigrams. Exits with 1 when a demo misses a limit.
+demos: top-1 of the ViT demo on the digits and, where it is installed, Fashion-MNIST; the same with
+every sparse layer zero throughout; and a linear classifier on the pixels. On the embedded text,
+perplexity of the GPT-2 demo and of smoothed bigrams. Exits with 1 when a demo misses a limit.
 
 structures: the ViT demo on the harder of these image sets and the GPT-2 demo, at 90% sparsity, once
 for each structure of conf/bench.yaml and seed, seed by seed.
@@ -13,13 +13,10 @@ for each structure of conf/bench.yaml and seed, seed by seed.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig
 from runs import FASHION, STRUCTURES, compose, training, write
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -31,105 +28,96 @@ from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
 
 IMAGES: dict[str, list[str]] = {"digits": [], "fashion_mnist": FASHION}
-DEMO = {"structure": "nm", "group": 16}
-DEMO_OF_TEXT = {"structure": "block", "size": 16}
+NONE = {"permutation": "none", "dst": "static"}
 Row = dict[str, Any]
 
 
 def main() -> int:
     """Train, compare, write; 1 when a demo misses a limit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tables", nargs="*", choices=[[], "demos", "structures"])
+    parser.add_argument("tables", nargs="*", default=["demos", "structures"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
-    seeds, steps, missed = range(arguments.seeds), f"trainer.steps={arguments.steps}", []
-    tasks = {}
+    seeds, steps = range(arguments.seeds), f"trainer.steps={arguments.steps}"
+    tasks: dict[str, Task] = {}
     for name, overrides in IMAGES.items():
         try:
             tasks[name] = build(compose(*overrides).dataset, "dataset")
         except UserError as error:
             print(f"{name}: skipped, {error}")
-    if "structures" not in arguments.tables or "demos" in arguments.tables:
-        rows: list[Row] = []
-        for name, task in tasks.items():
-            rows.append(row(name, "", "linear", "top1", linear(task)))
-            for seed in seeds:
-                missed += image_demo(rows, name, [*IMAGES[name], steps, f"seed={seed}"], seed)
-        for seed in seeds:
-            missed += text_demo(rows, ["model=gpt2", "sparsity=0.8", f"seed={seed}"], seed)
-        write("demo_accuracy", rows)
-        means = defaultdict(list)
-        for one in rows:
-            means[one["dataset"], one["model"], one["metric"]].append(one["value"])
-        for key, values in means.items():
-            print(*key, f"{statistics.mean(values):.2f}, {min(values):.2f} to {max(values):.2f}")
-        print("\n".join(missed) or "every limit is met")
-    if "demos" not in arguments.tables or "structures" in arguments.tables:
-        rows = []
-        for one in structures({[*tasks][-1]: IMAGES[[*tasks][-1]], "shakespeare": ["model=gpt2"]},
-                              seeds, steps):  # fmt: skip
-            rows.append(one)
-            print(*one.values(), flush=True)
-            write("structure_accuracy", rows)
+    if "structures" in arguments.tables:
+        structures(list(tasks)[-1], seeds, steps)
+    missed = demos(tasks, seeds, steps) if "demos" in arguments.tables else []
+    print("\n".join(missed) or "every limit is met")
     return int(bool(missed))
 
 
-def row(
-    dataset: str, seed: int | str, model: str, metric: str, value: float,
-    entry: Row | None = None, cfg: DictConfig | None = None, density: float | str = "",
-) -> Row:  # fmt: skip
-    """One line of a table; what is sparse has the label of its structure."""
-    label = choices.sparsity(entry).label if entry else ""
-    groups = {group: cfg[group]._target_.rpartition(".")[2] if cfg else ""
-              for group in ("permutation", "dst")}  # fmt: skip
-    return {"dataset": dataset, "model": model, "structure": label, "density": density, **groups,
-            "seed": seed, "metric": metric, "value": value}  # fmt: skip
+def run(
+    dataset: str, model: str, seed: int, entry: Row, overrides: list[str],
+    prepare: Callable[[nn.Module], object] | None = None,
+) -> tuple[Row, Row]:  # fmt: skip
+    """Train; a line of a table, and the summary of the run.
+
+    `entry` has options of groups and keys of the structure.
+    """
+    chosen = [f"{key}={value}" if key in ("structure", "permutation", "dst")
+              else f"structure.{key}={value}" for key, value in entry.items()]  # fmt: skip
+    cfg = compose(*overrides, *chosen, f"seed={seed}")
+    groups = {group: cfg[group]._target_.rpartition(".")[2] for group in ("permutation", "dst")}
+    with training(cfg, prepare) as (_, summary):
+        metric = summary["monitor"]
+    own = {key: value for key, value in entry.items() if key != "dst"}
+    row = {"dataset": dataset, "seed": seed, "model": model, "metric": metric,
+           "value": summary["final"][metric], "structure": choices.sparsity(own).label,
+           "density": round(summary["density_of_layers"], 4), **groups,
+           "steps": cfg.trainer.steps}  # fmt: skip
+    print(*row.values(), flush=True)
+    return row, summary
 
 
-def image_demo(rows: list[Row], name: str, overrides: list[str], seed: int) -> list[str]:
-    """Add the demo and the same run with sparse layers of zeros; the limits that it misses."""
-    cfg = compose(*overrides)
-    with training(cfg) as (_, demo):
-        pass
-    with training(compose(*overrides, "permutation=none", "dst=static"), zero) as (_, zeroed):
-        pass
-    reached, without = demo["final"]["top1"], zeroed["final"]["top1"]
-    rows.append(row(name, seed, "demo", "top1", reached, DEMO, cfg, round(1 - cfg.sparsity, 4)))
-    rows.append(row(name, seed, "zeroed", "top1", without))
-    missed = misses(f"{name} seed {seed}", demo)
-    if without > reached - 10:
-        missed.append(f"{name} seed {seed}: zeroing the sparse layers costs too little")
-    if name == "digits" and reached <= 95:
-        missed.append(f"digits seed {seed}: top-1 {reached:.2f}, not above 95")
+def demos(tasks: dict[str, Task], seeds: range, steps: str) -> list[str]:
+    """Train all demos and their baselines; the limits that are missed."""
+    rows: list[Row] = []
+    missed: list[str] = []
+
+    def require(valid: bool, what: str) -> None:
+        missed.extend([] if valid else [what])
+
+    for name, task in tasks.items():
+        nm, overrides = {"structure": "nm", "group": 16}, [*IMAGES[name], steps]
+        for seed in seeds:
+            demo, summary = run(name, "demo", seed, nm, overrides)
+            zeroed, _ = run(name, "zeroed", seed, {**nm, **NONE}, overrides, zero)
+            # Of another structure than what is looked up: that of no weight at all.
+            rows += [demo, {**zeroed, "structure": "", "density": ""}]
+            require(hardened(name, summary), f"{name} seed {seed}: permutations harden badly")
+            require(zeroed["value"] <= demo["value"] - 10, f"{name} seed {seed}: zeros cost little")
+            require(name != "digits" or demo["value"] > 95, f"digits seed {seed}: not above 95%")
+        baseline = {"model": "linear", "metric": "top1", "value": linear(task)}
+        rows.append({"dataset": name, "seed": "", **baseline})
+    for seed in seeds:
+        block = {"structure": "block", "size": 16}
+        demo, summary = run("shakespeare", "demo", seed, block, ["model=gpt2", "sparsity=0.8"])
+        bigram = summary["baselines"]["bigram_perplexity"]
+        rows.append(demo)
+        require(hardened("gpt2", summary), f"gpt2 seed {seed}: permutations harden badly")
+        require(demo["value"] < bigram, f"gpt2 seed {seed}: perplexity not below that of bigrams")
+    baseline = {"model": "bigram", "metric": "perplexity", "value": bigram}
+    rows.append({"dataset": "shakespeare", "seed": "", **baseline})
+    write("demo_accuracy", rows)
     return missed
 
 
-def text_demo(rows: list[Row], overrides: list[str], seed: int) -> list[str]:
-    """Add the demo, and bigrams with the first one; the limits that it misses."""
-    cfg = compose(*overrides, "structure=block")
-    with training(cfg) as (_, demo):
-        reached, bigram = demo["final"]["perplexity"], demo["baselines"]["bigram_perplexity"]
-    density = round(1 - cfg.sparsity, 4)
-    rows.append(row("shakespeare", seed, "demo", "perplexity", reached, DEMO_OF_TEXT, cfg, density))
-    if seed == 0:
-        rows.append(row("shakespeare", "", "bigram", "perplexity", bigram))
-    worse = [f"gpt2 seed {seed}: perplexity not below that of bigrams"] if reached >= bigram else []
-    return misses(f"gpt2 seed {seed}", demo) + worse
-
-
-def misses(name: str, summary: Row) -> list[str]:
-    """Limits on hardening: 80% of the permutations by delta, with a loss jump under 5% each."""
+def hardened(name: str, summary: Row) -> bool:
+    """Whether 80% of the permutations harden by delta with a loss jump under 5% each."""
     events = summary["permutations"]["events"]
     total = len(events) + len(summary["permutations"]["still_soft"])
     jumps = [event["loss_after"] / event["loss_before"] - 1 for event in events]
-    good = sum(
-        e["reason"] == "delta" and jump < 0.05 for e, jump in zip(events, jumps, strict=True)
-    )
-    print(
-        f"{name}: {good} of {total} hardened by delta with a jump under 5%, largest {max(jumps):.2%}"
-    )
-    return [] if good >= 0.8 * total else [f"{name}: {good} of {total} hardened well"]
+    pairs = zip(events, jumps, strict=True)
+    good = sum(event["reason"] == "delta" and jump < 0.05 for event, jump in pairs)
+    print(f"{name}: {good} of {total} permutations hardened well, largest jump {max(jumps):.2%}")
+    return good >= 0.8 * total
 
 
 def zero(model: nn.Module) -> None:
@@ -148,27 +136,18 @@ def linear(task: Task) -> float:
     return 100 * float(classifier.score(tests.flatten(1).numpy(), truth.numpy()))
 
 
-def structures(datasets: dict[str, list[str]], seeds: range, steps: str) -> Iterator[Row]:
-    """A run for each seed, data set and structure that is legal there."""
-    dense = {"structure": "dense", "permutation": "none", "dst": "static"}
+def structures(images: str, seeds: range, steps: str) -> None:
+    """Train every structure that is legal there, seed by seed; write after every run."""
+    rows: list[Row] = []
+    datasets = {images: ("vit", IMAGES[images]), "shakespeare": ("gpt2", ["model=gpt2"])}
     for seed in seeds:
-        for dataset, overrides in datasets.items():
-            for entry in [dense, *STRUCTURES]:
-                # What is no group of its own is a key of the structure.
-                chosen = [f"{k}={v}" if k in ("structure", "permutation", "dst")
-                          else f"structure.{k}={v}" for k, v in entry.items()]  # fmt: skip
-                cfg = compose(*overrides, *chosen, f"seed={seed}", steps)
-                own = {key: value for key, value in entry.items() if key != "dst"}
+        for dataset, (model, overrides) in datasets.items():
+            for entry in [{"structure": "dense", **NONE}, *STRUCTURES]:
                 try:
-                    with training(cfg) as (_, summary):
-                        pass
+                    rows.append(run(dataset, model, seed, entry, [*overrides, steps])[0])
+                    write("structure_accuracy", rows)
                 except UserError as error:
-                    print(f"{dataset} {own}: left out, {error}")
-                    continue
-                metric, model = summary["monitor"], "gpt2" if dataset == "shakespeare" else "vit"
-                density = round(summary["density_of_layers"], 4)
-                value = summary["final"][metric]
-                yield row(dataset, seed, model, metric, value, own, cfg, density)
+                    print(f"{dataset} {entry}: left out, {error}")
 
 
 if __name__ == "__main__":

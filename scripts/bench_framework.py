@@ -23,7 +23,7 @@ from runs import STRUCTURES, compose, training, write
 from torch import nn
 
 from padst_exp.bench import choices
-from padst_exp.bench.models import tensor_bytes
+from padst_exp.bench.models import moments, tensor_bytes
 from padst_exp.config import build
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Batch
@@ -139,37 +139,25 @@ def rewire_row(rounds: int, steps: int) -> Row:
 
 def memory_row(entry: Row) -> Row:
     """Bytes of parameters, gradients, moments and indices of a layer at 90%, over dense."""
-    kind, cfg = choices.sparsity(entry), compose("dst=set")
-    learner = choices.learner(kind.phases[-1])
-    layer = nn.Sequential(nn.Linear(768, 3072, bias=False))
-    sparsify(layer, [Rule("0")], structure=kind.structure, density=0.1, learner=learner)
-    optimizer, _ = build(cfg.optimizer, "optimizer").create(layer, total_steps=100)
-    algorithm, soft = build(cfg.dst, "dst"), soft_choices(layer)
-    learner.start(soft)
-
-    def held() -> float:
-        """After a step and a rewiring."""
+    kind, cfg, shares = choices.sparsity(entry), compose("dst=set"), []
+    algorithm = build(cfg.dst, "dst")
+    for state in dict.fromkeys((kind.phases[-1], kind.phases[0])):
+        layer, learner = nn.Sequential(nn.Linear(768, 3072, bias=False)), choices.learner(state)
+        sparsify(layer, [Rule("0")], structure=kind.structure, density=0.1, learner=learner)
+        optimizer, _ = build(cfg.optimizer, "optimizer").create(layer, total_steps=100)
+        learner.start(soft_choices(layer))
         layer(torch.zeros(1, 768)).sum().backward()
         optimizer.step()
         learner.step(0.3)
+        # A rewiring makes the optimizer remember births.
         for name, weight in sparse_weights(layer).items():
             change = weight.decide(algorithm, step=10, total=100, generator=torch.Generator())
             adopt(name, weight, change, [Moments(optimizer, algorithm.moments)], 10)
-        states = [*optimizer.state.values()]
-        states += (learner.state_dict()["optimizer"] or {"state": {}})["state"].values()
-        moments = [t for state in states for t in state.values() if torch.is_tensor(t) and t.ndim]
         gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-        tensors = [*layer.parameters(), *gradients, *moments, *layer.buffers()]
-        return tensor_bytes(tensors) / (4 * 4 * 768 * 3072)
-
-    before = held()
-    for name, choice in soft.items():
-        logits = choice.logits
-        assert logits is not None
-        choice.harden()
-        learner.release(name, logits)
+        tensors = [*layer.parameters(), *gradients, *moments(optimizer, learner), *layer.buffers()]
+        shares.append(tensor_bytes(tensors) / (4 * 4 * 768 * 3072))
     what = f"memory of a 768->3072 layer at 90%, {kind.label} / dense"
-    return row(what, "memory", [held()], f"soft phase {before:.3f}" if soft else "")
+    return row(what, "memory", shares[-1:], f"soft phase {shares[0]:.3f}" if shares[1:] else "")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
@@ -97,12 +97,7 @@ def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None)
     """
     target = resolve_target(node, key)
     extra = extra or {}
-    unfit = [name for name in extra if name not in keyword_parameters(target)]
-    if unfit:
-        raise UserError(
-            f"{key}: {node._target_} does not fit the data set, which gives {', '.join(extra)}; "
-            f"it has no {', '.join(unfit)}"
-        )
+    require_fit(node, key, extra)
     arguments = _arguments(target, _values(node), f"{key}.", extra)
     try:
         return target(**arguments)
@@ -110,6 +105,16 @@ def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None)
         message, group = str(error), key.partition(".")[0]
         named = message.startswith((f"{group}.", f"{group}:"))
         raise UserError(message if named else f"{key}: {message}") from error
+
+
+def require_fit(node: DictConfig, key: str, names: Collection[str]) -> None:
+    """Raise a `UserError` unless a constructor takes all that follows from the data set."""
+    unfit = [name for name in names if name not in keyword_parameters(resolve_target(node, key))]
+    if unfit:
+        raise UserError(
+            f"{key}: {node._target_} does not fit the data set, which gives {', '.join(names)}; "
+            f"it has no {', '.join(unfit)}"
+        )
 
 
 def resolve_target(node: DictConfig, key: str) -> Callable[..., object]:

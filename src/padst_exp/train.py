@@ -16,7 +16,9 @@ from padst_exp.config import (
     Device,
     build,
     read_keys,
+    require_fit,
     require_sparsity,
+    resolve_target,
     results_config,
     run_name,
 )
@@ -178,6 +180,8 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
 
 def build_task(cfg: DictConfig, world: World) -> Task:
     """The data set of `cfg`. Rank 0 prepares what is cached on disk, the others then find it."""
+    # Before anything is downloaded or searched for.
+    require_fit(cfg.model, "model", getattr(resolve_target(cfg.dataset, "dataset"), "gives", ()))
     task = build(cfg.dataset, "dataset") if world.main else None
     world.from_main(None)
     return build(cfg.dataset, "dataset") if task is None else task

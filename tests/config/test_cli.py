@@ -51,7 +51,7 @@ def checked(cfg: DictConfig) -> None:
 def test_mistakes_are_one_line(program: Program) -> None:
     cases = {
         "structure=nn": "structure=nn: unknown option; choose from block, dense, ",
-        "dst=nn": "dst=nn: unknown option; choose from cht, chts, ",  # and no _base
+        "dst=_nn": "dst=_nn: unknown option; choose from cht, ",  # and no _base
         "recipe=nn": "recipe=nn: unknown option; choose from demo, paper/c4, ",
         "structre=nm": "structre: unknown key; did you mean structure?",
         "structure.grup=3": "structure.grup: unknown key; did you mean group?",

@@ -159,13 +159,20 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
 
 def two_of_four(session: Session, layer: Layer) -> Contender:
     """PyTorch's 2:4, at its one density."""
-    quads = torch.randn(layer.out_features * layer.in_features // 4, 4)
-    kept = quads.abs().argsort(1).argsort(1) >= 2
-    pruned = (quads * kept).view(layer.out_features, layer.in_features)
-    module = Peer(torch.sparse.to_sparse_semi_structured(pruned.to(session.device, session.dtype)))
-    one = Contender(structure="2:4", form="torch 2:4", modules=[module], trained=False,
-                    density_asked=0.5, density=0.5)  # fmt: skip
-    return several(session, one)
+
+    def pruned() -> nn.Module:
+        quads = torch.randn(layer.out_features * layer.in_features // 4, 4)
+        kept = quads * (quads.abs().argsort(1).argsort(1) >= 2)
+        weight = kept.view(layer.out_features, layer.in_features)
+        return Peer(
+            torch.sparse.to_sparse_semi_structured(weight.to(session.device, session.dtype))
+        )
+
+    # Half of the values, and two bits each that tell where they stood.
+    size = layer.out_features * layer.in_features * session.dtype.itemsize * 9 // 16
+    modules = [pruned() for _ in range(rotation(size, session.device))]
+    return Contender(structure="2:4", form="torch 2:4", modules=modules, trained=False,
+                     density_asked=0.5, density=0.5)  # fmt: skip
 
 
 def choose(session: Session, one: Contender, example: Callable[[], object], samples: int) -> str:

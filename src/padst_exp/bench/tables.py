@@ -38,9 +38,7 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], **columns: object) -> N
 def publish(folder: Path, tables: Path) -> list[Path]:
     """Write README.md, from its mark on, and a figure for each suite, from the CSV files there.
 
-    Args:
-        folder: holds `<suite>-<device>-<dtype>.csv`.
-        tables: folder of accuracies, results/tables; need not exist.
+    `tables` is the folder of accuracies, results/tables; it need not exist.
     """
     readme, reached, written = folder / "README.md", accuracies(tables), []
     old = readme.read_text() if readme.exists() else ""

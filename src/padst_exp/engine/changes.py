@@ -152,9 +152,8 @@ def harden(
             if isinstance(choice, Permutation):
                 record["agreement"] = choice.agreement()
             logits = choice.logits
-            assert logits is not None
             hard = world.from_main(choice.nearest().cpu())
-            choice.harden(hard.to(logits.device))
+            choice.harden(hard.to(next(choice.buffers()).device))
             learner.release(name, logits)
             if state.average is not None:
                 state.average.harden(name, hard)

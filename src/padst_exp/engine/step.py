@@ -73,6 +73,8 @@ class Stepper:
         loss, seen = self._accumulate(batches, changing)
         self._average_soft_gradients()
         self._keep_gradients(changing)
+        for learner in state.learners:
+            learner.regularize_weights()
         norm = None
         if self.trainer.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.clip_norm)
