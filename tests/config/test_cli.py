@@ -50,7 +50,7 @@ def checked(cfg: DictConfig) -> None:
 
 def test_mistakes_are_one_line(program: Program) -> None:
     cases = {
-        "structure=nn": "structure=nn: unknown option; choose from block, dense, ",
+        "structure=nn": "structure=nn: unknown option; choose from block, ",
         "dst=_nn": "dst=_nn: unknown option; choose from cht, ",  # and no _base
         "recipe=nn": "recipe=nn: unknown option; choose from demo, paper/c4, ",
         "structre=nm": "structre: unknown key; did you mean structure?",
