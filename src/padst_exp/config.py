@@ -22,7 +22,8 @@ from padst_exp.errors import UserError, require
 
 # One constructor call each, made by `build`; all other keys of a training are those of `Run`.
 GROUPS = (
-    "model", "dataset", "structure", "dst", "permutation", "optimizer", "trainer", "logger",
+    "model", "dataset", "transform", "structure", "dst", "permutation", "optimizer", "trainer",
+    "logger",
 )  # fmt: skip
 
 # Keys that say where and how a run is watched, not what it computes.

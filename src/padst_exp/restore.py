@@ -22,7 +22,7 @@ from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.layers import sparse_layers
 from padst_exp.sparsify import Report
-from padst_exp.train import build_experiment, build_task
+from padst_exp.train import build_experiment, build_task, original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,11 @@ def restore(path: Path, world: World) -> Restored:
 
 def plain_model(cfg: DictConfig, task: Task) -> nn.Module:
     """The dense model of `cfg` for the data of `task`, with weights to be replaced."""
-    model: nn.Module = build(cfg.model, "model", task.model_shape)
+    settings = run_settings(cfg)
+    transform = build(cfg.transform, "transform")
+    model: nn.Module = transform(
+        original(cfg, task), settings.sparsity, settings.distribution
+    ).model
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,13 @@ from padst_exp.cli import command_line
 from padst_exp.config import build, results_config, run_name, run_settings
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
+    from torch import nn
+
     from padst_exp.data.task import Task
     from padst_exp.engine.distributed import World
     from padst_exp.engine.experiment import Experiment
     from padst_exp.engine.run_directory import RunDirectory
+    from padst_exp.transforms import Original
 
 
 @command_line("config")
@@ -55,10 +59,8 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
     Raises:
         UserError: in one line that names the key.
     """
-    import torch
-
     from padst_exp.engine.experiment import Experiment
-    from padst_exp.sparsify import Rule, sparsify
+    from padst_exp.sparsify import sparsify
 
     settings = run_settings(cfg)
     task = build_task(cfg, world)
@@ -68,14 +70,14 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
     trainer = build(cfg.trainer, "trainer")
     logger = build(cfg.logger, "logger")
 
-    torch.manual_seed(settings.seed)
-    model = build(cfg.model, "model", task.model_shape)
+    transform = build(cfg.transform, "transform")
+    transformed = transform(original(cfg, task), settings.sparsity, settings.distribution)
     pretrained = bool(cfg.model.get("pretrained")) or cfg.model.get("checkpoint") is not None
     report = sparsify(
-        model,
-        [Rule(rule.pattern, rule.split) for rule in settings.sparse],
+        transformed.model,
+        transformed.rules,
         structure=build(cfg.structure, "structure"),
-        density=1 - settings.sparsity,
+        density=transformed.density,
         distribution=settings.distribution,
         learner=learner,
         algorithm=algorithm,
@@ -84,10 +86,12 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
         topology="magnitude" if pretrained else "random",
         rescale=not pretrained,
         seed=settings.seed,
+        baseline=transformed.baseline,
     )
+    transform.check(report)
     return Experiment(
         task=task,
-        model=model,
+        model=transformed.model,
         report=report,
         algorithm=algorithm,
         learner=learner,
@@ -104,6 +108,29 @@ def build_task(cfg: DictConfig, world: World) -> Task:
     task = build(cfg.dataset, "dataset") if world.main else None
     world.from_main(None)
     return build(cfg.dataset, "dataset") if task is None else task
+
+
+def original(cfg: DictConfig, task: Task) -> Original:
+    """The dense model of `cfg` for the data of `task`, as transforms take it."""
+    import torch
+
+    from padst_exp.sparsify import Rule
+    from padst_exp.transforms import Original, example
+
+    settings = run_settings(cfg)
+
+    def dense(changes: Mapping[str, object]) -> nn.Module:
+        torch.manual_seed(settings.seed)
+        node = OmegaConf.create({**cfg.model, **changes})
+        model: nn.Module = build(node, "model", task.model_shape)
+        return model
+
+    return Original(
+        build=dense,
+        keys={str(key): value for key, value in cfg.model.items() if key != "_target_"},
+        rules=[Rule(rule.pattern, rule.split) for rule in settings.sparse],
+        inputs=example(task.model_shape),
+    )
 
 
 def open_directory(cfg: DictConfig, world: World) -> RunDirectory:

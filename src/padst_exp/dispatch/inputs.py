@@ -62,8 +62,7 @@ def inputs_of(run: Callable[[], object], layers: Mapping[str, nn.Module]) -> dic
         return hook
 
     handles = [
-        layer.register_forward_hook(watch(name), with_kwargs=True)
-        for name, layer in layers.items()
+        layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()
     ]
     try:
         run()
