@@ -11,7 +11,7 @@ def leaf(path: str, /, **changes: Any) -> DictConfig:
     """The constructor call in conf/`path`.yaml, with some keys changed."""
     group = path.partition("/")[0]
     tree = OmegaConf.load(config_dir() / f"{path}.yaml")
-    bases = [item for item in tree.pop("defaults", []) if str(item)[0] == "_" and item != "_self_"]
+    bases = [x for x in tree.pop("defaults", []) if isinstance(x, str) and x != "_self_"]
     parts = [leaf(f"{group}/{base}") for base in bases]
     call = OmegaConf.merge(*parts, tree.get(group, tree), changes)
     assert isinstance(call, DictConfig)

@@ -44,9 +44,12 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
         def main() -> None:
             full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
             launcher = os.getpid()
+            composed = False
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> None:
+                nonlocal composed
+                composed = True
                 try:
                     _require_keys()
                     task(cfg)
@@ -70,7 +73,9 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
                 _say("interrupted")
                 sys.exit(INTERRUPTED)
             except Exception as error:
-                if full_error or not _is_expected(error):
+                # Nothing of ours has run before: what Hydra cannot compose is the user's.
+                unreadable = not composed and isinstance(error, ValueError | OSError)
+                if full_error or not (unreadable or _is_expected(error)):
                     raise
                 _exit_with(error)
 
@@ -120,7 +125,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, yaml.reader.ReaderError):
         return f"{error.name}: {error.reason} (character {error.position})"
     if isinstance(error, UnicodeDecodeError):
-        return f"{_undecodable()}: not UTF-8 ({error.reason})"
+        return f"{_undecodable() or config_dir()}: not UTF-8 ({error.reason})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
@@ -132,13 +137,11 @@ def _is_expected(error: Exception) -> bool:
         return full or isinstance(
             error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
         )
-    if isinstance(error, UnicodeDecodeError):
-        return _undecodable() is not None
     return isinstance(error, UserError | HydraException | OmegaConfBaseException | yaml.YAMLError)
 
 
 def _undecodable() -> str | None:
-    """File and line of conf/ that cannot be decoded; Hydra's error names neither."""
+    """File and line in conf/ that cannot be decoded; the error itself names neither."""
     for path in sorted(config_dir().rglob("*.yaml")):
         content = path.read_bytes()
         try:

@@ -1,4 +1,4 @@
-"""From YAML to objects: the keys of a run, strict constructor calls, and the name of a run.
+"""From YAML to objects: checked keys, strict constructor calls, and the name of a run.
 
 Imports neither torch nor anything that does, so that `--help` answers at once.
 """
@@ -10,85 +10,39 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from padst_exp.errors import UserError, require
 
-# One constructor call each, made by `build`; all other keys of a training are those of `Run`.
+# Of a training; each is one constructor call, made by `build`.
 GROUPS = (
+<<<<<<< ours
     "model", "dataset", "transform", "structure", "dst", "permutation", "optimizer", "trainer",
     "logger",
 )  # fmt: skip
+=======
+    "model",
+    "dataset",
+    "structure",
+    "dst",
+    "permutation",
+    "optimizer",
+    "trainer",
+    "logger",
+)
+>>>>>>> theirs
 
 # Keys that say where and how a run is watched, not what it computes.
 NOT_RESULTS = ("logger", "runs", "resume", "name", "device", "backend")
 
 Device = Literal["auto", "cpu", "cuda"]
-Settings = TypeVar("Settings")
-
-
-@with_config(extra="forbid")
-@dataclass(frozen=True, kw_only=True)
-class SparseRule:
-    """Layers to make sparse.
-
-    Args:
-        pattern: shell-style pattern over module names.
-        split: how many projections a layer fuses on its output (3 for QKV).
-    """
-
-    pattern: str
-    split: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run's own keys; everything else is one constructor call in a config group.
-
-    Args:
-        sparse: which layers are sparse; the model's file says so.
-        sparsity: share of zeros in these layers, in [0, 1).
-        distribution: how the layers share it: "uniform", "erk", or a mapping from patterns on
-            module names to sparsities.
-        low_rank: rank of the dense companion of every sparse layer, 0 for none.
-        storage: "packed" keeps active entries only, "masked" is the dense reference.
-        seed: of everything random; 0 is a seed like any other.
-        resume: "auto" continues from the newest checkpoint of the same run, "never" does not.
-        runs: folder that holds the run directories.
-        name: of the run directory; null derives it from the config.
-        device: "auto" takes the GPU where there is one.
-        backend: of sparse products (`padst_kernels.Backend`), or "auto", which measures.
-    """
-
-    sparse: tuple[SparseRule, ...]
-    sparsity: float
-    distribution: Literal["uniform", "erk"] | dict[str, float]
-    low_rank: int
-    storage: Literal["packed", "masked"]
-    seed: int
-    resume: Literal["never", "auto"]
-    runs: str
-    name: str | None
-    device: Device
-    backend: Literal["auto", "native", "torch", "triton", "cuda", "scatter"]
-
-    def __post_init__(self) -> None:
-        require_sparsity("sparsity", self.sparsity)
-        if isinstance(self.distribution, dict):
-            for pattern, sparsity in self.distribution.items():
-                require_sparsity(f"distribution.{pattern}", sparsity)
-        require(self.low_rank >= 0, "low_rank", self.low_rank, "a rank, or 0 for none")
-        for index, rule in enumerate(self.sparse):
-            require(rule.split >= 1, f"sparse[{index}].split", rule.split, "at least 1")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2^63 - 1")
-        one_folder = self.name not in ("", ".", "..") and "/" not in (self.name or "")
-        require(one_folder, "name", repr(self.name), "the name of one folder")
+Keys = TypeVar("Keys")
 
 
 def require_sparsity(key: str, value: float) -> None:
@@ -114,26 +68,18 @@ def options(group: str) -> list[str]:
     )
 
 
-def settings(cfg: DictConfig, keys: type[Settings]) -> Settings:
+def read_keys(cfg: DictConfig, schema: type[Keys]) -> Keys:
     """The keys of an entry point, checked as `build` checks those of a constructor.
 
     Args:
         cfg: its composed config; the groups of a training are left out.
-        keys: dataclass with one annotated field for each key, and without defaults.
+        schema: dataclass with one annotated field for each key, and without defaults.
 
     Raises:
         UserError: in one line that names the key.
     """
     own = OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in GROUPS])
-    return keys(**_arguments(keys, _values(own), "", {}))
-
-
-def run_settings(cfg: DictConfig) -> Run:
-    """The checked run keys of a composed (or reloaded) training config, which has every group."""
-    for group in GROUPS:
-        if not isinstance(cfg.get(group), DictConfig):
-            raise UserError(f"{group}: missing, expected a mapping with a _target_")
-    return settings(cfg, Run)
+    return schema(**_arguments(schema, _values(own), "", {}))
 
 
 def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None) -> Any:
@@ -157,12 +103,7 @@ def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None)
     """
     target = resolve_target(node, key)
     extra = extra or {}
-    unfit = [name for name in extra if name not in keyword_parameters(target)]
-    if unfit:
-        raise UserError(
-            f"{key}: {node._target_} does not fit the data set, which gives {', '.join(extra)}; "
-            f"it has no {', '.join(unfit)}"
-        )
+    require_fit(node, key, extra)
     arguments = _arguments(target, _values(node), f"{key}.", extra)
     try:
         return target(**arguments)
@@ -170,6 +111,16 @@ def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None)
         message, group = str(error), key.partition(".")[0]
         named = message.startswith((f"{group}.", f"{group}:"))
         raise UserError(message if named else f"{key}: {message}") from error
+
+
+def require_fit(node: DictConfig, key: str, names: Collection[str]) -> None:
+    """Raise a `UserError` unless a constructor takes all that follows from the data set."""
+    unfit = [name for name in names if name not in keyword_parameters(resolve_target(node, key))]
+    if unfit:
+        raise UserError(
+            f"{key}: {node._target_} does not fit the data set, which gives {', '.join(names)}; "
+            f"it has no {', '.join(unfit)}"
+        )
 
 
 def resolve_target(node: DictConfig, key: str) -> Callable[..., object]:

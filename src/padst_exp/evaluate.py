@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from padst_exp.cli import command_line
-from padst_exp.config import Device, settings
+from padst_exp.config import Device, read_keys
 from padst_exp.errors import require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
@@ -43,7 +43,7 @@ class EvaluateSchema:
 @command_line("evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate the best checkpoint of a run and print its metrics."""
-    keys = settings(cfg, EvaluateSchema)
+    keys = read_keys(cfg, EvaluateSchema)
 
     from padst_exp.engine import distributed
     from padst_exp.engine.progress import say
@@ -105,7 +105,7 @@ def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: Wor
             report = tune(export.model, inputs)
         if world.main:
             say(
-                f"{report.layout} for batches of {len(inputs)} in {precision}: "
+                f"{report.form} for batches of {len(inputs)} in {precision}: "
                 f"{report.speedup:.2f}x dense on {report.device}"
             )
 

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.cli import command_line
+<<<<<<< ours
 from padst_exp.config import Device, run_settings, settings
+=======
+from padst_exp.config import Device, read_keys
+>>>>>>> theirs
 from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
@@ -47,7 +51,7 @@ class ExportSchema:
 @command_line("export")
 def main(cfg: DictConfig) -> None:
     """Export the best checkpoint of a run and say where it is."""
-    keys = settings(cfg, ExportSchema)
+    keys = read_keys(cfg, ExportSchema)
 
     from padst_exp.engine import distributed
     from padst_exp.engine.progress import say
@@ -58,7 +62,7 @@ def main(cfg: DictConfig) -> None:
     finally:
         world.close()
     for name in description["source"]["hardened"]:
-        say(f"{name} was still soft, the nearest permutation took its place")
+        say(f"{name} was still soft, the nearest hard choice took its place")
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     say(
         f"{size:.1f} MB, density of layers {description['density_of_layers']:.4f}, logits within "
@@ -70,8 +74,9 @@ def main(cfg: DictConfig) -> None:
 def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     """Export the best checkpoint of a run, as `keys` say.
 
-    Permutations that are still soft become the nearest permutation. Before anything is written,
-    the exported model computes the first validation sample like the trained one (hardened).
+    Choices that are still soft become the nearest hard ones. Before anything is written, the
+    exported model computes the first validation sample like the trained one (hardened), both in
+    plain PyTorch.
 
     Returns:
         The folder and the description that stands in it.
@@ -79,10 +84,9 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: there is no such run, it is damaged or diverged, or the folder is in use.
     """
-    from padst_exp.dispatch import difference
+    from padst_exp import dispatch
     from padst_exp.inference import files, pack
-    from padst_exp.inference.packing import dense_state
-    from padst_exp.layers import permutations
+    from padst_exp.inference.packing import dense_state, harden
     from padst_exp.restore import plain_model, restore_run
 
     if world.size > 1:
@@ -92,11 +96,9 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     files.require_free(folder, overwrite=keys.overwrite)
     restored = restore_run(source, world)
     model = restored.model.eval()
-    soft = {name: p for name, p in permutations(model).items() if p.soft}
-    for permutation in soft.values():
-        permutation.harden()
+    dispatch.forced(model, "torch", world.device)
+    hardened = harden(model)
     sample, expected = _logits(model, restored)
-
     if not expected.isfinite().all():
         raise UserError(f"run: {restored.path} computes logits that are not finite")
 
@@ -110,7 +112,7 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         model, layers = plain.to(world.device, restored.trainer.dtype).eval(), {}
         extra = _configuration(model)
     _, found = _logits(model, restored, sample)
-    largest = difference(found, expected)
+    largest = dispatch.difference(found, expected)
     assert largest <= TOLERANCE, f"the exported model differs by {largest:.2g}"
     description = {
         "kind": keys.format,
@@ -126,7 +128,7 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
             "checkpoint": restored.path.name,
             "step": restored.step,
             "averaged": restored.averaged,
-            "hardened": sorted(soft),
+            "hardened": hardened,
         },
         "config": OmegaConf.to_yaml(restored.config, resolve=True),
     }

@@ -12,7 +12,7 @@ from torch import nn
 from yaml import YAMLError
 
 from padst_exp import dispatch
-from padst_exp.config import build, run_settings
+from padst_exp.config import build
 from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
@@ -20,9 +20,12 @@ from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
-from padst_exp.layers import sparse_layers
 from padst_exp.sparsify import Report
+<<<<<<< ours
 from padst_exp.train import build_experiment, build_task, original
+=======
+from padst_exp.train import build_experiment, build_task, run_settings
+>>>>>>> theirs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +126,12 @@ def restore_run(path: Path, world: World) -> RestoredRun:
     model = experiment.model.to(world.device, experiment.trainer.dtype)
     averaged = saved["average"] is not None
     checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
-    # As in training, whose device may have been another.
+    # As in training; what was measured on another device proves nothing here.
     picks = dispatch.restore(saved["backends"], model, world.device)
-    if picks is not None:
-        dispatch.reuse(model, picks)
+    if picks is None:
+        dispatch.forced(model, "torch", world.device)
     else:
-        for layer in sparse_layers(model).values():
-            layer.use_backend(layer.backends(world.device)[0])
+        dispatch.reuse(model, picks)
     return RestoredRun(
         config=cfg,
         run=run,

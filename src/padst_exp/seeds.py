@@ -53,6 +53,13 @@ def seed_of(purpose: str, *parts: int) -> int:
     return int(mixed(zlib.crc32(purpose.encode()), *parts)[0] >> np.uint64(32))
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch, on every device, below 2**32."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def preserved_rng(seed: int) -> Iterator[None]:
     """Seeds the global CPU generators of Python, numpy and torch inside, restores them after.

@@ -392,7 +392,7 @@ def _weight(
 def _check_served(algorithm: Algorithm, structure: Structure, geometry: Geometry) -> None:
     """Refuse an algorithm that makes no sense on units and pools like these."""
     for trait in sorted(algorithm.requires - geometry.traits):
-        wanted = f"{TRAITS[trait]} for {type(algorithm).__name__}"
+        wanted = f"{TRAITS[trait]} as this dst needs"
         require(False, "structure", type(structure).__name__, wanted)
 
 
@@ -412,7 +412,12 @@ def _rescale_rows(weight: SparseWeight) -> None:
     entries = weight.entries()
     num_rows, num_columns = weight.shape
     rows = (entries // num_columns).clamp(max=num_rows)
-    fan_in = torch.bincount(rows.flatten(), minlength=num_rows + 1)
+    shares = None
+    if weight.selection is not None:
+        # What will be left of each row once the selection is hard.
+        shares = weight.selection.coefficients().detach().double()
+        shares = shares[:, None].expand(entries.shape).flatten()
+    fan_in = torch.bincount(rows.flatten(), shares, minlength=num_rows + 1)
     factor = (num_columns / fan_in.clamp(min=1)).sqrt().to(weight.values.dtype)
     with torch.no_grad():
         if weight.storage == "packed":

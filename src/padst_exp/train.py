@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+<<<<<<< ours
 from collections.abc import Mapping
+=======
+from dataclasses import dataclass
+>>>>>>> theirs
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from pydantic import with_config
 
 from padst_exp.cli import command_line
-from padst_exp.config import build, results_config, run_name, run_settings
+from padst_exp.config import (
+    GROUPS,
+    Device,
+    build,
+    read_keys,
+    require_fit,
+    require_sparsity,
+    resolve_target,
+    results_config,
+    run_name,
+)
+from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import nn
@@ -20,6 +36,72 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from padst_exp.engine.experiment import Experiment
     from padst_exp.engine.run_directory import RunDirectory
     from padst_exp.transforms import Original
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class SparseRule:
+    """Layers to make sparse.
+
+    Args:
+        pattern: shell-style pattern over module names.
+        split: how many projections a layer fuses on its output (3 for QKV).
+    """
+
+    pattern: str
+    split: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run's own keys; everything else is one constructor call in a config group.
+
+    Args:
+        sparse: which layers are sparse; the model's file says so.
+        sparsity: share of zeros in these layers, in [0, 1).
+        distribution: how the layers share it: "uniform", "erk", or a mapping from patterns on
+            module names to sparsities.
+        low_rank: rank of the dense companion of every sparse layer, 0 for none.
+        storage: "packed" keeps active entries only, "masked" is the dense reference.
+        seed: of everything random; 0 is a seed like any other.
+        resume: "auto" continues from the newest checkpoint of the same run, "never" does not.
+        runs: folder that holds the run directories.
+        name: of the run directory; null derives it from the config.
+        device: "auto" takes the GPU where there is one.
+        backend: of sparse products (`padst_kernels.Backend`), or "auto", which measures.
+    """
+
+    sparse: tuple[SparseRule, ...]
+    sparsity: float
+    distribution: Literal["uniform", "erk"] | dict[str, float]
+    low_rank: int
+    storage: Literal["packed", "masked"]
+    seed: int
+    resume: Literal["never", "auto"]
+    runs: str
+    name: str | None
+    device: Device
+    backend: Literal["auto", "native", "torch", "triton", "cuda", "scatter"]
+
+    def __post_init__(self) -> None:
+        require_sparsity("sparsity", self.sparsity)
+        if isinstance(self.distribution, dict):
+            for pattern, sparsity in self.distribution.items():
+                require_sparsity(f"distribution.{pattern}", sparsity)
+        require(self.low_rank >= 0, "low_rank", self.low_rank, "a rank, or 0 for none")
+        for index, rule in enumerate(self.sparse):
+            require(rule.split >= 1, f"sparse[{index}].split", rule.split, "at least 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2^63 - 1")
+        one_folder = self.name not in ("", ".", "..") and "/" not in (self.name or "")
+        require(one_folder, "name", repr(self.name), "the name of one folder")
+
+
+def run_settings(cfg: DictConfig) -> Run:
+    """The checked run keys of a composed (or reloaded) training config, which has every group."""
+    for group in GROUPS:
+        if not isinstance(cfg.get(group), DictConfig):
+            raise UserError(f"{group}: missing, expected a mapping with a _target_")
+    return read_keys(cfg, Run)
 
 
 @command_line("config")
@@ -105,6 +187,8 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
 
 def build_task(cfg: DictConfig, world: World) -> Task:
     """The data set of `cfg`. Rank 0 prepares what is cached on disk, the others then find it."""
+    # Before anything is downloaded or searched for.
+    require_fit(cfg.model, "model", getattr(resolve_target(cfg.dataset, "dataset"), "gives", ()))
     task = build(cfg.dataset, "dataset") if world.main else None
     world.from_main(None)
     return build(cfg.dataset, "dataset") if task is None else task

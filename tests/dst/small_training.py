@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from from_yaml import from_yaml
 from padst_exp.data.task import Task
 from padst_exp.dst import Algorithm
 from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.loggers import NoLogger
-from padst_exp.engine.optimizers import SGD, AdamW, OptimizerBuilder
-from padst_exp.engine.settings import Trainer
+from padst_exp.engine.optimizers import OptimizerBuilder
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import Stepper
 from padst_exp.permutations import NoPermutation, PermutationLearner
@@ -61,19 +61,12 @@ def network() -> nn.Sequential:
     )
 
 
-def adamw(**changes: Any) -> AdamW:
-    settings: dict[str, Any] = {
-        "lr": 0.01, "weight_decay": 0.01, "betas": (0.9, 0.99), "eps": 1e-8,
-        "warmup": 0.0, "schedule": "constant", "min_lr": 0.0,
-    }  # fmt: skip
-    return AdamW(**settings | changes)
+def adamw(**changes: Any) -> OptimizerBuilder:
+    return from_yaml("optimizer/adamw", **{"lr": 0.01, "warmup": 0.0, **changes})
 
 
-def sgd() -> SGD:
-    return SGD(
-        lr=0.1, weight_decay=0.0, momentum=0.9, nesterov=False,
-        warmup=0.0, schedule="constant", min_lr=0.0,
-    )  # fmt: skip
+def sgd() -> OptimizerBuilder:
+    return from_yaml("optimizer/sgd", warmup=0.0)
 
 
 @dataclass
@@ -120,13 +113,15 @@ def start(
     experiment = Experiment(
         task=Teacher(), model=model, report=report, algorithm=algorithm, learner=learner,
         optimizer=adamw() if optimizer is None else optimizer,
-        trainer=Trainer(steps=steps, batch_size=BATCH, ema_decay=ema_decay),
+        trainer=from_yaml(
+            "trainer/default", steps=steps, batch_size=BATCH, ema_decay=ema_decay
+        ),
         logger=NoLogger(), seed=0, backend="torch",
     )  # fmt: skip
     world, rows = World(), list[dict[str, Any]]()
     state = TrainingState(experiment, world=world, saved=None, path=Path())
     stepper = Stepper(
-        experiment, state, world=world, say=lambda line: None,
+        experiment, state, say=lambda line: None,
         record=lambda kind, values: rows.append({"kind": kind, **values}),
     )  # fmt: skip
     return Training(model, report, state, stepper, rows)

@@ -16,7 +16,7 @@ def topology(pools: list[tuple[int, int]]) -> Topology:
     active = [24 * p + 2 * i for p, (k, others) in enumerate(pools) for i in range(k + others)]
     target = torch.tensor([k for k, _ in pools])
     sizes, candidates = torch.full_like(target, 3), torch.full_like(target, 24)
-    return Topology(torch.tensor(active), candidates, sizes, 24, 72 * len(pools), target)
+    return Topology(torch.tensor(active), candidates, sizes, 24, (len(pools), 72), target)
 
 
 def selection(pools: list[tuple[int, int]], logits: Tensor | None = None) -> Selection:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.toy import toy_learner, toy_model
+from engine.moving import Moving
+from engine.toy import toy_experiment
 from from_yaml import from_yaml
 from padst_exp.engine.optimizers import AgeAwareAdamW, birth_dtype, parameter_roles
 from padst_exp.errors import UserError
@@ -12,8 +13,12 @@ from padst_exp.errors import UserError
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 0.05}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_a_grown_entry_moves_as_under_a_fresh_adamw(dtype: torch.dtype, tolerance: float) -> None:
+def test_a_grown_entry_moves_as_under_a_fresh_adamw() -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        check_grown_entry(dtype, tolerance)
+
+
+def check_grown_entry(dtype: torch.dtype, tolerance: float) -> None:
     birth, steps = 57, 40
     gradients = torch.randn(birth + steps, 2, 3, dtype=dtype)
     old = nn.Parameter(torch.randn(2, 3, dtype=dtype))
@@ -63,7 +68,8 @@ def test_more_births_than_two_bytes_can_tell_apart() -> None:
 
 
 def test_roles_and_groups() -> None:
-    model, _ = toy_model(toy_learner())
+    model = toy_experiment(algorithm=Moving()).model
+    assert isinstance(model, nn.Sequential)
     model.append(nn.Embedding(3, 4))
     model.token = nn.Parameter(torch.zeros(1, 1, 4))
     roles = {name: role for name, (role, _) in parameter_roles(model).items()}
@@ -90,33 +96,23 @@ def test_a_tied_weight_is_one_embedding() -> None:
     assert [role for role, _ in parameter_roles(model).values()] == ["embedding"]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "middle", "final"),
-    [("cosine", 0.055, 0.01), ("linear", 0.055, 0.01), ("constant", 0.1, 0.1)],
-)
-def test_schedules(schedule: str, middle: float, final: float) -> None:
-    model = nn.Linear(2, 2)
-    builder = from_yaml("optimizer/sgd", lr=0.1, warmup=0.2, schedule=schedule, min_lr=0.01)
-    optimizer, scheduler = builder.create(model, 100)
-    rates = []
-    for step in range(1, 101):
+def test_schedules() -> None:
+    ends = {"cosine": (0.055, 0.01), "linear": (0.055, 0.01), "constant": (0.1, 0.1)}
+    for schedule, (middle, final) in ends.items():
+        builder = from_yaml("optimizer/sgd", lr=0.1, warmup=0.2, schedule=schedule, min_lr=0.01)
+        optimizer, scheduler = builder.create(nn.Linear(2, 2), 100)
+        rates = []
+        for step in range(1, 101):
+            rates.append(optimizer.param_groups[0]["lr"])
+            scheduler.step_update(step)
         rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step_update(step)
-    rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(0.005) and rates[10] == pytest.approx(0.0525)
-    assert rates[20] == pytest.approx(0.1) and rates[60] == pytest.approx(middle)
-    assert rates[100] == pytest.approx(final)
+        assert rates[0] == pytest.approx(0.005) and rates[10] == pytest.approx(0.0525)
+        assert rates[20] == pytest.approx(0.1) and rates[60] == pytest.approx(middle), schedule
+        assert rates[100] == pytest.approx(final), schedule
 
 
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"lr": 0.0}, "lr"),
-        ({"lr": 0.1, "warmup": 1.0}, "warmup"),
-        ({"lr": 0.1, "min_lr": 0.2}, "min_lr"),
-        ({"lr": 0.1, "betas": (0.9, 1.0)}, "betas"),
-    ],
-)
-def test_mistakes_name_the_key(settings: dict[str, float], key: str) -> None:
-    with pytest.raises(UserError, match=rf"^optimizer\.{key}: expected .*, got"):
-        from_yaml("optimizer/adamw", **settings)
+def test_mistakes_name_the_key() -> None:
+    mistakes = {"lr": 0.0, "warmup": 1.0, "min_lr": 0.2, "betas": (0.9, 1.0)}
+    for key, value in mistakes.items():
+        with pytest.raises(UserError, match=rf"^optimizer\.{key}: expected .*, got"):
+            from_yaml("optimizer/adamw", **{"lr": 0.1, key: value})

@@ -6,13 +6,13 @@ from omegaconf import DictConfig
 
 from padst_exp.bench.keys import Keys
 from padst_exp.cli import command_line
-from padst_exp.config import settings
+from padst_exp.config import read_keys
 
 
 @command_line("bench")
 def main(cfg: DictConfig) -> None:
     """Run one suite; write its table, its figure and the README of all tables."""
-    keys = settings(cfg, Keys)
+    keys = read_keys(cfg, Keys)
 
     from padst_exp.bench import suites
     from padst_exp.engine.progress import say

@@ -111,19 +111,12 @@ def layers(names: Sequence[str]) -> list[Layer]:
 
 @dataclass(frozen=True)
 class Model:
-    """A whole model.
+    """A whole model."""
 
-    Args:
-        label: its name in tables.
-        node: the key `model` of its file.
-        block_linears: those that fuse projections (QKV) have a `split`.
-        inputs: what its constructor needs to know of the data.
-    """
-
-    label: str
-    node: DictConfig
-    block_linears: tuple[Rule, ...]
-    inputs: Mapping[str, int]
+    label: str  # its name in tables
+    node: DictConfig  # the key `model` of its file
+    block_linears: tuple[Rule, ...]  # those that fuse projections (QKV) have a split
+    inputs: Mapping[str, int]  # what its constructor needs to know of the data
 
     @property
     def is_language(self) -> bool:

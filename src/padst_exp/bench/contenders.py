@@ -18,15 +18,13 @@ from padst_exp.bench.onednn import has_onednn, use_onednn
 from padst_exp.bench.session import Contender, Session
 from padst_exp.engine.backends import describe
 from padst_exp.engine.step import compile_blocks
-from padst_exp.inference import CondensedLinear, PackedLinear, TiledLinear, pack, tune
+from padst_exp.inference import PackedLinear, pack, tune
 from padst_exp.layers import SparseLinear, sparse_layers
 from padst_exp.sparsify import sparsify
 from padst_kernels import Backend
 
 # Backends that every layer has; timed where there is nothing better.
 PLAIN = ("torch", "scatter")
-# Backends of exported layers by device.
-EXPORTED: dict[str, tuple[Backend, ...]] = {"cpu": ("native",), "cuda": ("torch", "triton")}
 
 
 def dense(
@@ -96,18 +94,20 @@ def by_backend(session: Session, one: Contender) -> Iterator[Contender]:
         layer.use_backend(backend)
         yield several(session, replace(one, form=f"packed, {backend}"))
     if one.permutation != "soft":
-        for backend in EXPORTED[session.device.type]:
-            yield several(session, exported_layer(one, backend))
+        packed = exported_layer(one)
+        possible = packed.backends()
+        for backend in [b for b in possible if b not in PLAIN] or possible:
+            packed.backend = backend
+            form = f"exported, {backend}"
+            yield several(session, replace(one, form=form, modules=[packed], trained=False))
 
 
-def exported_layer(one: Contender, backend: Backend) -> Contender:
-    """What export makes of a sparse layer, by one backend."""
+def exported_layer(one: Contender) -> PackedLinear:
+    """What export makes of a sparse layer."""
     module = copy.deepcopy(one.modules[0])
     pack(module)
-    for part in module.modules():
-        if isinstance(part, PackedLinear):
-            part.backend = backend
-    return replace(one, form=f"exported, {backend}", modules=[module], trained=False)
+    (packed,) = (part for part in module.modules() if isinstance(part, PackedLinear))
+    return packed
 
 
 def exported_model(session: Session, one: Contender, inputs: Tensor) -> Contender:
@@ -116,20 +116,19 @@ def exported_model(session: Session, one: Contender, inputs: Tensor) -> Contende
     Raises:
         ValueError: the kernels that it would use have failed their checks.
     """
-    allowed = [
-        backend
-        for backend in EXPORTED[session.device.type]
-        if not session.refusal(one.structure, f"exported, {backend}")
-        and not session.refusal(one.structure, f"features, {backend}")
-    ]
+    allowed = {
+        b
+        for b in get_args(Backend)
+        if not any(
+            session.refusal(one.structure, f"{how}, {b}") for how in ("exported", "features")
+        )
+    }
     if not allowed:
         raise ValueError("its kernels did not pass their checks")
     module = copy.deepcopy(one.modules[0])
     pack(module)
-    # Until tune knows them by these names.
-    known = ["torch" if backend == "native" else backend for backend in allowed]
-    report = tune(module, inputs, backends=known)
-    how = f"{report.layout}, {report.speedup:.2f}x dense"
+    report = tune(module, inputs, backends=allowed)
+    how = f"{report.form}, {report.speedup:.2f}x dense"
     return replace(one, form="exported, eager", modules=[module], dispatcher=how)
 
 
@@ -140,7 +139,7 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
     CSR take as long whatever the structure is; they are left out where they are `known`.
     """
     weight = sparse_layer(one).weight.detach()
-    tiles = exported_layer(one, "torch").modules[0].get_submodule("0")
+    tiles = exported_layer(one).tiles
 
     def peer(form: str, module: nn.Module, trained: bool = True) -> Contender:
         return several(session, replace(one, form=form, modules=[module], trained=trained))
@@ -149,9 +148,9 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
         yield peer("masked dense", Masked(weight))
     if session.device.type == "cpu" and session.dtype != torch.float32:
         return  # these formats know single precision only
-    if isinstance(tiles, CondensedLinear) and "torch CSR" not in known:
+    if tiles is None and "torch CSR" not in known:
         yield peer("torch CSR", Peer(weight.to_sparse_csr()))
-    size = tiles.weight.shape[2] if isinstance(tiles, TiledLinear) else 0
+    size = 0 if tiles is None else tiles.values.shape[2]
     if size and not any(side % size for side in weight.shape):
         blocks = weight.to_sparse_bsr((size, size))
         if blocks.values().numel() == sum(w.values.numel() for w in sparse_layer(one).parts()):
@@ -160,13 +159,20 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
 
 def two_of_four(session: Session, layer: Layer) -> Contender:
     """PyTorch's 2:4, at its one density."""
-    quads = torch.randn(layer.out_features * layer.in_features // 4, 4)
-    kept = quads.abs().argsort(1).argsort(1) >= 2
-    pruned = (quads * kept).view(layer.out_features, layer.in_features)
-    module = Peer(torch.sparse.to_sparse_semi_structured(pruned.to(session.device, session.dtype)))
-    one = Contender(structure="2:4", form="torch 2:4", modules=[module], trained=False,
-                    density_asked=0.5, density=0.5)  # fmt: skip
-    return several(session, one)
+
+    def pruned() -> nn.Module:
+        quads = torch.randn(layer.out_features * layer.in_features // 4, 4)
+        kept = quads * (quads.abs().argsort(1).argsort(1) >= 2)
+        weight = kept.view(layer.out_features, layer.in_features)
+        return Peer(
+            torch.sparse.to_sparse_semi_structured(weight.to(session.device, session.dtype))
+        )
+
+    # Half of the values, and two bits each that tell where they stood.
+    size = layer.out_features * layer.in_features * session.dtype.itemsize * 9 // 16
+    modules = [pruned() for _ in range(rotation(size, session.device))]
+    return Contender(structure="2:4", form="torch 2:4", modules=modules, trained=False,
+                     density_asked=0.5, density=0.5)  # fmt: skip
 
 
 def choose(session: Session, one: Contender, example: Callable[[], object], samples: int) -> str:

@@ -67,15 +67,8 @@ def bytes_twin(
 ) -> Call:
     """A call that reads and writes what the passes of one product must, and computes nothing.
 
-    Activations stay where the product would find them; weights come from beyond the last-level
-    cache.
-
-    Args:
-        inputs: bytes of x.
-        outputs: bytes of y.
-        weight: bytes of the weight.
-        passes: some of "forward", "dX" and "dW".
-        device: where the bytes are.
+    `inputs`, `outputs` and `weight` are bytes; `passes` are some of "forward", "dX" and "dW".
+    Activations stay where the product would find them; weights come from beyond the cache.
     """
 
     def words(size: int) -> Tensor:

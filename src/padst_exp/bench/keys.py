@@ -12,29 +12,7 @@ from padst_exp.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """What to measure.
-
-    Args:
-        suite: what to measure.
-        device: "auto" takes the GPU where there is one.
-        dtype: of weights and activations; of autocast in training. Null depends on the device.
-        threads: of a CPU.
-        rounds: timings of each contender; they take turns.
-        clock: "wall", or "cpu" for the time of one thread, on a machine that others share.
-        budget: seconds of a suite; what there is no time for is named and skipped.
-        out: folder of the results.
-        sparsities: of single layers and of models.
-        structures: options of the group `structure`, or mappings with keys of theirs.
-        shapes: of single layers: outputs x inputs, or the width of a transformer.
-        tokens: that single layers multiply.
-        models: options of the group `model`, or mappings with keys of theirs.
-        batches: of all models, or by kind of their inputs.
-        scopes: which layers of a model are sparse: "all" block linears, or "dense_qkv".
-        images: size of the inputs of vision models.
-        text: size of the inputs of language models.
-        usual: what null keys are, by suite, and therein by device.
-        gpu_all: suites with keys of theirs, and a `share` of the time that is left.
-    """
+    """What to measure; conf/bench.yaml says what each key is."""
 
     suite: Literal["layers", "model_inference", "model_train", "memory", "gpu_all"]
     device: Device

@@ -29,7 +29,7 @@ from padst_exp.bench.keys import Keys
 from padst_exp.bench.session import Contender, Row, Session
 from padst_exp.bench.timing import Call, Timer
 from padst_exp.layers import SparseLinear, SparseWeight
-from padst_exp.soft import soft_choices
+from padst_exp.soft import Learner, soft_choices
 
 # oneDNN packs weights for so many tokens; their order depends on it only where they are few.
 PACKED_TOKENS = 4096
@@ -61,8 +61,9 @@ def run(keys: Keys, session: Session) -> Iterator[list[Row]]:
     densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities or ()]
     every = itertools.product(structures, densities, keys.scopes or ())
     phases = slice(1 if keys.suite == "model_inference" else 2)
-    kinds = [(*one, state) for one in every for state in one[0].phases[phases]]
-    measure = {"model_inference": _infer, "model_train": _train, "memory": _memory}[keys.suite]
+    kinds: list[Kind] = [(*one, state) for one in every for state in one[0].phases[phases]]
+    training = partial(_time, training=keys.suite == "model_train")
+    measure = _memory if keys.suite == "memory" else training
     for model, batch in session.affordable(keys.suite, cases):
         name = f"{model.label} at batch {batch}"
         yield from session.tried(name, partial(measure, session, model, batch, kinds))
@@ -86,51 +87,61 @@ def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.
     return replace(one, dispatcher=contenders.choose(session, one, forward, batch))
 
 
-def _sides(
-    session: Session, model: Model, batch: int, kinds: list[Kind], dtype: torch.dtype, export: bool
-) -> list[Contender]:
-    """Dense and sparse models, eager and compiled; none where no structure is legal."""
+def _time(
+    session: Session, model: Model, batch: int, kinds: Sequence[Kind], *, training: bool
+) -> list[Row]:
+    """Dense and sparse models, eager and compiled; no rows where no structure is legal."""
     torch.compiler.reset()
-    sides: list[Contender] = []
+    dtype, sides = torch.float32 if training else session.dtype, []
+    inputs, sample = (_to(session, model.example(n)[0], dtype) for n in (batch, 1))
     for kind in session.affordable(f"structures of {model.label}", kinds):
         name = f"{kind[0].label} in {model.label}"
         made = session.tried(name, partial(sparse, session, model, batch, kind, dtype))
-        if made and export:
-            inputs = _to(session, model.example(batch)[0], dtype)
+        if made and not training:
             pack = partial(contenders.exported_model, session, made[0], inputs)
             made += session.tried(f"{name}, exported", pack)
         sides += [form for one in made for form in (one, contenders.compiled(one, model))]
-    packed = PACKED_TOKENS if export else None
-    return contenders.dense(session, model, dtype, packed) + sides if sides else []
-
-
-def _infer(session: Session, model: Model, batch: int, kinds: list[Kind]) -> list[Row]:
-    """Forward passes; those of a language model with all logits, and with the last ones only."""
-    sides = _sides(session, model, batch, kinds, session.dtype, export=True)
-    inputs = _to(session, model.example(batch)[0], session.dtype)
-    passes: dict[str, Forward] = {"inference": _forward}
-    if model.is_language:
-        passes = {"inference, logits of all positions": _forward,
-                  "inference, logits of the last position": last_logits}  # fmt: skip
-    rows: list[Row] = []
-    for done, (what, forward) in enumerate(passes.items() if sides else ()):
+    if not sides:
+        return []
+    sides = contenders.dense(session, model, dtype, None if training else PACKED_TOKENS) + sides
+    size = model.inputs["context_length" if model.is_language else "image_size"]
+    case = f"{model.label}, " + (f"context {size}" if model.is_language else f"{size} pixels")
+    passes, rows, device = _passes(model, training), [], session.device.type
+    for done, (what, forward) in enumerate(passes.items()):
         part = replace(session, timer=session.timer.part(1 / (len(passes) - done)))
-        with torch.inference_mode():
-            calls = [(one, partial(forward, one.modules[0].eval(), inputs)) for one in sides]
-            rows += _compare(part, "model_inference", model, batch, what, forward, calls)
+        about: Row = {"suite": "model_train" if training else "model_inference", "case": case,
+                      "tokens": batch, "pass": what}  # fmt: skip
+        work = Work(sides[0].modules[0], forward, sample)
+
+        def floor(one: Contender, _: object, work: Work = work) -> float:
+            operations, weights = work.left(model.rules(one.scope), one.density)
+            moved = weights * session.dtype.itemsize / session.ceilings.bandwidth
+            seconds = max(batch * operations / session.ceilings.rate, moved)
+            return TRAINING * seconds if training else seconds
+
+        calls: list[tuple[Contender, Call]] = [
+            (one, step(session, model, one, batch)[0] if training
+             else partial(forward, one.modules[0].eval(), inputs)) for one in sides
+        ]  # fmt: skip
+        with torch.inference_mode(not training):
+            graphs = device == "cuda" and not training
+            rows += part.compare(about, calls, floor=floor, graphs=graphs, block=BLOCK[device])
     return rows
 
 
-def _train(session: Session, model: Model, batch: int, kinds: list[Kind]) -> list[Row]:
-    sides = _sides(session, model, batch, kinds, torch.float32, export=False)
-    calls = [(one, step(session, model, one, batch)[0]) for one in sides]
-    name = "training step"
-    return _compare(session, "model_train", model, batch, name, _forward, calls) if sides else []
+def _passes(model: Model, training: bool) -> dict[str, Forward]:
+    """What is timed, by name; of a language model all logits, and those of the last position."""
 
+    def forward(module: nn.Module, inputs: Tensor) -> Tensor:
+        outputs: Tensor = module(inputs)
+        return outputs
 
-def _forward(module: nn.Module, inputs: Tensor) -> Tensor:
-    outputs: Tensor = module(inputs)
-    return outputs
+    if training or not model.is_language:
+        return {"training step" if training else "inference": forward}
+    return {
+        "inference, logits of all positions": forward,
+        "inference, logits of the last position": last_logits,
+    }
 
 
 def last_logits(module: nn.Module, tokens: Tensor) -> Tensor:
@@ -138,31 +149,6 @@ def last_logits(module: nn.Module, tokens: Tensor) -> Tensor:
     transformer, head = module.get_submodule("transformer"), module.get_submodule("lm_head")
     logits: Tensor = head(transformer(tokens, use_cache=False).last_hidden_state[:, -1])
     return logits
-
-
-def _compare(
-    session: Session,
-    suite: str,
-    model: Model,
-    batch: int,
-    what: str,
-    forward: Forward,
-    calls: Sequence[tuple[Contender, Call]],
-) -> list[Row]:
-    dense, kind = calls[0][0].modules[0], session.device.type
-    dtype, products = next(dense.parameters()).dtype, TRAINING if suite == "model_train" else 1
-    work = Work(dense, forward, _to(session, model.example(1)[0], dtype))
-
-    def floor(one: Contender, _: object) -> float:
-        operations, weights = work.left(model.rules(one.scope), one.density)
-        moved = weights * session.dtype.itemsize / session.ceilings.bandwidth
-        return products * max(batch * operations / session.ceilings.rate, moved)
-
-    size = model.inputs["context_length" if model.is_language else "image_size"]
-    case = f"{model.label}, " + (f"context {size}" if model.is_language else f"{size} pixels")
-    about: Row = {"suite": suite, "case": case, "tokens": batch, "pass": what}
-    graphs = kind == "cuda" and products == 1
-    return session.compare(about, calls, floor=floor, graphs=graphs, block=BLOCK[kind])
 
 
 def step(
@@ -192,7 +178,7 @@ def step(
     return call, optimizer
 
 
-def _memory(session: Session, model: Model, batch: int, kinds: list[Kind]) -> list[Row]:
+def _memory(session: Session, model: Model, batch: int, kinds: Sequence[Kind]) -> list[Row]:
     """Bytes of every side, the dense one first; on a CPU each in a process of its own."""
     rows: list[Row] = []
     for kind in session.affordable(f"sides of {model.label}", [None, *kinds]):
@@ -249,20 +235,26 @@ def weigh(session: Session, model: Model, batch: int, kind: Kind | None) -> Row:
     for _ in range(2):
         call()
     peak = _resident(session.device, "VmHWM") - before
-    parameters, states = list(one.modules[0].parameters()), list(optimizer.state.values())
-    if one.learner is not None:
-        states += (one.learner.state_dict()["optimizer"] or {"state": {}})["state"].values()
-    moments = (t for state in states for t in state.values() if isinstance(t, Tensor) and t.ndim)
+    parameters = list(one.modules[0].parameters())
     sparse_parts = (
         m for m in one.modules[0].modules() if isinstance(m, SparseLinear | SparseWeight)
     )
-    tensors = parameters, (p.grad for p in parameters if p.grad is not None), moments
+    gradients = (p.grad for p in parameters if p.grad is not None)
+    tensors = parameters, gradients, moments(optimizer, one.learner)
     indices = (buffer for part in sparse_parts for buffer in part.buffers())
-    sizes = dict(zip(KEPT, map(_bytes, (*tensors, indices)), strict=True))
+    sizes = dict(zip(KEPT, map(tensor_bytes, (*tensors, indices)), strict=True))
     return {**one.columns(), **sizes, "peak_bytes": peak}
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def moments(optimizer: torch.optim.Optimizer, learner: Learner | None) -> list[Tensor]:
+    """What the optimizers of values and of soft choices remember."""
+    states = list(optimizer.state.values())
+    if learner is not None:
+        states += (learner.state_dict()["optimizer"] or {"state": {}})["state"].values()
+    return [t for state in states for t in state.values() if isinstance(t, Tensor) and t.ndim]
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, shared memory once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

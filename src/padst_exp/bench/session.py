@@ -34,35 +34,21 @@ NUMBERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to compute a layer or a model.
+    """One way to compute a layer or a model."""
 
-    Args:
-        structure: label of the structure, "dense" for none.
-        form: how weights are stored and multiplied; for sparse layers the kernel, whose checks
-            must have passed: "packed, triton".
-        modules: alike but for their values; called in turn, so that weights come from memory.
-        kind: "dense" for what PyTorch does by itself, "strong" for other dense kernels, or
-            "sparse"; ratios are to the fastest dense, and to the fastest dense or strong one.
-        scope: which layers of a model are sparse, see `choices.Model.rules`.
-        permutation: "none", "soft" or "hard".
-        density_asked: share of entries that sparse layers were to have.
-        density: share that they have.
-        trained: whether weights have gradients.
-        dispatcher: what the dispatcher chose, in one line.
-        learner: learner of soft permutations.
-    """
-
-    structure: str = "dense"
-    form: str
-    modules: Sequence[nn.Module]
+    structure: str = "dense"  # its label; "dense" for none
+    form: str  # how weights are stored and multiplied; for sparse layers the kernel, of KERNELS
+    modules: Sequence[nn.Module]  # called in turn, so that weights come from memory
+    # What PyTorch does by itself, other dense kernels, or neither. Ratios are to the fastest dense
+    # one, and to the fastest dense or strong one.
     kind: Literal["dense", "strong", "sparse"] = "sparse"
-    scope: str = ""
-    permutation: str = "none"
+    scope: str = ""  # which layers of a model are sparse, see `choices.Model.rules`
+    permutation: str = "none"  # or "soft", "hard"
     density_asked: float = 1.0
     density: float = 1.0
-    trained: bool = True
-    dispatcher: str = ""
-    learner: Learner | None = None
+    trained: bool = True  # whether weights have gradients
+    dispatcher: str = ""  # what the dispatcher chose, in one line
+    learner: Learner | None = None  # of soft permutations
 
     @property
     def name(self) -> str:
@@ -78,25 +64,16 @@ class Contender:
 
 @dataclass(frozen=True)
 class Session:
-    """What every suite gets.
+    """What every suite gets."""
 
-    Args:
-        timer: timer of the device, with the budget of one suite.
-        dtype: dtype of weights and activations.
-        ceilings: what the device reaches, measured in this run.
-        columns: columns of every row: where and with what it was measured.
-        rounds: timings of each contender.
-        say: takes a line for a person.
-        verdicts: "" or why a kernel is refused, by label of the structure and name of the kernel;
-            None where nothing was checked, and all may be timed.
-    """
-
-    timer: Timer
-    dtype: torch.dtype
-    ceilings: Ceilings
-    columns: Mapping[str, Any]
-    rounds: int
-    say: Callable[[str], None]
+    timer: Timer  # of the device, with the budget of one suite
+    dtype: torch.dtype  # of weights and activations
+    ceilings: Ceilings  # what the device reaches, measured in this run
+    columns: Mapping[str, Any]  # of every row: where and with what it was measured
+    rounds: int  # timings of each contender
+    say: Callable[[str], None]  # takes a line for a person
+    # "" or why a kernel is refused, by label of the structure and name of the kernel; None where
+    # nothing was checked, and all may be timed.
     verdicts: Mapping[tuple[str, str], str] | None = None
 
     @property
@@ -143,13 +120,9 @@ class Session:
     ) -> list[Row]:
         """Time calls in turn; a row for each, without numbers for what is refused or fails.
 
-        Args:
-            about: columns of all rows: suite, case, tokens and pass.
-            contenders: what is timed, and the call that does it.
-            floor: least seconds of one, given the timings of all.
-            twins: calls that take turns too, but have no row.
-            graphs: whether each is timed as a CUDA graph, too.
-            block: seconds that a timing takes, if the budget allows.
+        All rows have the columns `about`. `floor` gives the least seconds of a contender from the
+        timings of all; `twins` take turns too, but have no row; with `graphs` each contender is
+        timed as a CUDA graph, too. A timing takes `block` seconds if the budget allows.
         """
         sides = {one.name: (one, call) for one, call in contenders}
         passes: dict[str, int] = {}

@@ -29,11 +29,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from padst_exp.bench import floors, layers, models, tables
 from padst_exp.bench.keys import Keys
-from padst_exp.bench.session import EVERY, Row, Session, columns
+from padst_exp.bench.session import Row, Session, columns
 from padst_exp.bench.timing import Timer
 from padst_exp.config import config_dir
 from padst_exp.errors import UserError
@@ -126,7 +127,7 @@ def check_kernels(keys: Keys, session: Session) -> Verdicts:
         except subprocess.TimeoutExpired:
             session.say("gpu_all: the checks did not end in time")
             os.killpg(process.pid, signal.SIGKILL)
-        verdicts = read_verdicts(path.read_text().splitlines() if path.exists() else [])
+        verdicts = read_verdicts(path)
     refused = [f"{kernel} of {structure}" for (structure, kernel), why in verdicts.items() if why]
     session.say(
         f"gpu_all: {len(verdicts)} kernels checked, refused: {', '.join(refused) or 'none'}"
@@ -134,18 +135,16 @@ def check_kernels(keys: Keys, session: Session) -> Verdicts:
     return verdicts
 
 
-def read_verdicts(lines: list[str]) -> Verdicts:
+def read_verdicts(path: Path) -> Verdicts:
     """Why each kernel of each structure is refused, or "", from lines of JSON of tests/gpu.
 
     A test can end its process or never end. So it says first that all kernels of its structure did
     not end, and takes that back at last. A kernel must have passed in all tests that check it; what
     is in no line was not checked.
     """
-    last: dict[tuple[str, str, str], str] = {}
-    for line in lines:
-        said = json.loads(line)
-        last[said["structure"], said["kernel"], said["test"]] = said["reason"]
-    found: Verdicts = {}
-    for (structure, kernel, _), why in last.items():
-        found[structure, kernel] = found.get((structure, kernel)) or why
-    return {key: why for key, why in found.items() if why or key[1] != EVERY}
+    if not path.exists():
+        return {}
+    frame = pd.read_json(path, lines=True).drop_duplicates(
+        ["structure", "kernel", "test"], keep="last"
+    )
+    return dict(frame.groupby(["structure", "kernel"]).reason.max())

@@ -23,12 +23,9 @@ MIN_ROUNDS, RESERVED = 3, 0.35
 
 
 class Timer:
-    """Times calls on one device within a budget.
+    """Times calls on one device within a budget of wall time in seconds, counted from now.
 
-    Args:
-        device: waited for before and after.
-        clock: "wall", or "cpu" for the time of this one thread.
-        budget: seconds of wall time that may be spent from now on.
+    The clock is "wall", or "cpu" for the time of this one thread.
     """
 
     def __init__(self, device: torch.device, clock: str, budget: float = math.inf) -> None:
@@ -64,19 +61,15 @@ class Timer:
     ) -> tuple[dict[str, list[float]], dict[str, str]]:
         """Seconds of one pass of each, in turn, so that all meet the same disturbances.
 
-        A timing is a burst of calls, as layers of one kind follow each other in a model. A call
-        that is not timed comes before it, since other calls have used the caches.
+        A timing is a burst of calls, of `block` seconds if the budget allows, as layers of one kind
+        follow each other in a model. A call that is not timed comes before it, since other calls
+        have used the caches. A spent budget means fewer rounds, and that first calls, the most
+        important ones first, do not begin. `passes`: how many passes one call makes, if not one.
 
-        Args:
-            calls: the most important ones first; none begins when little of the budget is left.
-            rounds: timings of each; fewer where the budget is spent.
-            block: seconds that a timing takes, if the budget allows.
-            passes: how many of them one call makes, where more than one.
-
-        Returns:
-            The timings, and the reason in one line for each call that did not run.
+        Returns the timings, and the reason in one line for each call that did not run.
         """
-        once, failed = {}, {}
+        once: dict[str, float] = {}
+        failed: dict[str, str] = {}
         for name, call in calls.items():
             if once and self.left < RESERVED * self.budget < math.inf:
                 failed[name] = "no time left"

@@ -121,7 +121,7 @@ class Wikitext103(LanguageModeling):
 
     Args:
         root: a folder with wiki.train.raw and wiki.valid.raw (or .tokens, or the hub's parquet
-            files); by default the hub's Salesforce/wikitext, wikitext-103-raw-v1.
+            files); null: the hub's Salesforce/wikitext, wikitext-103-raw-v1.
         split: to evaluate on.
         context_length: tokens of one sample.
         vocab, merges: local files of GPT-2's tokenizer, see `gpt2_tokenizer`.
@@ -159,7 +159,7 @@ class C4(LanguageModeling):
 
     Args:
         root: a folder with files of the two splits (c4-train.*.json.gz as on the hub, parquet or
-            text, one document a row); by default the hub's allenai/c4.
+            text, one document a row); null: the hub's allenai/c4.
         shards: training files to download, of 1,024 with 356,000 documents each; only of the hub.
         validation_shards: the same, of 8 with 45,000 documents each.
         documents: use only the first so many training documents, null for all.

@@ -142,7 +142,7 @@ class Imagenet1k(Classification):
 
     Args:
         root: a folder with train/ and val/ of one folder per class, or with parquet files as on
-            the hub; by default the hub's ILSVRC/imagenet-1k (accept its terms, log in).
+            the hub; null: the hub's ILSVRC/imagenet-1k (accept its terms, log in).
         num_classes: must be what is found: 1000, or 100 for an ImageNet-100.
         image_size: of the crops, in pixels.
         mixup, cutmix, smoothing, objective: see `Classification`.

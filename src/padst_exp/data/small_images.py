@@ -93,7 +93,7 @@ class FashionMnist(_SmallImages):
     """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 images, 28x28, 1 channel, 10 classes.
 
     Args:
-        root: folder with the four idx files, gzipped or not. By default, Debian's
+        root: folder with the four idx files, gzipped or not; null: Debian's
             dataset-fashion-mnist if installed, else the hub's zalando-datasets/fashion_mnist.
         shift, flip: augmentation of training images.
     """
@@ -137,7 +137,7 @@ class Cifar100(_SmallImages):
 
     Args:
         root: the folder or tar `cifar-100-python` of the "python version", or a folder with the
-            hub's parquet files; by default the hub's uoft-cs/cifar100.
+            hub's parquet files; null: the hub's uoft-cs/cifar100.
         shift, flip: augmentation of training images.
     """
 

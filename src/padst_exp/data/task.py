@@ -25,7 +25,8 @@ class Task(abc.ABC):
     """A data set with its loss and metrics.
 
     Attributes:
-        model_shape: keyword arguments that the data set fixes for every model it can feed.
+        gives: names of what the data set fixes for every model it can feed.
+        model_shape: these, as keyword arguments of the model.
         items_per_sample: images (1) or tokens per sample, the unit of throughput.
         monitor: name of the summary entry to watch, and whether more or less is better.
         repeats: times each drawn training sample enters a batch (repeated augmentation).
@@ -35,6 +36,7 @@ class Task(abc.ABC):
     """
 
     kind: ClassVar[Literal["classification", "language_modeling"]]
+    gives: ClassVar[tuple[str, ...]] = ()
     monitor: ClassVar[tuple[str, Literal["min", "max"]]]
     model_shape: dict[str, int]
     items_per_sample: int
@@ -84,6 +86,7 @@ class Classification(Task):
     """
 
     kind = "classification"
+    gives = ("image_size", "channels", "num_classes")
     monitor = ("top1", "max")
     items_per_sample = 1
 
@@ -185,6 +188,7 @@ class LanguageModeling(Task):
     """
 
     kind = "language_modeling"
+    gives = ("vocab_size", "context_length")
     monitor = ("perplexity", "min")
 
     def __init__(

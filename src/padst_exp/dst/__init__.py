@@ -1,13 +1,24 @@
 """Dynamic sparse training: scores, schedules, the drop-and-grow rule, soft selections."""
 
 from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Static
-from padst_exp.dst.counts import Constant, Counts, Cubic, Sigmoid
-from padst_exp.dst.scores import DropScore, Gradient, GrowScore, Magnitude, Uniform
+from padst_exp.dst.cht import CH2L3, CH3L3, SoftMagnitude
+from padst_exp.dst.counts import Constant, Counts, Cubic, Elastic, Sigmoid
+from padst_exp.dst.dynadiag import DynaDiag
+from padst_exp.dst.scores import (
+    DropScore,
+    Gradient,
+    GrowScore,
+    Magnitude,
+    MagnitudeAndGradient,
+    Uniform,
+)
 from padst_exp.dst.selection import Selection
 from padst_exp.dst.srigl import SRigL
 from padst_exp.dst.topology import Change, Signal, Signals, Topology
 
 __all__ = [
+    "CH2L3",
+    "CH3L3",
     "MIN_DYNAMIC_UNITS",
     "Algorithm",
     "Change",
@@ -16,14 +27,18 @@ __all__ = [
     "Cubic",
     "DropGrow",
     "DropScore",
+    "DynaDiag",
+    "Elastic",
     "Gradient",
     "GrowScore",
     "Magnitude",
+    "MagnitudeAndGradient",
     "SRigL",
     "Selection",
     "Sigmoid",
     "Signal",
     "Signals",
+    "SoftMagnitude",
     "Static",
     "Topology",
     "Uniform",

@@ -108,22 +108,24 @@ class Periodic(Algorithm):
 
     def drop_fraction(self, step: int, total: int) -> float:
         """Share of active units that are replaced at `step`."""
-        return self.fraction / 2 * (1 + math.cos(math.pi * step / (self.stop * total)))
+        share = min(step / (self.stop * total), 1.0)
+        return self.fraction / 2 * (1 + math.cos(math.pi * share))
 
 
 class DropGrow(Periodic):
-    """Drop globally, refill locally.
+    """Prune, drop globally, refill locally.
 
-    The lowest-scored active units of the layer leave; then each pool is filled up to the number
-    that `counts` gives it, by default what it lost, so that no budget can drift. A pool that still
-    has more than that loses its lowest-scored units too. A dropped unit is a candidate again, and
-    keeps its values when it returns.
+    Pools that have more than `counts` lets them keep are pruned to that. Then the lowest-scored
+    units of the whole layer leave, a share of those that are left; and each pool is filled up to
+    the number that `counts` gives it, by default what it lost, so that no budget can drift. A
+    unit that left is a candidate again, and keeps its values when it returns.
 
     Args:
         drop: score of active units.
         grow: score of all units.
         counts: how many units each pool has after an update.
-        fraction, interval, stop, moments: see `Periodic`.
+        fraction, interval, stop, moments: see `Periodic`. Where counts change, a last update at
+            `stop` brings them to their target.
     """
 
     def __init__(
@@ -138,13 +140,22 @@ class DropGrow(Periodic):
         moments: Literal["age", "zero"],
     ) -> None:
         super().__init__(fraction=fraction, interval=interval, stop=stop, moments=moments)
+        require(
+            counts.end <= stop, "dst.stop", stop, f"at least dst.counts.end={counts.end}, so that "
+            "the last update reaches the density asked",
+        )  # fmt: skip
         self.drop = drop
         self.grow = grow
         self.counts = counts
         self.needs = drop.needs | grow.needs
+        self.requires = drop.requires | grow.requires
 
     def initial_density(self, density: float) -> float:
         return self.counts.initial_density(density)
+
+    def is_due(self, step: int, total: int) -> bool:
+        closing = self.counts.end > 0 and step == math.ceil(self.stop * total)
+        return closing or super().is_due(step, total)
 
     def can_change(self, topology: Topology) -> bool:
         shrinks = not torch.equal(topology.counts(), topology.target)
@@ -154,26 +165,21 @@ class DropGrow(Periodic):
     def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
     ) -> tuple[Change, float]:
-        num_active, device = len(topology.active), topology.active.device
-        # Few active units would round to zero drops for ever without the carry.
-        wanted = self.drop_fraction(step, total) * num_active + carry
-        num_drop = min(math.floor(wanted), num_active)
+        progress = step / total
+        counts, scores = self.counts(topology, progress), self.drop(topology, signals)
+        table = scores.new_full(topology.exists().shape, -torch.inf)
+        table.view(-1)[topology.active] = scores
+        active = best_of_each(table, self.counts.kept(topology, progress)).view(-1)
+        scores, survivors = scores[active[topology.active]], active.nonzero().squeeze(1)
 
-        scores = self.drop(topology, signals)
-        leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=device))[0]
-        survivors = topology.with_active(topology.active[~leaving])
-        # Whatever the schedule of counts, the last update reaches the density asked.
-        last = step + self.interval >= self.stop * total
-        counts = self.counts(topology, 1.0 if last else step / total)
-        if bool((survivors.counts() > counts).any()):
-            table = scores.new_full(topology.exists().shape, -torch.inf)
-            table.view(-1)[survivors.active] = scores[~leaving]
-            best = best_of_each(table, counts.minimum(survivors.counts()))
-            survivors = topology.with_active(best.flatten().nonzero().squeeze(1))
+        # Few active units would round to zero drops for ever without the carry.
+        wanted = self.drop_fraction(step, total) * len(survivors) + carry
+        num_drop = min(math.floor(wanted), len(survivors))
+        leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=scores.device))[0]
+        left = topology.with_active(survivors[~leaving])
 
         open_slots = topology.exists()
-        open_slots.view(-1)[survivors.active] = False
-        candidates = self.grow(survivors, signals).masked_fill(~open_slots, -torch.inf)
-        coming = best_of_each(candidates, counts - survivors.counts())
-        active = torch.cat([survivors.active, coming.flatten().nonzero().squeeze(1)])
-        return Change(active.sort().values), wanted - num_drop
+        open_slots.view(-1)[left.active] = False
+        candidates = self.grow(left, signals).masked_fill(~open_slots, -torch.inf)
+        coming = best_of_each(candidates, counts - left.counts()).flatten().nonzero().squeeze(1)
+        return Change(torch.cat([left.active, coming]).sort().values), wanted - num_drop

@@ -13,7 +13,13 @@ from padst_exp.errors import require
 
 
 class Counts(abc.ABC):
-    """A schedule of the number of active units, between the start and `Topology.target`."""
+    """A schedule of the number of active units, between the start and `Topology.target`.
+
+    Attributes:
+        end: share of training from which on pools have their target; 0 where they always have.
+    """
+
+    end: float = 0.0
 
     def initial_density(self, density: float) -> float:
         """The density a weight starts with that ends with `density`."""
@@ -22,6 +28,10 @@ class Counts(abc.ABC):
     @abc.abstractmethod
     def __call__(self, topology: Topology, progress: float) -> Tensor:
         """Active units of each pool, int64 `[P]`, after the update at `progress` in 0 .. 1."""
+
+    def kept(self, topology: Topology, progress: float) -> Tensor:
+        """To how many each pool is pruned before anything is replaced, int64 `[P]`."""
+        return self(topology, progress).minimum(topology.counts())
 
 
 class Constant(Counts):
@@ -46,7 +56,7 @@ class Shrinking(Counts):
     def __init__(self, *, start: float, begin: float, end: float) -> None:
         require(0 < start <= 1, "dst.counts.start", start, "a density in (0, 1]")
         require(0 <= begin < 1, "dst.counts.begin", begin, "a share of training in [0, 1)")
-        require(begin < end <= 1, "dst.counts.end", end, f"a share in ({begin}, 1]")
+        require(begin < end <= 1, "dst.counts.end", end, f"a share of training in ({begin}, 1]")
         self.start = start
         self.begin = begin
         self.end = end
@@ -92,3 +102,31 @@ class Sigmoid(Shrinking):
             return 1 / (1 + math.exp(self.steepness * (at - 0.5)))
 
         return (raw(share) - raw(1.0)) / (raw(0.0) - raw(1.0))
+
+
+class Elastic(Counts):
+    """Beyond the target for a while: an update prunes to it, then grows more than it may keep.
+
+    The soft memory bound of MEST (Yuan et al. 2021): what is grown is trained until the next
+    update, where it competes with the rest.
+
+    Args:
+        extra: share of the target by which pools exceed it at first; falls along a cosine.
+        end: share of training at which nothing is left of it.
+    """
+
+    def __init__(self, *, extra: float, end: float) -> None:
+        require(extra > 0, "dst.counts.extra", extra, "a positive share of the active units")
+        require(0 < end <= 1, "dst.counts.end", end, "a share of training in (0, 1]")
+        self.extra = extra
+        self.end = end
+
+    def __call__(self, topology: Topology, progress: float) -> Tensor:
+        share = self.extra / 2 * (1 + math.cos(math.pi * min(progress / self.end, 1.0)))
+        # Rounded sums, not rounded pools: small ones would never exceed their target.
+        sums = (topology.target.cumsum(0) * share).floor().to(torch.int64)
+        extra = sums.diff(prepend=sums.new_zeros(1))
+        return (topology.target + extra).minimum(topology.candidates)
+
+    def kept(self, topology: Topology, progress: float) -> Tensor:
+        return topology.target.minimum(topology.counts())

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from padst_exp.dst.topology import Signal, Signals, Topology
+from padst_exp.errors import require
+from padst_exp.pools import Trait
 
 
 class Score(abc.ABC):
@@ -15,9 +17,11 @@ class Score(abc.ABC):
 
     Attributes:
         needs: which signals it reads besides magnitudes; nothing else is computed.
+        requires: what units and pools must be for it to make sense, as in `Algorithm`.
     """
 
     needs: frozenset[Signal] = frozenset()
+    requires: frozenset[Trait] = frozenset()
 
     @abc.abstractmethod
     def __call__(self, topology: Topology, signals: Signals) -> Tensor:
@@ -40,6 +44,24 @@ class Magnitude(DropScore):
 
     def __call__(self, topology: Topology, signals: Signals) -> Tensor:
         return signals.magnitude
+
+
+class MagnitudeAndGradient(DropScore):
+    """|w| + gradient * |dL/dw|, each as the root mean square of a unit (MEST, Yuan et al. 2021).
+
+    Args:
+        gradient: lambda; 0 in the scripts that MEST publishes, which makes it `Magnitude`.
+    """
+
+    needs = frozenset({"weight_gradient"})
+
+    def __init__(self, *, gradient: float) -> None:
+        require(gradient >= 0, "dst.drop.gradient", gradient, "at least 0")
+        self.gradient = gradient
+
+    def __call__(self, topology: Topology, signals: Signals) -> Tensor:
+        assert signals.weight_gradient is not None
+        return signals.magnitude + self.gradient * signals.weight_gradient
 
 
 class Uniform(GrowScore):

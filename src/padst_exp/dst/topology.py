@@ -20,7 +20,7 @@ class Topology:
         candidates: int64 `[P]`, units that exist in each pool.
         unit_sizes: int64 `[P]`, entries of each unit of a pool.
         pool_size: Q, units in the largest pool.
-        size: entries of the weight if it were dense.
+        shape: `(O, I)` of the weight.
         target: int64 `[P]`, the active units of each pool that the asked density stands for. What
             keeps the number of entries never needs it; what grows or shrinks ends there.
         is_output: whether the rows are the outputs of the whole model, none of which may vanish.
@@ -30,9 +30,14 @@ class Topology:
     candidates: Tensor
     unit_sizes: Tensor
     pool_size: int
-    size: int
+    shape: tuple[int, int]
     target: Tensor
     is_output: bool = False
+
+    @property
+    def size(self) -> int:
+        """Entries of the weight if it were dense."""
+        return self.shape[0] * self.shape[1]
 
     @property
     def num_pools(self) -> int:

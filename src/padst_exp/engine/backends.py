@@ -32,17 +32,17 @@ def choose_backends(
         UserError: the backend needs another device.
     """
     # Rank 0 alone decides: the devices of others may differ.
-    choices = None
+    picks = None
     if world.main:
         if experiment.backend != "auto":
-            choices = dispatch.forced(experiment.model, experiment.backend, world.device)
+            picks = dispatch.forced(experiment.model, experiment.backend, world.device)
         else:
-            choices = dispatch.restore(saved, experiment.model, world.device)
-            choices = _measure(experiment, world) if choices is None else choices
-    choices = world.from_main(choices)
-    assert choices is not None
-    dispatch.reuse(experiment.model, choices)
-    return choices
+            picks = dispatch.restore(saved, experiment.model, world.device)
+            picks = _measure(experiment, world) if picks is None else picks
+    picks = world.from_main(picks)
+    assert picks is not None
+    dispatch.reuse(experiment.model, picks)
+    return picks
 
 
 def _measure(experiment: Experiment, world: World) -> dict[str, Pick]:
@@ -66,14 +66,14 @@ def _measure(experiment: Experiment, world: World) -> dict[str, Pick]:
     )
 
 
-def describe(choices: Mapping[str, Pick]) -> str:
+def describe(picks: Mapping[str, Pick]) -> str:
     """One line: how many layers each backend computes, and how fast beside dense ones."""
     groups: dict[str, list[Pick]] = defaultdict(list)
-    for choice in choices.values():
-        groups[choice.backend].append(choice)
+    for pick in picks.values():
+        groups[pick.backend].append(pick)
     parts = []
     for backend, group in groups.items():
-        speedups = [choice.speedup for choice in group if choice.speedup is not None]
+        speedups = [pick.speedup for pick in group if pick.speedup is not None]
         measured = f" ({statistics.median(speedups):.2f}x dense)" if speedups else ""
         slower = [speedup for speedup in speedups if speedup < 1]
         if slower:
@@ -82,14 +82,14 @@ def describe(choices: Mapping[str, Pick]) -> str:
     return "sparse layers, forward and backward: " + ", ".join(parts)
 
 
-def summarize_backends(choices: Mapping[str, Pick]) -> dict[str, object]:
+def summarize_backends(picks: Mapping[str, Pick]) -> dict[str, object]:
     """Plain data for `summary.json`: what computed which layer, and how fast beside dense."""
     return {
         name: {
-            "backend": choice.backend,
-            "tokens": choice.tokens,
-            "dtype": choice.dtype,
-            "speedup_over_dense": choice.speedup,
+            "backend": pick.backend,
+            "tokens": pick.tokens,
+            "dtype": pick.dtype,
+            "speedup_over_dense": pick.speedup,
         }
-        for name, choice in choices.items()
+        for name, pick in picks.items()
     }

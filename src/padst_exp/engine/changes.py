@@ -16,7 +16,7 @@ from padst_exp.engine.state import TrainingState
 from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
 from padst_exp.permutations import Permutation
 from padst_exp.seeds import stream
-from padst_exp.soft import Learner, Soft
+from padst_exp.soft import Learner
 
 
 class Follower(Protocol):
@@ -141,7 +141,16 @@ def harden(
             if reason is None:
                 continue
             before = loss() if before is None else before
-            record = _before(name, choice, reason, state.step)
+            record = {
+                "choice": name,
+                "of": learner.kind.__name__.lower(),
+                "step": state.step,
+                "reason": reason,
+                "penalty": float(choice.penalty().detach()),
+                "gain": float(choice.gain()),
+            }
+            if isinstance(choice, Permutation):
+                record["agreement"] = choice.agreement()
             logits = choice.logits
             assert logits is not None
             hard = world.from_main(choice.nearest().cpu())
@@ -167,21 +176,6 @@ def _adopt(
     for follower in following:
         follower.follow(name, weight, move, step)
     return move
-
-
-def _before(name: str, choice: Soft, reason: str, step: int) -> dict[str, Any]:
-    """What is recorded of a choice that is about to harden."""
-    record: dict[str, Any] = {
-        "choice": name,
-        "of": type(choice).__name__.lower(),
-        "step": step,
-        "reason": reason,
-        "penalty": float(choice.penalty().detach()),
-        "gain": float(choice.gain()),
-    }
-    if isinstance(choice, Permutation):
-        record["agreement"] = choice.agreement()
-    return record
 
 
 def _settle(state: TrainingState, following: Iterable[Follower]) -> list[Move]:

@@ -85,7 +85,7 @@ class _Training:
         if self.trainer.precision == "float64":
             experiment.model.double()
         backends = None if saved is None else saved["backends"]
-        self.choices = choose_backends(experiment, world=world, saved=backends)
+        self.picks = choose_backends(experiment, world=world, saved=backends)
         self.state = TrainingState(experiment, world=world, saved=saved, path=path)
         self.stepper = Stepper(experiment, self.state, record=self.record, say=self.say)
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
@@ -138,8 +138,8 @@ class _Training:
         self.logger.start(self.directory.path, self.directory.config)
         if self.state.step:
             self.say(f"resumed at step {self.state.step} from {self.directory.checkpoints.last}")
-        if self.choices:
-            self.say(describe(self.choices))
+        if self.picks:
+            self.say(describe(self.picks))
         for name, value in self.baselines.items():
             self.say(f"baseline {name} {value:.4g}")
 
@@ -215,7 +215,7 @@ class _Training:
         if self.world.main:
             # First the metrics, so that no checkpoint is ever ahead of them.
             self.directory.sync_metrics()
-            payload["backends"] = dispatch.save(self.choices, self.world.device)
+            payload["backends"] = dispatch.save(self.picks, self.world.device)
             payload["config"] = self.directory.config
             payload["config_text"] = self.directory.config_text
             self.directory.checkpoints.save(
@@ -249,7 +249,7 @@ class _Training:
                 world=self.world,
                 seconds=time.perf_counter() - self.started,
             )
-            summary["backends"] = summarize_backends(self.choices)
+            summary["backends"] = summarize_backends(self.picks)
             plot_curves(rows, self.task.monitor[0], self.baselines, path / "curves.png")
             plot_topologies(state.model, state.tracker.initial, path / "topology.png")
             self.directory.finish(summary)

@@ -14,7 +14,7 @@ from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
-from padst_exp.seeds import seed_of
+from padst_exp.seeds import seed_generators, seed_of
 from padst_exp.soft import soft_choices
 
 
@@ -89,7 +89,7 @@ class TrainingState:
         """Set the global generators of this rank; the last thing to do before the first step."""
         if self._random is None:
             # Dropout differs between ranks, and owes nothing to how the model was initialised.
-            torch.manual_seed(seed_of("dropout", seed, self.world.rank))
+            seed_generators(seed_of("dropout", seed, self.world.rank))
         else:
             checkpoint.restore_random_state(self._random[self.world.rank])
             self._random = None

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from padst_exp.inference.linear import PackedLinear, TiledLinear, describe_tiles
+from padst_exp.inference.linear import PackedLinear
+from padst_exp.inference.weights import describe_tiles
 from padst_kernels import Backend
 from padst_kernels.tiles import TileIndex, tile_matmul_fused
 
@@ -21,7 +22,7 @@ Statistics = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Around:
+class Fusion:
     """What a block does around one of its products.
 
     Args:
@@ -51,20 +52,20 @@ class FeatureLinear(nn.Module, abc.ABC):
         weight: of W, with gamma and scale folded in.
         dense: W `[O, I]`, without.
         bias: `[O]`, without; or None.
-        around: see there.
+        fusion: what the block does around it.
     """
 
     bias: Tensor
     row_sums: Tensor | None
 
-    def __init__(self, weight: Tensor, dense: Tensor, bias: Tensor | None, around: Around) -> None:
+    def __init__(self, weight: Tensor, dense: Tensor, bias: Tensor | None, fusion: Fusion) -> None:
         super().__init__()
-        self.gelu, self.feature_major = around.gelu, around.feature_major
+        self.gelu, self.feature_major = fusion.gelu, fusion.feature_major
         wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
         total = wide.new_zeros(len(wide)) if bias is None else bias.to(wide.dtype)
-        norm, row_sums = around.norm, None
-        if around.scale is not None:
-            wide, total = wide * around.scale[:, None], total * around.scale
+        norm, row_sums = fusion.norm, None
+        if fusion.scale is not None:
+            wide, total = wide * fusion.scale[:, None], total * fusion.scale
         if norm is not None:
             if norm.bias is not None:
                 total = total + wide @ norm.bias.to(wide.dtype)
@@ -89,18 +90,19 @@ class TiledFeatureLinear(FeatureLinear):
     """By the gather GEMM, with everything in its epilogue but a tanh GELU.
 
     Args:
-        layer: the packed layer.
-        backend: "torch" or "triton".
-        around: what the block does around it.
+        layer: the packed layer; its `tiles` is not None.
+        backend: one of the layer's.
+        fusion: what the block does around it.
     """
 
-    def __init__(self, layer: TiledLinear, backend: Backend, around: Around) -> None:
-        gamma = None if around.norm is None else around.norm.weight
-        weight = layer.scaled_weight(gamma, around.scale)
-        super().__init__(weight, layer.dense_weight(), layer.bias, around)
+    def __init__(self, layer: PackedLinear, backend: Backend, fusion: Fusion) -> None:
+        tiles = layer.tiles
+        assert tiles is not None
+        gamma = None if fusion.norm is None else fusion.norm.weight
+        super().__init__(tiles.scaled(gamma, fusion.scale), tiles.matrix(), layer.bias, fusion)
         self.backend: Backend = backend
         self.out_features = layer.out_features
-        for name, tensor in layer.index()._asdict().items():
+        for name, tensor in tiles.index()._asdict().items():
             self.register_buffer(name, tensor)
 
     def forward(
@@ -109,13 +111,12 @@ class TiledFeatureLinear(FeatureLinear):
         norm = None
         if statistics is not None and self.row_sums is not None:
             norm = (*statistics, self.row_sums)
-        backend = "native" if x.is_cpu and self.backend == "torch" else self.backend
         y = tile_matmul_fused(
             x.t(),
             self.weight,
             self.index(),
             self.out_features,
-            backend=backend,
+            backend=self.backend,
             bias=self.bias,
             gelu=self.gelu == "exact",
             residual=None if residual is None else residual.t(),
@@ -125,7 +126,7 @@ class TiledFeatureLinear(FeatureLinear):
         return self._activate(y) if self.gelu == "tanh" else y
 
     def extra_repr(self) -> str:
-        return describe_tiles(self.weight, self.index(), self.backend)
+        return f"{describe_tiles(self.weight, self.index())}, backend={self.backend}"
 
     def index(self) -> TileIndex:
         """What `tile_matmul_fused` needs."""
@@ -137,17 +138,17 @@ class DenseFeatureLinear(FeatureLinear):
 
     Args:
         layer: packed or dense.
-        around: what the block does around it.
+        fusion: what the block does around it.
     """
 
-    def __init__(self, layer: PackedLinear | nn.Linear, around: Around) -> None:
-        dense = layer.dense_weight() if isinstance(layer, PackedLinear) else layer.weight.detach()
+    def __init__(self, layer: PackedLinear | nn.Linear, fusion: Fusion) -> None:
+        dense = layer.weight.detach()
         weight = dense
-        if around.norm is not None and around.norm.weight is not None:
-            weight = weight * around.norm.weight
-        if around.scale is not None:
-            weight = weight * around.scale[:, None]
-        super().__init__(weight, dense, layer.bias, around)
+        if fusion.norm is not None and fusion.norm.weight is not None:
+            weight = weight * fusion.norm.weight
+        if fusion.scale is not None:
+            weight = weight * fusion.scale[:, None]
+        super().__init__(weight, dense, layer.bias, fusion)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None

@@ -91,7 +91,7 @@ class SparseWeight(nn.Module):
             geometry.candidates.to(device),
             geometry.unit_sizes.to(device),
             geometry.pool_size,
-            geometry.shape[0] * geometry.shape[1],
+            geometry.shape,
             self.target.to(device),
             self.is_output,
         )

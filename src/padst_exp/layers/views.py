@@ -12,22 +12,28 @@ from padst_exp.layers.sparse_linear import SparseLinear
 
 
 class SparseAttention(nn.MultiheadAttention):
-    """An `nn.MultiheadAttention` whose packed input projection is the sparse layer `in_proj`.
+    """An `nn.MultiheadAttention` whose packed input projection is the layer `in_proj`.
 
     Attention reads `in_proj_weight` instead of calling a layer; it finds the dense matrix there.
+    `in_proj` is sparse, or what an export made of it.
     """
 
-    in_proj: SparseLinear
+    in_proj: nn.Module
 
     @property
     def in_proj_weight(self) -> Tensor:  # type: ignore[override]
         """`[3 * E, E]`, differentiable."""
-        return self.in_proj.weight
+        weight = self.in_proj.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
         """`[3 * E]`, or None."""
-        return self.in_proj.live_bias()
+        layer = self.in_proj
+        bias = layer.live_bias() if isinstance(layer, SparseLinear) else layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +79,8 @@ class LinearView:
         """Input features that a permutation can move: inputs, or channels of a convolution."""
         return self.matrix.shape[1] // self.taps
 
-    def replace(self, model: nn.Module, layer: SparseLinear) -> None:
-        """Put the sparse layer where the dense one was."""
+    def replace(self, model: nn.Module, layer: nn.Module) -> None:
+        """Put a sparse layer, or a packed one, where the dense one was."""
         if isinstance(self.module, nn.MultiheadAttention):
             del self.module.in_proj_weight, self.module.in_proj_bias
             self.module.__class__ = SparseAttention

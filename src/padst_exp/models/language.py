@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 
 
 class GPT2(nn.Module):
@@ -57,13 +57,11 @@ def gpt2(
     Raises:
         UserError: sizes that do not fit each other, or unavailable weights.
     """
-    if dim < 1 or heads < 1 or dim % heads:
-        raise UserError(f"model.heads: expected a divisor of dim={dim}, got {heads}")
+    fits = dim >= 1 and heads >= 1 and dim % heads == 0
+    require(fits, "model.heads", heads, f"a divisor of model.dim={dim}")
     if checkpoint is not None:
-        if pretrained:
-            raise UserError("model.checkpoint: set either this or model.pretrained")
-        if not Path(checkpoint).is_dir():
-            raise UserError(f"model.checkpoint: no folder {checkpoint}")
+        require(not pretrained, "model.checkpoint", checkpoint, "null beside model.pretrained=true")
+        require(Path(checkpoint).is_dir(), "model.checkpoint", checkpoint, "an existing folder")
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=context_length,
@@ -80,17 +78,18 @@ def gpt2(
     config._attn_implementation = "sdpa"
     if not pretrained and checkpoint is None:
         return GPT2(GPT2LMHeadModel(config))
-    source = f"checkpoint: {checkpoint}" if checkpoint else f"pretrained: {name}"
+    key = "model.checkpoint" if checkpoint else "model.pretrained"
+    source = checkpoint or name
     try:
         # By default the weights would keep the precision of the file, and so would training.
         loading: Any = GPT2LMHeadModel.from_pretrained(
-            checkpoint or name, config=config, dtype=torch.float32, output_loading_info=True
+            source, config=config, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.{source} cannot be loaded ({reason})") from error
+        raise UserError(f"{key}: expected weights to load, got {source} ({reason})") from error
     lm, loaded = loading
     missing = sorted(set(loaded["missing_keys"]) - {"lm_head.weight"})  # tied to the embedding
-    if missing:
-        raise UserError(f"model.{source} has no {missing[0]}, expected weights of these sizes")
+    found = f"{source} without {', '.join(missing[:1])}"
+    require(not missing, key, found, "weights of these sizes")
     return GPT2(lm)

@@ -1,11 +1,10 @@
 """Image classifiers over timm: targets of conf/model/*.yaml. They map `[B, C, H, W]` to logits."""
 
-from collections.abc import Sequence
 
 from timm.models import MlpMixer, VisionTransformer, mlp_mixer, vision_transformer
 from torch import nn
 
-from padst_exp.errors import UserError
+from padst_exp.errors import require
 from padst_exp.models.weights import load
 
 
@@ -47,8 +46,8 @@ def vit(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     _require_divisor(patch_size, image_size)
-    if dim < 1 or heads < 1 or dim % heads:
-        raise UserError(f"model.heads: expected a divisor of dim={dim}, got {heads}")
+    fits = dim >= 1 and heads >= 1 and dim % heads == 0
+    require(fits, "model.heads", heads, f"a divisor of model.dim={dim}")
     model = VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -79,7 +78,7 @@ def mixer(
     patch_size: int,
     dim: int,
     depth: int,
-    mlp_ratio: Sequence[float],
+    mlp_ratio: tuple[float, float],
     drop_path: float,
     image_size: int,
     channels: int,
@@ -97,11 +96,6 @@ def mixer(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     _require_divisor(patch_size, image_size)
-    if len(mlp_ratio) != 2:
-        raise UserError(
-            f"model.mlp_ratio: expected two numbers, of token and channel mixing, "
-            f"got {list(mlp_ratio)}"
-        )
     model = MlpMixer(
         img_size=image_size,
         patch_size=patch_size,
@@ -109,7 +103,7 @@ def mixer(
         num_classes=num_classes,
         embed_dim=dim,
         num_blocks=depth,
-        mlp_ratio=(mlp_ratio[0], mlp_ratio[1]),
+        mlp_ratio=mlp_ratio,
         drop_path_rate=drop_path,
     )
     return load(
@@ -123,7 +117,5 @@ def mixer(
 
 
 def _require_divisor(patch_size: int, image_size: int) -> None:
-    if patch_size < 1 or image_size % patch_size:
-        raise UserError(
-            f"model.patch_size: expected a divisor of the image size {image_size}, got {patch_size}"
-        )
+    fits = patch_size >= 1 and image_size % patch_size == 0
+    require(fits, "model.patch_size", patch_size, f"a divisor of the image size {image_size}")

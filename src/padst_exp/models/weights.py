@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import get_pretrained_cfg, load_pretrained, load_state_dict
 from torch import Tensor, nn
 
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 
 Convert = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
@@ -37,13 +37,12 @@ def load(
     Raises:
         UserError: unknown names, or unavailable weights.
     """
-    if pretrained and checkpoint is not None:
-        raise UserError("model.checkpoint: set either this or model.pretrained")
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise UserError(f"model.checkpoint: no file {checkpoint}")
+    if checkpoint is not None:
+        require(not pretrained, "model.checkpoint", checkpoint, "null beside model.pretrained=true")
+        require(Path(checkpoint).is_file(), "model.checkpoint", checkpoint, "an existing file")
     source_cfg = get_pretrained_cfg(name)
-    if pretrained and source_cfg is None:
-        raise UserError(f"model.name: timm has no weights called {name!r}")
+    known = not pretrained or source_cfg is not None
+    require(known, "model.name", name, "a name that timm has weights for")
     try:
         if pretrained and source_cfg is not None:
             load_pretrained(
@@ -61,8 +60,8 @@ def load(
                 state.update({f"{classifier}.{k}": v for k, v in head.state_dict().items()})
             model.load_state_dict(state)
     except (OSError, RuntimeError, KeyError) as error:
-        source = f"pretrained: {name}" if pretrained else f"checkpoint: {checkpoint}"
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.{source} cannot be loaded ({reason})") from error
+        key, source = ("pretrained", name) if pretrained else ("checkpoint", checkpoint)
+        found = f"{source} ({' '.join(str(error).split())[:200]})"
+        raise UserError(f"model.{key}: expected weights to load, got {found}") from error
     loaded: nn.Module = model
     return loaded

@@ -51,10 +51,10 @@ class NM(Structure):
     def initial_counts(self, geometry: Geometry, density: float) -> Tensor:
         # n of each chunk at the density that cut the chunks, elsewhere as many as come nearest.
         assert isinstance(geometry, NMGeometry)
-        wanted = density * geometry.shape[1]
-        exact = round(wanted / self.n) == geometry.num_chunks
-        active = self.n if exact else round(wanted / geometry.num_chunks)
-        return torch.full_like(geometry.candidates, active).clamp(max=geometry.candidates)
+        exact = round(density * geometry.shape[1] / self.n) == geometry.num_chunks
+        if exact:
+            return torch.full_like(geometry.candidates, self.n)
+        return (geometry.candidates * density).round().to(torch.int64)
 
     def auto_side(self, out_features: int, in_features: int) -> str:
         # Row groups decide which rows share inputs, so of equal sides the row side says more.

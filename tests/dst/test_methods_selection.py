@@ -1,0 +1,176 @@
+"""Methods that weigh all units first and choose among them later."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from dst.small_training import Training, start
+from from_yaml import from_yaml
+from padst_exp.dst import DynaDiag, Selection
+from padst_exp.engine import changes
+from padst_exp.errors import UserError
+from padst_exp.layers import SparseWeight, sparse_weights
+from padst_exp.structures import NM, Block, Diagonal, FanIn, Structure, Unstructured
+
+DIAG = Diagonal(bundle=1, stride=16, width=16)
+STRUCTURES: list[Structure] = [
+    DIAG,
+    Diagonal(bundle="band", stride=16, width=5),
+    Diagonal(bundle="stride", stride=16, width=16),
+    Block(size=8, balanced=True),
+    NM(n=2, m=None, group=16),
+    NM(n=2, m=4, group=1),
+    FanIn(group=8),
+    Unstructured(),
+]
+
+
+def dynadiag(**changes: Any) -> DynaDiag:
+    return from_yaml("dst/dynadiag", **{"interval": 1, "freeze": 0.5, "lr": 0.03, **changes})
+
+
+def softly(training: Training) -> dict[str, tuple[SparseWeight, Selection]]:
+    """The weights whose selection is soft."""
+    weights = sparse_weights(training.model).items()
+    return {name: (w, w.selection) for name, w in weights if w.selection is not None}  # type: ignore[misc]
+
+
+def test_the_budget_is_kept_at_every_step_over_any_structure() -> None:
+    for structure in STRUCTURES:
+        density = 0.5 if getattr(structure, "m", None) else 0.3
+        training = start(dynadiag(), structure, steps=8, density=density)
+        for weight, _ in softly(training).values():
+            assert len(weight.active) == int(weight.geometry.candidates.sum())
+        sums = 0
+
+        def check(now: Training) -> None:
+            nonlocal sums
+            for weight, selection in softly(now).values():
+                per_pool = torch.zeros(weight.geometry.num_pools)
+                per_pool.index_add_(0, selection.pools, selection.coefficients().detach())
+                torch.testing.assert_close(per_pool, weight.target.float(), atol=1e-3, rtol=1e-4)
+                sums += 1
+
+        training.run(8, check)
+        assert sums == 2 * 3 and not softly(training)
+        for weight in sparse_weights(training.model).values():
+            assert torch.equal(weight.topology().counts(), weight.target)
+            assert weight.values.shape == (int(weight.target.sum()), weight.geometry.unit_size)
+        assert [row["reason"] for row in training.rows if row["kind"] == "harden"] == [
+            "deadline"
+        ] * 2
+
+
+def test_the_published_clamp_loses_what_ours_keeps() -> None:
+    # min(k softmax(a / T), 1) of 768 importances, 77 of them wanted (DynaDiag, equation 5).
+    training = start(dynadiag(), DIAG, steps=1)
+    _, selection = next(iter(softly(training).values()))
+    generator = torch.Generator().manual_seed(0)
+    importances = torch.randn(len(selection.units), generator=generator) * 0.02
+    assert selection.logits is not None
+    selection.logits.data.copy_(importances)
+    selection.temperature.fill_(0.01)
+    budget = int(selection.target.sum())
+    published = (budget * (importances / 0.01).softmax(0)).clamp(max=1)
+    assert float(published.sum()) < 0.9 * budget
+    assert float(selection.coefficients().detach().sum()) == pytest.approx(budget, rel=1e-4)
+
+
+def test_the_freeze_is_continuous_and_everything_follows() -> None:
+    for structure in (DIAG, Block(size=8, balanced=False)):
+        training = start(dynadiag(freeze=0.9), structure, steps=60, ema_decay=0.9).run(53)
+        optimizer, average = training.state.optimizer, training.state.average
+        steps = {
+            name: optimizer.state[weight.values]["step"].clone()
+            for name, (weight, _) in softly(training).items()
+        }
+        # The step that ends in the freeze: the loss of its batch just before and just after.
+        training.run(1)
+        assert [row["kind"] for row in training.rows] == ["harden", "harden"]
+        for row in training.rows:
+            assert row["loss_after"] == pytest.approx(row["loss_before"], rel=0.02)
+            assert row["penalty"] < 0.05
+        for name, weight in sparse_weights(training.model).items():
+            assert weight.selection is None and average is not None
+            now = optimizer.state[weight.values]
+            assert now["exp_avg"].shape == weight.values.shape
+            assert now["step"] == steps[name] + 1
+            owners = [p for group in optimizer.param_groups for p in group["params"]]
+            assert sum(p is weight.values for p in owners) == 1
+            averaged = sparse_weights(average.model)[name]
+            assert torch.equal(averaged.active, weight.active) and averaged.selection is None
+        training.run(6)
+
+
+def test_the_freeze_moves_values_and_moments_of_what_stays() -> None:
+    training = start(dynadiag(freeze=1.0), DIAG, steps=40).run(30)
+    stepper, state = training.stepper, training.state
+    weight, selection = softly(training)["0.weights.0"]
+    values, coefficients = weight.values.detach().clone(), selection.coefficients().detach()
+    moments = state.optimizer.state[weight.values]["exp_avg"].clone()
+    chosen = torch.searchsorted(selection.units, selection.nearest())
+    learner = state.learners[1]
+    learner.algorithm.freeze = 0.5  # type: ignore[attr-defined]
+    changes.harden(stepper.experiment, state, [learner], lambda: 0.0)
+    assert torch.equal(weight.values.detach(), (values * coefficients[:, None])[chosen])
+    assert torch.equal(state.optimizer.state[weight.values]["exp_avg"], moments[chosen])
+    assert torch.equal(weight.active.long(), selection.units[chosen])
+
+
+def test_storage_makes_no_difference() -> None:
+    losses = []
+    for storage in ("packed", "masked"):
+        training = start(dynadiag(), DIAG, steps=20, storage=storage)  # type: ignore[arg-type]
+        losses.append(torch.tensor(training.run(20).state.losses))
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
+
+
+def test_temperatures_follow_their_schedule() -> None:
+    changes = {"temperature": 2.0, "final_temperature": 0.1, "freeze": 0.4}
+    halfway = {"cosine": 0.1 + 1.9 * 0.5, "linear": 0.1 + 1.9 * 0.5, "constant": 0.1}
+    quarter = {"cosine": 0.1 + 1.9 * (1 + math.cos(math.pi / 4)) / 2, "linear": 0.1 + 1.9 * 0.75}
+    for schedule in ("cosine", "linear", "constant"):
+        algorithm = dynadiag(schedule=schedule, **changes)
+        assert algorithm.temperature_at(0.2) == pytest.approx(halfway[schedule])
+        assert algorithm.temperature_at(0.1) == pytest.approx(quarter.get(schedule, 0.1))
+        assert algorithm.temperature_at(0.4) == algorithm.temperature_at(1.0) == pytest.approx(0.1)
+        training = start(algorithm, DIAG, steps=10)
+        for step in (1, 2, 3):
+            training.run(1)
+            for _, selection in softly(training).values():
+                expected = algorithm.temperature_at(step / 10)
+                assert float(selection.temperature) == pytest.approx(expected)
+
+
+def test_l1_holds_importances_back() -> None:
+    def size(l1: float) -> float:
+        training = start(dynadiag(l1=l1, freeze=1.0), DIAG, steps=40).run(20)
+        return sum(float(s.logits.abs().sum()) for _, s in softly(training).values())  # type: ignore[union-attr]
+
+    assert size(10.0) < 0.5 * size(0.0)
+
+
+def test_a_density_of_one_leaves_nothing_to_select() -> None:
+    training = start(dynadiag(), DIAG, steps=2, density=1.0)
+    assert not softly(training) and all(layer.static for layer in training.report.layers)
+    training.run(2)
+
+
+def test_bad_settings_are_told_in_one_line() -> None:
+    for key, value, message in [
+        (
+            "final_temperature",
+            0.6,
+            "expected positive and at most 0.5, so that the top-k is hard in the end, got 0.6",
+        ),
+        ("final_temperature", 0.0, "expected positive and at most 0.5, so that [^\n]*, got 0.0"),
+        ("temperature", 0.0001, r"expected at least dst.final_temperature=0.001, got 0.0001"),
+        ("schedule", "step", "expected cosine or linear or constant, got 'step'"),
+        ("freeze", 0.0, r"expected a share of training in \(0, 1\], got 0.0"),
+        ("l1", -1.0, "expected at least 0, got -1.0"),
+        ("lr", 0.0, "expected positive, got 0.0"),
+    ]:
+        with pytest.raises(UserError, match=rf"^dst\.{key}: {message}$"):
+            dynadiag(**{key: value})
