@@ -22,13 +22,9 @@ from padst_exp.errors import UserError, require
 
 # Of a training; each is one constructor call, made by `build`.
 GROUPS = (
-<<<<<<< ours
-    "model", "dataset", "transform", "structure", "dst", "permutation", "optimizer", "trainer",
-    "logger",
-)  # fmt: skip
-=======
     "model",
     "dataset",
+    "transform",
     "structure",
     "dst",
     "permutation",
@@ -36,7 +32,6 @@ GROUPS = (
     "trainer",
     "logger",
 )
->>>>>>> theirs
 
 # Keys that say where and how a run is watched, not what it computes.
 NOT_RESULTS = ("logger", "runs", "resume", "name", "device", "backend")

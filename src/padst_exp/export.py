@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.cli import command_line
-<<<<<<< ours
-from padst_exp.config import Device, run_settings, settings
-=======
 from padst_exp.config import Device, read_keys
->>>>>>> theirs
 from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
@@ -148,6 +144,8 @@ def _folder(keys: ExportSchema) -> Path:
 
 def _constructor(restored: RestoredRun) -> dict[str, Any]:
     """What builds the dense model, with all arguments, those from the data set too."""
+    from padst_exp.train import run_settings
+
     config, shape = restored.config, restored.task.model_shape
     model = _call(config.model, **shape)
     transform = _call(config.transform)

@@ -21,11 +21,7 @@ from padst_exp.errors import UserError
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.sparsify import Report
-<<<<<<< ours
-from padst_exp.train import build_experiment, build_task, original
-=======
-from padst_exp.train import build_experiment, build_task, run_settings
->>>>>>> theirs
+from padst_exp.train import build_experiment, build_task, original, run_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-<<<<<<< ours
 from collections.abc import Mapping
-=======
 from dataclasses import dataclass
->>>>>>> theirs
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -203,15 +200,17 @@ def original(cfg: DictConfig, task: Task) -> Original:
 
     settings = run_settings(cfg)
 
+    keys = cast(dict[str, object], OmegaConf.to_container(cfg.model, resolve=True))
+
     def dense(changes: Mapping[str, object]) -> nn.Module:
         torch.manual_seed(settings.seed)
-        node = OmegaConf.create({**cfg.model, **changes})
+        node = OmegaConf.create({**keys, **changes})
         model: nn.Module = build(node, "model", task.model_shape)
         return model
 
     return Original(
         build=dense,
-        keys={str(key): value for key, value in cfg.model.items() if key != "_target_"},
+        keys={key: value for key, value in keys.items() if key != "_target_"},
         rules=[Rule(rule.pattern, rule.split) for rule in settings.sparse],
         inputs=example(task.model_shape),
     )

@@ -1,6 +1,5 @@
 """Image classifiers over timm: targets of conf/model/*.yaml. They map `[B, C, H, W]` to logits."""
 
-
 from timm.models import MlpMixer, VisionTransformer, mlp_mixer, vision_transformer
 from torch import nn
 
