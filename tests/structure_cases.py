@@ -1,6 +1,15 @@
 """Every structure once per kind of geometry. A new structure adds its line here and is tested."""
 
-from padst_exp.structures import NM, Block, Diagonal, FanIn, Structure, Unstructured
+from padst_exp.structures import (
+    NM,
+    Block,
+    Butterfly,
+    Diagonal,
+    FanIn,
+    ShuffledBlock,
+    Structure,
+    Unstructured,
+)
 
 STRUCTURES: dict[str, Structure] = {
     "unstructured": Unstructured(),
@@ -11,6 +20,8 @@ STRUCTURES: dict[str, Structure] = {
     "nm-16": NM(n=2, m=None, group=16),
     "fan-in-1": FanIn(group=1),
     "fan-in-16": FanIn(group=16),
+    "butterfly": Butterfly(size=8),
+    "shuffled-block": ShuffledBlock(size=8),
     "diag": Diagonal(bundle=1, stride=16, width=16),
     "diag-band": Diagonal(bundle="band", stride=16, width=5),
     "diag-stride": Diagonal(bundle="stride", stride=8, width=16),

@@ -15,12 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from padst_exp.config import closest, config_dir, options
 from padst_exp.errors import UserError
@@ -114,8 +109,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         known = error.parent_node if isinstance(error.parent_node, DictConfig) else {}
         return f"{error.full_key}: unknown key{closest(str(error.key), map(str, known))}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}: missing, set it on the command line"
     if isinstance(error, OmegaConfBaseException):
         first_line = str(error).partition("\n")[0]
         return f"{error.full_key}: {first_line}" if error.full_key else first_line
@@ -158,7 +151,9 @@ def _require_keys() -> None:
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     for group, option in runtime.choices.items():
         for path in (folder / group / f"{option}.yaml" for folder in folders):
-            if path.is_file() and not isinstance(yaml.compose(path.read_text()), yaml.MappingNode):
+            if path.is_file() and not isinstance(
+                yaml.compose(path.read_text("utf-8")), yaml.MappingNode
+            ):
                 raise UserError(f"{path}: expected a mapping of keys")
 
 

@@ -19,6 +19,9 @@ from padst_exp.train import run_settings
 
 Program = Callable[..., tuple[int, str, str]]
 
+# A config that is read at once, where it does not matter which.
+SMALL = {"config": "evaluate"}
+
 
 @pytest.fixture
 def program(
@@ -29,11 +32,13 @@ def program(
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
-    def run(task: Callable[[DictConfig], None], *arguments: str) -> tuple[int, str, str]:
+    def run(
+        task: Callable[[DictConfig], None], *arguments: str, config: str = "config"
+    ) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["padst-train", *arguments])
         status = 0
         try:
-            command_line("config")(task)()
+            command_line(config)(task)()
         except SystemExit as stop:
             assert isinstance(stop.code, int)
             status = stop.code
@@ -51,16 +56,13 @@ def checked(cfg: DictConfig) -> None:
 def test_mistakes_are_one_line(program: Program) -> None:
     cases = {
         "structure=nn": "structure=nn: unknown option; choose from block, dense, ",
-        "dst=_nn": "dst=_nn: unknown option; choose from cht, ",  # and no _base
+        "dst=nn": "dst=nn: unknown option; choose from cht, chts, ",  # and no _base
         "recipe=nn": "recipe=nn: unknown option; choose from demo, paper/c4, ",
         "structre=nm": "structre: unknown key; did you mean structure?",
         "structure.grup=3": "structure.grup: unknown key; did you mean group?",
-        "structure.n=abc": "structure.n: expected int, got 'abc'",
         "structure.n=0": "structure.n: expected an integer of at least 1, got 0",
-        "+structure.k=3": "structure.k: unknown key; known: group, m, n",
         "structure=null": "Config group override must be a string",
         "sparsity=abc": "sparsity: expected float, got 'abc'",
-        "sparsity=???": "sparsity: missing, expected float",
         "+sparsty=0.5": "sparsty: unknown key; did you mean sparsity?",
         "runs=${nowhere}": "runs: Interpolation key 'nowhere' not found",
         "--config-name=nope": "--config-name: ",
@@ -116,7 +118,7 @@ def test_errors_of_a_run_are_one_line(program: Program) -> None:
         def task(cfg: DictConfig, error: Exception = error) -> None:
             raise error
 
-        assert program(task) == (1, "", f"padst_exp: error: {line}\n")
+        assert program(task, **SMALL) == (1, "", f"padst_exp: error: {line}\n")
 
 
 def test_bugs_keep_their_traceback(program: Program) -> None:
@@ -127,7 +129,7 @@ def test_bugs_keep_their_traceback(program: Program) -> None:
             raise error
 
         with pytest.raises(type(error), match="bug"):
-            program(task)
+            program(task, **SMALL)
 
 
 def test_full_errors_on_request(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +142,7 @@ def test_interruption(program: Program) -> None:
     def task(cfg: DictConfig) -> None:
         raise KeyboardInterrupt
 
-    assert program(task) == (130, "", "padst_exp: interrupted\n")
+    assert program(task, **SMALL) == (130, "", "padst_exp: interrupted\n")
 
 
 def test_a_sweep_stops_at_the_first_mistake_and_names_the_job(program: Program) -> None:
@@ -164,11 +166,11 @@ def test_an_experiment_is_a_sweep(program: Program) -> None:
     code, _, err = program(
         lambda cfg: seen.append((cfg.structure._target_, cfg.permutation._target_, cfg.model.dim)),
         "experiment=structures",
-        "sparsity=0.8",
+        "structure=block",
     )
     assert (code, err) == (0, "")
-    assert len(set(seen)) == len(seen) == 9
-    assert {dim for *_, dim in seen} == {128}
+    assert len(set(seen)) == len(seen) == 3
+    assert {(structure, dim) for structure, _, dim in seen} == {("padst_exp.structures.Block", 128)}
 
 
 def test_hydra_leaves_nothing_behind(program: Program) -> None:

@@ -300,20 +300,18 @@ def test_autocast_is_obeyed() -> None:
         assert expected.dtype == torch.bfloat16
 
 
-def test_runs_of_columns_are_still_known_after_loading(tmp_path: Path) -> None:
+def test_what_is_known_of_a_model_is_known_after_loading(tmp_path: Path) -> None:
+    """Which columns come in runs, and which weights are tied."""
     runs: list[tuple[Life, int]] = [("none", 8), ("random", 1)]
     for life, run in runs:
         model = sparse_model("vit", "block-8", life)
-        loaded = load(exported(tmp_path / life, model, constructor("vit")))
+        loaded: Any = load(exported(tmp_path / life, model, constructor("vit")))
         tiles = [layer.tiles for layer in packed_layers(loaded)]
         assert {part.index().column_run for part in tiles if part is not None} == {run}
-
-
-def test_the_head_of_gpt2_stays_tied(tmp_path: Path) -> None:
     folder = exported(tmp_path / "e", sparse_model("gpt2", "nm-16"), constructor("gpt2"))
     names = load_file(folder / "model.safetensors").keys()
     assert ("lm_head.weight" in names) != ("transformer.wte.weight" in names)
-    loaded: Any = load(folder, dtype=torch.bfloat16)
+    loaded = load(folder, dtype=torch.bfloat16)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 

@@ -129,6 +129,8 @@ def test_units_carry_one_number_each_along() -> None:
 def test_a_change_back_and_forth_through_a_row_order_is_the_identity() -> None:
     for where, _, weight in weights():
         weight.adopt(Change(weight.geometry.unit_ids()))
+        if weight.topology().num_entries < weight.topology().size:
+            continue  # in another order the entries of a fixed pattern are other ones
         values = weight.matrix().detach()
         order = torch.randperm(weight.shape[0])
         for turn in (order, torch.arange(weight.shape[0])):

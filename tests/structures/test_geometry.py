@@ -40,8 +40,12 @@ def test_units_cover_every_entry_once_and_know_their_sizes() -> None:
         units = geometry.unit_ids()
         entries = geometry.entries(units)
         inside = entries < geometry.shape[0] * geometry.shape[1]
-        every = torch.arange(geometry.shape[0] * geometry.shape[1])
-        assert torch.equal(entries[inside].sort().values, every), name
+        covered = entries[inside].sort().values
+        if name.startswith("butterfly"):
+            # A fixed pattern: most entries are in no unit.
+            assert bool((covered.diff() > 0).all()), name
+        else:
+            assert torch.equal(covered, torch.arange(geometry.shape[0] * geometry.shape[1])), name
         sizes = geometry.unit_sizes[units // geometry.pool_size]
         assert torch.equal(inside.sum(1), sizes), name
 
@@ -51,7 +55,8 @@ def test_the_budget_is_met_within_one_unit() -> None:
         budget = DENSITY * geometry.shape[0] * geometry.shape[1]
         # All rows of these have as many inputs, N:M rows n in each chunk: that is what is chosen.
         rows = geometry.shape[0]
-        step = {"nm": 2 * rows, "fan": rows}.get(name.split("-")[0], geometry.unit_size)
+        steps = {"nm": 2 * rows, "fan": rows, "shuffled": 8 * 8}
+        step = steps.get(name.split("-")[0], geometry.unit_size)
         assert abs(int((counts * geometry.unit_sizes).sum()) - budget) < step, name
         assert bool((counts >= 0).all() and (counts <= geometry.candidates).all()), name
 
@@ -66,6 +71,10 @@ def test_other_densities_than_the_one_that_cut_the_weight_are_met_too() -> None:
                 # A unit, or one in each pool where all pools have as many.
                 alike = name.startswith(("nm", "fan"))
                 step = int(geometry.unit_sizes.sum()) if alike else geometry.unit_size
+                # Whole blocks; a butterfly has no more than its pattern.
+                step = 8 * 8 if name == "shuffled-block" else step
+                if name == "butterfly" and density > DENSITY:
+                    continue
                 assert abs(kept - density * shape[0] * shape[1]) < step, (name, shape, density)
                 assert bool((counts <= geometry.candidates).all()), name
 

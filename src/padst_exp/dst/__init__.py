@@ -3,6 +3,7 @@
 from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Static
 from padst_exp.dst.cht import CH2L3, CH3L3, SoftMagnitude
 from padst_exp.dst.counts import Constant, Counts, Cubic, Elastic, Sigmoid
+from padst_exp.dst.dsb import DSB
 from padst_exp.dst.dynadiag import DynaDiag
 from padst_exp.dst.scores import (
     DropScore,
@@ -14,11 +15,12 @@ from padst_exp.dst.scores import (
 )
 from padst_exp.dst.selection import Selection
 from padst_exp.dst.srigl import SRigL
-from padst_exp.dst.topology import Change, Signal, Signals, Topology
+from padst_exp.dst.topology import Change, Entries, Signal, Signals, Topology
 
 __all__ = [
     "CH2L3",
     "CH3L3",
+    "DSB",
     "MIN_DYNAMIC_UNITS",
     "Algorithm",
     "Change",
@@ -29,6 +31,7 @@ __all__ = [
     "DropScore",
     "DynaDiag",
     "Elastic",
+    "Entries",
     "Gradient",
     "GrowScore",
     "Magnitude",

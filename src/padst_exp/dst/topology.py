@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Signal = Literal["dense_gradient", "weight_gradient", "coordinates", "age"]
+Signal = Literal["dense_gradient", "weight_gradient", "coordinates", "age", "entries"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,23 @@ class Topology:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entries:
+    """A weight entry by entry, for algorithms that cut it into other units.
+
+    Args:
+        weights: floating point `[O, I]`, zero where nothing is active.
+        gradients: floating point `[O, I]`, as `Signals.dense_gradient`, before any mean.
+        active: bool `[O, I]`.
+        row_order: int64 `[O]`, the row of the weight at which each row of the geometry stands.
+    """
+
+    weights: Tensor
+    gradients: Tensor
+    active: Tensor
+    row_order: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Signals:
     """What an algorithm may look at; what it does not name in `needs` is None.
 
@@ -88,6 +105,7 @@ class Signals:
         coordinates: int64 `[P * Q, 2]`, row and column of the first cell of every unit; -1 where
             no unit is.
         age: int64 `[N]`, completed steps since each active unit was grown.
+        entries: single entries in place of units; comes with the dense gradient only.
     """
 
     magnitude: Tensor
@@ -97,6 +115,7 @@ class Signals:
     weight_gradient: Tensor | None = None
     coordinates: Tensor | None = None
     age: Tensor | None = None
+    entries: Entries | None = None
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def harden(
             before = loss() if before is None else before
             record = {
                 "choice": name,
-                "of": learner.kind.__name__.lower(),
+                "of": "permutation" if isinstance(choice, Permutation) else "selection",
                 "step": state.step,
                 "reason": reason,
                 "penalty": float(choice.penalty().detach()),

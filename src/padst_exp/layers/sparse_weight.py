@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dst import Algorithm, Change, Selection, Signals, Topology
+from padst_exp.dst import Algorithm, Change, Entries, Selection, Signals, Topology
 from padst_exp.errors import UserError
 from padst_exp.layers.move import Move, plan
 from padst_exp.structures import Geometry, Storage, gather_entries, scatter_entries
@@ -175,6 +175,7 @@ class SparseWeight(nn.Module):
                 weight_gradient=weight_gradient,
                 coordinates=geometry.coordinates(self.active.device) if coordinates else None,
                 age=None if birth is None else step - birth,
+                entries=self._single_entries() if "entries" in algorithm.needs else None,
             ),
             step=step,
             total=total,
@@ -182,6 +183,16 @@ class SparseWeight(nn.Module):
         )
         self.carry.fill_(carry)
         return change
+
+    def _single_entries(self) -> Entries:
+        assert self.dense_gradient is not None, "entries come with the dense gradient"
+        entries, shape = self.entries(), self.shape
+        active = scatter_entries(torch.ones_like(entries, dtype=torch.bool), entries, shape)
+        order = self.row_order
+        rows = torch.arange(shape[0], device=entries.device) if order is None else order
+        return Entries(
+            weights=self.matrix(), gradients=self.dense_gradient, active=active, row_order=rows
+        )
 
     @torch.no_grad()
     def settle(self) -> Change | None:

@@ -160,6 +160,10 @@ class Geometry(abc.ABC):
         table[units] = torch.stack([entries // num_columns, entries % num_columns], 1)
         return table
 
+    def random_scores(self, generator: torch.Generator) -> Tensor:
+        """Numbers `[P, Q]` whose largest are a random topology; uniform, unless units cluster."""
+        return torch.rand(self.num_pools, self.pool_size, generator=generator)
+
     def unit_rms(self, dense: Tensor) -> Tensor:
         """Root mean square of `dense` `[O, I]` over every unit: `[P, Q]`, 0 where none exists."""
         units = self.unit_ids(dense.device)

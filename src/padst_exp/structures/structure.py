@@ -62,9 +62,8 @@ def share_budget(budget: float, candidates: Tensor, unit_sizes: Tensor) -> Tenso
 
 
 def random_units(geometry: Geometry, counts: Tensor, generator: torch.Generator) -> Tensor:
-    """A uniformly random topology, int64 `[N]` sorted ids: `counts` `[P]` units of each pool."""
-    scores = torch.rand(geometry.num_pools, geometry.pool_size, generator=generator)
-    return best_units(geometry, counts, scores)
+    """A random topology, int64 `[N]` sorted ids: `counts` `[P]` units of each pool."""
+    return best_units(geometry, counts, geometry.random_scores(generator))
 
 
 def best_units(geometry: Geometry, counts: Tensor, scores: Tensor) -> Tensor:
