@@ -78,14 +78,16 @@ def layer(size: int = 64, **changes: Any) -> SparseLinear:
     return found
 
 
-def seconds(found: SparseLinear, **changes: Any) -> dict[str, float]:
-    arguments: dict[str, Any] = {
-        "backends": BACKENDS, "shape": (32, found.in_features), "dtype": torch.float32,
-        "compiled": False, **changes,
-    }  # fmt: skip
-    compiled = arguments.pop("compiled")
-    arguments["what"] = backends._description(found, compiled=compiled, **arguments)
-    return backends._fastest(layer=found, device=CPU, **arguments)[1]
+def seconds(
+    found: SparseLinear,
+    names: list[Backend] = BACKENDS,
+    shape: tuple[int, ...] = (32, 64),
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> Mapping[str, float]:
+    given = dispatch.Input(shape, tuple(range(len(shape))), 32, dtype)
+    what = backends._description(found, names, given, compiled)
+    return backends._fastest(what, found, names, given, CPU).seconds
 
 
 def test_times_are_measured_once_and_kept(cache: Path) -> None:
@@ -291,7 +293,7 @@ def test_every_candidate_is_judged_by_dense_weights() -> None:
         spoiled(*everything),
         pytest.raises(UserError, match=r"^backend: none of native, torch computes"),
     ):
-        seconds(found, backends=["native", "torch"])
+        seconds(found, ["native", "torch"])
     # Values that are all zero prove nothing about a kernel.
     with torch.no_grad():
         for weight in found.parts():
@@ -338,14 +340,14 @@ def test_convolutions_are_measured_as_convolutions() -> None:
 def test_times_depend_on_all_that_a_layer_meets(cache: Path) -> None:
     def measured(found: SparseLinear, **changes: Any) -> bool:
         before = cache.read_text() if cache.exists() else ""
-        seconds(found, backends=changes.pop("backends", ["torch"]), **changes)
+        seconds(found, changes.pop("names", ["torch"]), **changes)
         return cache.read_text() != before
 
     assert measured(layer()) and not measured(layer()) and not measured(layer(seed=1))
     assert measured(layer(size=72)) and measured(layer(structure=NM(n=1, m=None, group=8)))
     for changes in (
         {"shape": (64, 64)}, {"dtype": torch.bfloat16}, {"compiled": True},
-        {"backends": ["torch", "scatter"]},
+        {"names": ["torch", "scatter"]},
     ):  # fmt: skip
         assert measured(layer(), **changes), changes
     for side in ("in", "out", "both"):

@@ -86,13 +86,10 @@ def choose(
         if layer.storage == "masked" or name not in inputs:
             picks[name] = Pick("torch" if "torch" in possible else possible[0])
             continue
-        given = inputs[name][-1]
-        shape, tokens = _measured_shape(layer, given, samples, MAX_TOKENS[device.type])
-        what = _description(layer, possible, shape, given.dtype, compiled)
+        given = _measured(layer, inputs[name][-1], samples, MAX_TOKENS[device.type])
+        what = _description(layer, possible, given, compiled)
         if repr(what) not in alike:
-            fastest, seconds = _fastest(what, layer, possible, shape, given.dtype, device)
-            dtype = str(given.dtype).removeprefix("torch.")
-            alike[repr(what)] = Pick(fastest, tokens, dtype, seconds)
+            alike[repr(what)] = _fastest(what, layer, possible, given, device)
         picks[name] = alike[repr(what)]
     reuse(model, picks)
     return picks
@@ -158,15 +155,15 @@ def restore(saved: object, model: nn.Module, device: torch.device) -> dict[str, 
     return picks if fits else None
 
 
-def _measured_shape(
-    layer: SparseLinear, sample: Input, samples: int, most: int
-) -> tuple[tuple[int, ...], int]:
-    """What to measure with: the shape of an input and its tokens, in few different sizes."""
+def _measured(layer: SparseLinear, sample: Input, samples: int, most: int) -> Input:
+    """What to measure with: about a batch, in few different sizes, of at most so many tokens."""
     if isinstance(layer, SparseConv2d):
         number = min(_power_of_two(samples), max(1, most // sample.tokens))
-        return (number, *sample.shape[1:]), number * sample.tokens
-    tokens = min(_power_of_two(sample.tokens * samples), most)
-    return (tokens, layer.in_features), tokens
+        shape, tokens = (number, *sample.shape[1:]), number * sample.tokens
+    else:
+        tokens = min(_power_of_two(sample.tokens * samples), most)
+        shape = tokens, layer.in_features
+    return Input(shape, tuple(range(len(shape))), tokens, sample.dtype)
 
 
 def _power_of_two(number: int) -> int:
@@ -174,11 +171,7 @@ def _power_of_two(number: int) -> int:
 
 
 def _description(
-    layer: SparseLinear,
-    backends: Sequence[Backend],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    compiled: bool,
+    layer: SparseLinear, backends: Sequence[Backend], given: Input, compiled: bool
 ) -> dict[str, object]:
     """All that the times of a layer depend on, in plain values."""
     return {
@@ -196,8 +189,7 @@ def _description(
         ],
         "permuted": sorted({side for side, _ in layer.permutations()}),
         "backends": list(backends),
-        "input": shape,
-        "dtype": str(dtype),
+        "input": repr(given),
         # Measured eagerly all the same: compiled code calls these very kernels.
         "compiled": compiled,
     }
@@ -207,16 +199,15 @@ def _fastest(
     what: Mapping[str, object],
     layer: SparseLinear,
     backends: Sequence[Backend],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    given: Input,
     device: torch.device,
-) -> tuple[Backend, dict[str, float]]:
+) -> Pick:
     """The fastest right backend for forward and backward of layers like `layer`."""
     generator = torch.Generator(device).manual_seed(0)
-    example = _example_of(layer, dtype, generator)
-    x = random(shape, dtype, generator).requires_grad_()
+    example = _example_of(layer, given.dtype, generator)
+    x = given.random(generator).requires_grad_()
     y = example.dense_forward(x, example.weight)
-    dy = random(y.shape, dtype, generator)
+    dy = random(y.shape, given.dtype, generator)
     values = [weight.values for weight in example.parts()]
     truth = (y.detach(), *torch.autograd.grad(y, (x, *values), dy))
     weight = example.weight.detach().clone().requires_grad_()
@@ -231,7 +222,7 @@ def _fastest(
             f"backend: none of {', '.join(backends)} computes what a dense weight does, "
             "expected at least plain PyTorch; this is a fault of the installation"
         )
-    return fastest, seconds
+    return Pick(fastest, given.tokens, str(given.dtype).removeprefix("torch."), seconds)
 
 
 def _pass(layer: SparseLinear, backend: Backend, x: Tensor, dy: Tensor) -> Call:
