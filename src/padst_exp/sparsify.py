@@ -419,12 +419,16 @@ def _rescale_rows(weight: SparseWeight) -> None:
     entries = weight.entries()
     num_rows, num_columns = weight.shape
     rows = (entries // num_columns).clamp(max=num_rows)
-    shares = None
-    if weight.selection is not None:
-        # What will be left of each row once the selection is hard.
-        shares = weight.selection.coefficients().detach().double()
-        shares = shares[:, None].expand(entries.shape).flatten()
-    fan_in = torch.bincount(rows.flatten(), shares, minlength=num_rows + 1)
+    if weight.selection is None:
+        fan_in = torch.bincount(rows.flatten(), minlength=num_rows + 1)
+    else:
+        # As many inputs as hold the share of a row's square that stays once the selection is hard.
+        square = weight.unweighed().double().square()
+        left = square * weight.selection.coefficients().detach().double()[:, None]
+        whole, left = (
+            torch.bincount(rows.flatten(), part.flatten(), num_rows + 1) for part in (square, left)
+        )
+        fan_in = num_columns * left / whole.clamp_min(torch.finfo(whole.dtype).tiny)
     factor = (num_columns / fan_in.clamp(min=1)).sqrt().to(weight.values.dtype)
     with torch.no_grad():
         if weight.storage == "packed":

@@ -62,11 +62,13 @@ def network() -> nn.Sequential:
 
 
 def adamw(**changes: Any) -> OptimizerBuilder:
-    return from_yaml("optimizer/adamw", **{"lr": 0.01, "warmup": 0.0, **changes})
+    return from_yaml(
+        "optimizer/adamw", **{"lr": 0.01, "warmup": 0.0, "schedule": "constant", **changes}
+    )
 
 
-def sgd() -> OptimizerBuilder:
-    return from_yaml("optimizer/sgd", warmup=0.0)
+def sgd(**changes: Any) -> OptimizerBuilder:
+    return from_yaml("optimizer/sgd", **{"warmup": 0.0, "schedule": "constant", **changes})
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import nn
 
 from inference.small_models import RULES, Family, assert_equal, dense_model, example, sparse_model
 from inference.test_packing import Encoder
+from padst_exp.dispatch import agreement
 from padst_exp.inference import (
     PackedConv2d,
     PackedLinear,
@@ -59,7 +60,7 @@ class Stopwatch:
 def stopwatch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stopwatch]:
     def install(*wanted: str) -> Stopwatch:
         watch = Stopwatch(*wanted)
-        monkeypatch.setattr(measuring, "timings", watch)
+        monkeypatch.setattr(agreement, "timings", watch)
         monkeypatch.setattr(tuning, "timings", watch)
         return watch
 

@@ -73,10 +73,13 @@ class Stepper:
         loss, seen = self._accumulate(batches, changing)
         self._average_soft_gradients()
         self._keep_gradients(changing)
+        for learner in state.learners:
+            learner.regularize_weights()
         norm = None
         if self.trainer.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.clip_norm)
-        self.lr = state.optimizer.param_groups[0]["lr"]
+        group = state.optimizer.param_groups[0]
+        self.lr = group["lr"] / group.get("lr_scale", 1.0)
         state.optimizer.step()
         state.schedule.step_update(step)
         for learner in state.learners:

@@ -32,7 +32,7 @@ FORMAT = 2
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 # Nothing else that a file names is ever called.
-CONSTRUCTORS = "padst_exp.models."
+CONSTRUCTORS = ("padst_exp.models.", "padst_exp.transforms.rebuild")
 
 
 class Constructor(TypedDict):
@@ -187,8 +187,8 @@ def construct(model: Constructor, path: Path) -> nn.Module:
     target = model["_target_"]
     if not target.startswith(CONSTRUCTORS):
         raise UserError(
-            f"{path}: its model {target!r} is none of {CONSTRUCTORS}*, which alone are called for "
-            "a file; build it yourself and give it to load(..., model=...)"
+            f"{path}: its model {target!r} is none of {CONSTRUCTORS[0]}*, which alone are called "
+            "for a file; build it yourself and give it to load(..., model=...)"
         )
     module_name, _, name = target.rpartition(".")
     try:
