@@ -156,10 +156,11 @@ def _correct_bias(
     births = [state["birth"] for state in states]
     roots = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
 
-    def factors(ages: Tensor, ramp: Tensor | float) -> tuple[Tensor, ...]:
+    def factors(ages: Tensor, ramp: Tensor | None = None) -> tuple[Tensor, ...]:
         # All weights at once: one number for each birth is little work, but many calls.
         correction = (1 - beta2**ages).sqrt()
-        scale = correction / (1 - beta1**ages) * ramp
+        scale = correction / (1 - beta1**ages)
+        scale = scale if ramp is None else scale * ramp
         denominators = torch._foreach_add(roots, _in_shape(correction * group["eps"], births))
         return torch._foreach_div(_in_shape(scale, births), denominators)
 
@@ -171,8 +172,8 @@ def _correct_bias(
     ]
     steps = torch.cat(counts)
     ages = steps - born
-    ramp = torch.where(born > 0, (ages / max(warmup, 1)).clamp(max=1), 1)
-    difference = torch._foreach_sub(factors(steps, 1.0), factors(ages, ramp))
+    ramp = torch.where(born > 0, (ages / warmup).clamp(max=1), 1) if warmup else None
+    difference = torch._foreach_sub(factors(steps), factors(ages, ramp))
     means = [state["exp_avg"] for state in states]
     torch._foreach_addcmul_(parameters, means, difference, value=float(group["lr"]))
 
@@ -243,47 +244,22 @@ class OptimizerBuilder(abc.ABC):
         decay_steps = max(1, total_steps - warmup_steps)
         # The first step must not be lost to a learning rate of zero.
         start = self.lr / max(1, warmup_steps)
-        scheduler: Schedule
+        common: dict[str, Any] = {
+            "warmup_t": warmup_steps,
+            "warmup_lr_init": start,
+            "warmup_prefix": True,
+            "t_in_epochs": False,
+        }
+        made: object
         if self.schedule == "constant":
-            scheduler = cast(
-                Schedule,
-                StepLRScheduler(
-                    optimizer,
-                    decay_t=2 * total_steps,
-                    decay_rate=1.0,
-                    warmup_t=warmup_steps,
-                    warmup_lr_init=start,
-                    warmup_prefix=True,
-                    t_in_epochs=False,
-                ),
-            )
+            made = StepLRScheduler(optimizer, decay_t=2 * total_steps, decay_rate=1.0, **common)
         elif self.schedule == "linear":
-            scheduler = cast(
-                Schedule,
-                PolyLRScheduler(
-                    optimizer,
-                    t_initial=decay_steps,
-                    power=1.0,
-                    lr_min=self.min_lr,
-                    warmup_t=warmup_steps,
-                    warmup_lr_init=start,
-                    warmup_prefix=True,
-                    t_in_epochs=False,
-                ),
+            made = PolyLRScheduler(
+                optimizer, t_initial=decay_steps, power=1.0, lr_min=self.min_lr, **common
             )
         else:
-            scheduler = cast(
-                Schedule,
-                CosineLRScheduler(
-                    optimizer,
-                    t_initial=decay_steps,
-                    lr_min=self.min_lr,
-                    warmup_t=warmup_steps,
-                    warmup_lr_init=start,
-                    warmup_prefix=True,
-                    t_in_epochs=False,
-                ),
-            )
+            made = CosineLRScheduler(optimizer, t_initial=decay_steps, lr_min=self.min_lr, **common)
+        scheduler = cast(Schedule, made)
         scheduler.step_update(0)
         return scheduler
 
