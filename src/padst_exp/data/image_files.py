@@ -5,6 +5,7 @@ import io
 import pickle
 import tarfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 
 from padst_exp.errors import UserError
 
-CIFAR_FOLDER = "cifar-100-python"
 _PICKLE_NAMES = {
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.numeric", "_frombuffer"),
@@ -21,6 +21,31 @@ _PICKLE_NAMES = {
     ("numpy", "dtype"),
     ("_codecs", "encode"),
 }
+
+
+@dataclass(frozen=True)
+class CifarFiles:
+    """The "python version" of one of the CIFARs.
+
+    Args:
+        folder: inside of its tar.
+        label: key of the labels in its files.
+        train, test: names of its files.
+    """
+
+    folder: str
+    label: bytes
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+CIFAR_10 = CifarFiles(
+    "cifar-10-batches-py",
+    b"labels",
+    tuple(f"data_batch_{number}" for number in range(1, 6)),
+    ("test_batch",),
+)
+CIFAR_100 = CifarFiles("cifar-100-python", b"fine_labels", ("train",), ("test",))
 
 
 def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
@@ -62,12 +87,15 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_cifar(root: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | None:
-    """Images `[N, 3, 32, 32]` and fine labels `[N]` of CIFAR-100's "python version".
+def read_cifar(
+    root: Path, name: str, files: CifarFiles = CIFAR_100
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | None:
+    """Images `[N, 3, 32, 32]` and (fine) labels `[N]` of one file of a "python version".
 
     Args:
-        root: the folder `cifar-100-python`, the one around it, or the one with its tar.
-        name: "train" or "test".
+        root: the folder of the files, the one around it, or the one with its tar.
+        name: of the file.
+        files: which of the CIFARs.
 
     Returns:
         None where `root` has no such file.
@@ -77,15 +105,15 @@ def read_cifar(root: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int
     """
     source = root / name
     try:
-        content = _cifar_bytes(root, name)
+        content = _cifar_bytes(root, files.folder, name)
         if content is None:
             return None
         table = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         images = np.asarray(table[b"data"])
-        labels = np.asarray(table[b"fine_labels"], np.int64)
+        labels = np.asarray(table[files.label], np.int64)
     except Exception as error:  # a broken pickle can raise almost anything
         raise UserError(
-            f"dataset.root: expected a file of CIFAR-100, got {source} "
+            f"dataset.root: expected a file of {files.folder}, got {source} "
             f"({type(error).__name__}: {error})"
         ) from error
     if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
@@ -96,13 +124,15 @@ def read_cifar(root: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int
     return images.reshape(-1, 3, 32, 32), labels
 
 
-def _cifar_bytes(root: Path, name: str) -> bytes | None:
-    for path in (root / name, root / CIFAR_FOLDER / name):
+def _cifar_bytes(root: Path, folder: str, name: str) -> bytes | None:
+    for path in (root / name, root / folder / name):
         if path.is_file():
             return path.read_bytes()
-    for archive in (root, root / f"{CIFAR_FOLDER}.tar.gz", root / f"{CIFAR_FOLDER}.tar"):
+    # The tar of CIFAR-10 is called cifar-10-python.
+    tar_name = folder.replace("batches-py", "python")
+    for archive in (root, root / f"{tar_name}.tar.gz", root / f"{tar_name}.tar"):
         if archive.is_file():
             with tarfile.open(archive) as tar:
-                member = tar.extractfile(f"{CIFAR_FOLDER}/{name}")
+                member = tar.extractfile(f"{folder}/{name}")
                 return member.read() if member else None
     return None
