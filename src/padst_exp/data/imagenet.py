@@ -17,6 +17,7 @@ from torchvision.datasets.folder import is_image_file
 
 from padst_exp.data.image_files import checked_labels, read_image
 from padst_exp.data.sources import (
+    IMAGES,
     SPLIT_NAMES,
     Place,
     Split,
@@ -248,7 +249,7 @@ def _source(root: str | None, split: Split) -> FolderImages | TableImages:
         raise UserError(f"dataset.root: expected one folder of {split} images, got {names}")
     if filled:
         return FolderImages(filled[0])
-    found = folder.is_dir() and split_files(folder, split) is not None
+    found = folder.is_dir() and split_files(folder, split, IMAGES) is not None
     if folders and not found:
         raise UserError(
             f"dataset.root: expected a folder for each class in {folders[0]}, got none "
@@ -256,4 +257,4 @@ def _source(root: str | None, split: Split) -> FolderImages | TableImages:
         )
     wanted = f"train/ and val/ of class folders, or {split} parquet files"
     require(found, "dataset.root", root, wanted)
-    return TableImages(load_files(folder, split))
+    return TableImages(load_files(folder, split, IMAGES))

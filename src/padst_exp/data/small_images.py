@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from padst_exp.data.image_files import checked_labels, read_cifar, read_idx, read_image
 from padst_exp.data.images import AugmentedImages, TensorImages
 from padst_exp.data.sources import (
+    IMAGES,
     Place,
     Table,
     existing,
@@ -181,9 +182,9 @@ class Cifar100(_SmallImages):
         if arrays is not None:
             return arrays
         wanted = f"cifar-100-python (folder or .tar.gz) or {split} parquet files"
-        has_files = folder.is_dir() and split_files(folder, split) is not None
+        has_files = folder.is_dir() and split_files(folder, split, IMAGES) is not None
         require(has_files, "dataset.root", root, wanted)
-        return decoded(load_files(folder, split), "img", "fine_label", "RGB")
+        return decoded(load_files(folder, split, IMAGES), "img", "fine_label", "RGB")
 
 
 def _idx_pair(folder: Path, prefix: str) -> Arrays:

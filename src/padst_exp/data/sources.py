@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +27,8 @@ BUILDERS = {
     ".tokens": "text",
 }
 PACKINGS = (".gz", ".zst")
+IMAGES = (".parquet",)
+"""Formats that hold images with their labels."""
 HUB_TIMEOUT_S = 5
 
 
@@ -92,13 +94,18 @@ class Place:
         return f"row {self.index} of {self.table.source}"
 
 
-def split_files(root: Path, split: Split) -> tuple[str, list[str]] | None:
+def split_files(
+    root: Path, split: Split, suffixes: Collection[str] = tuple(BUILDERS)
+) -> tuple[str, list[str]] | None:
     """The `datasets` builder and the files of a split below `root`, None where there are none.
 
     The name of a file decides: a word in it is the name of a split, as in `train-00000.parquet`,
     `wiki.valid.raw`, `c4-validation.00000-of-00008.json.gz`. A file whose name has no such word
     belongs to the innermost folder below `root` that is called like a split, as `test/a.txt`.
     Files and folders whose names begin with a dot are skipped.
+
+    Args:
+        suffixes: of the formats that can hold what is wanted; all other files are skipped.
 
     Raises:
         UserError: there are two candidates: files that are no shards of each other, or a name with
@@ -111,7 +118,7 @@ def split_files(root: Path, split: Split) -> tuple[str, list[str]] | None:
         suffixes = [suffix.lower() for suffix in path.suffixes]
         packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
         suffix = suffixes[-1] if suffixes else ""
-        if hidden or suffix not in BUILDERS or not path.is_file():
+        if hidden or suffix not in suffixes or not path.is_file():
             continue
         named = _splits(set(re.split("[^a-z]+", path.name.lower())))
         if len(named) > 1 and split in named:
@@ -141,18 +148,18 @@ def _splits(words: set[str]) -> set[str]:
     return {split for split, names in SPLIT_NAMES.items() if names & words}
 
 
-def load_files(root: Path, split: Split) -> Table:
+def load_files(root: Path, split: Split, suffixes: Collection[str] = tuple(BUILDERS)) -> Table:
     """The rows of a split found by `split_files`, cached as Arrow below `cache_folder()`.
 
     Raises:
         UserError: the split has no file or no row, or a file cannot be read.
     """
-    found = split_files(root, split)
+    found = split_files(root, split, suffixes)
     if found is None:
         names = "|".join(sorted(SPLIT_NAMES[split]))
         raise UserError(
             f"dataset.root: expected a folder with {split} files (names with {names} ending in "
-            f"{' '.join(BUILDERS)}, .gz allowed), got {root}"
+            f"{' '.join(suffixes)}, .gz allowed), got {root}"
         )
     builder, files = found
     for file in files:
