@@ -13,7 +13,7 @@ REQUIREMENTS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb
 
 export PYTHONPATH := src:kernels
 
-.PHONY: help setup fmt lint types test test-slow smoke demo bench ci clean
+.PHONY: help setup fmt lint types test test-slow smoke demo bench test-gpu ci clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s ':'
@@ -47,6 +47,9 @@ test: $(STAMP)  ## fast tests
 test-slow: $(STAMP)  ## slow tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "slow and not gpu"
 
+test-gpu: $(STAMP)  ## check every kernel on the GPU of this machine
+	$(PYTHON) -m pytest -q -m gpu
+
 smoke: $(STAMP)  ## train a few steps and evaluate, in a throw-away folder
 	runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
 	$(PYTHON) -m padst_exp.train name=smoke runs="$$runs" trainer.steps=8 logger=none; \
@@ -55,11 +58,9 @@ smoke: $(STAMP)  ## train a few steps and evaluate, in a throw-away folder
 demo: $(STAMP)  ## train a sparse ViT on real data that needs no download
 	$(PYTHON) -m padst_exp.train model=vit structure=nm sparsity=0.9
 
-bench: $(STAMP)  ## measure what has a limit, about an hour on 2 cores
-	$(PYTHON) scripts/bench_startup.py
+bench: $(STAMP)  ## measure what has a limit, and speed beside dense: hours on 2 cores
 	$(PYTHON) scripts/bench_framework.py
 	$(PYTHON) scripts/bench_accuracy.py
-	$(PYTHON) scripts/bench_structures.py
 	for suite in layers model_inference model_train memory; do \
 		$(PYTHON) -m padst_exp.bench suite=$$suite || exit; done
 

@@ -1,122 +1,126 @@
-"""What the demos reach, and whether their sparse layers earn it.
+"""What the demos reach, whether their sparse layers earn it, and what every structure learns.
 
-    python scripts/bench_accuracy.py [--seeds 3] [--steps 1000]
+    python scripts/bench_accuracy.py [demos] [structures] [--seeds 3] [--steps 1000]
 
-On the digits and, where it is installed, Fashion-MNIST: top-1 of the ViT demo, of the same run
-with every sparse layer zero throughout, and of a linear classifier on the pixels. On the embedded
-text: perplexity of the GPT-2 demo and of smoothed bigrams. Prints them, writes
-results/tables/demo_accuracy.csv, and exits with 1 when a demo misses its limits.
+demos: top-1 of the ViT demo on the digits and, where it is installed, Fashion-MNIST; the same with
+every sparse layer zero throughout; and a linear classifier on the pixels. On the embedded text,
+perplexity of the GPT-2 demo and of smoothed bigrams. Exits with 1 when a demo misses a limit.
+
+structures: the ViT demo on the harder of these image sets and the GPT-2 demo, at 90% sparsity, once
+for each structure of conf/bench.yaml and seed, seed by seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig
-from runs import FASHION, compose, training
+from runs import FASHION, STRUCTURES, compose, training, write
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from padst_exp.config import build, register_schemas
+from padst_exp.bench import choices
+from padst_exp.config import build
 from padst_exp.data.task import Task
-from padst_exp.engine.run_directory import environment
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
 
-TEXT = ["model=gpt2", "structure=block", "sparsity=0.8"]
-DATASETS: dict[str, list[str]] = {"digits": [], "fashion_mnist": FASHION}
+IMAGES: dict[str, list[str]] = {"digits": [], "fashion_mnist": FASHION}
+NONE = {"permutation": "none", "dst": "static"}
+Row = dict[str, Any]
 
 
 def main() -> int:
     """Train, compare, write; 1 when a demo misses a limit."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tables", nargs="*", default=["demos", "structures"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
-    register_schemas()
-    rows: list[dict[str, object]] = []
-    missed: list[str] = []
-    for dataset, overrides in DATASETS.items():
+    seeds, steps = range(arguments.seeds), f"trainer.steps={arguments.steps}"
+    tasks: dict[str, Task] = {}
+    for name, overrides in IMAGES.items():
         try:
-            task = build(compose(*overrides, "trainer.steps=1").dataset, "dataset")
+            tasks[name] = build(compose(*overrides).dataset, "dataset")
         except UserError as error:
-            print(f"{dataset}: skipped, {error}")
-            continue
-        for seed in range(arguments.seeds):
-            common = [*overrides, f"trainer.steps={arguments.steps}", f"seed={seed}",
-                      "trainer.eval_interval=null"]  # fmt: skip
-            demo = summary_of(compose(*common))
-            zeroed = summary_of(compose(*common, "permutation=none", "dst=static"), zeroed=True)
-            missed += misses(f"{dataset} seed {seed}", demo)
-            for name, summary in (("demo", demo), ("zeroed", zeroed)):
-                rows.append(row(dataset, seed, name, summary["final"]["top1"]))
-            if zeroed["final"]["top1"] > demo["final"]["top1"] - 10:
-                missed.append(f"{dataset} seed {seed}: zeroing the sparse layers costs too little")
-            if dataset == "digits" and demo["final"]["top1"] <= 95:
-                missed.append(
-                    f"digits seed {seed}: top-1 {demo['final']['top1']:.2f}, not above 95"
-                )
-        rows.append(row(dataset, "", "linear", linear(task)))
-    for seed in range(arguments.seeds):
-        summary = summary_of(compose(*TEXT, f"seed={seed}"))
-        bigram = summary["baselines"]["bigram_perplexity"]
-        missed += misses(f"gpt2 seed {seed}", summary)
-        if summary["final"]["perplexity"] >= bigram:
-            missed.append(f"gpt2 seed {seed}: perplexity not below that of bigrams")
-        rows.append(row("shakespeare", seed, "demo", summary["final"]["perplexity"]))
-    rows.append(row("shakespeare", "", "bigram", bigram))
-    show(rows)
-    write(rows)
+            print(f"{name}: skipped, {error}")
+    if "structures" in arguments.tables:
+        structures(list(tasks)[-1], seeds, steps)
+    missed = demos(tasks, seeds, steps) if "demos" in arguments.tables else []
     print("\n".join(missed) or "every limit is met")
     return int(bool(missed))
 
 
-def misses(name: str, summary: dict[str, Any]) -> list[str]:
-    """Limits on hardening: 80% of the layers by delta, with a loss jump under 5% each."""
+def run(
+    dataset: str, model: str, seed: int, entry: Row, overrides: list[str],
+    prepare: Callable[[nn.Module], object] | None = None,
+) -> tuple[Row, Row]:  # fmt: skip
+    """Train; a line of a table, and the summary of the run.
+
+    `entry` has options of groups and keys of the structure.
+    """
+    chosen = [f"{key}={value}" if key in ("structure", "permutation", "dst")
+              else f"structure.{key}={value}" for key, value in entry.items()]  # fmt: skip
+    cfg = compose(*overrides, *chosen, f"seed={seed}")
+    groups = {group: cfg[group]._target_.rpartition(".")[2] for group in ("permutation", "dst")}
+    with training(cfg, prepare) as (_, summary):
+        metric = summary["monitor"]
+    own = {key: value for key, value in entry.items() if key != "dst"}
+    row = {"dataset": dataset, "seed": seed, "model": model, "metric": metric,
+           "value": summary["final"][metric], "structure": choices.sparsity(own).label,
+           "density": round(summary["density_of_layers"], 4), **groups,
+           "steps": cfg.trainer.steps}  # fmt: skip
+    print(*row.values(), flush=True)
+    return row, summary
+
+
+def demos(tasks: dict[str, Task], seeds: range, steps: str) -> list[str]:
+    """Train all demos and their baselines; the limits that are missed."""
+    rows: list[Row] = []
+    missed: list[str] = []
+
+    def require(valid: bool, what: str) -> None:
+        missed.extend([] if valid else [what])
+
+    for name, task in tasks.items():
+        nm, overrides = {"structure": "nm", "group": 16}, [*IMAGES[name], steps]
+        for seed in seeds:
+            demo, summary = run(name, "demo", seed, nm, overrides)
+            zeroed, _ = run(name, "zeroed", seed, {**nm, **NONE}, overrides, zero)
+            # Of another structure than what is looked up: that of no weight at all.
+            rows += [demo, {**zeroed, "structure": "", "density": ""}]
+            require(hardened(name, summary), f"{name} seed {seed}: permutations harden badly")
+            require(zeroed["value"] <= demo["value"] - 10, f"{name} seed {seed}: zeros cost little")
+            require(name != "digits" or demo["value"] > 95, f"digits seed {seed}: not above 95%")
+        baseline = {"model": "linear", "metric": "top1", "value": linear(task)}
+        rows.append({"dataset": name, "seed": "", **baseline})
+    for seed in seeds:
+        block = {"structure": "block", "size": 16}
+        demo, summary = run("shakespeare", "demo", seed, block, ["model=gpt2", "sparsity=0.8"])
+        bigram = summary["baselines"]["bigram_perplexity"]
+        rows.append(demo)
+        require(hardened("gpt2", summary), f"gpt2 seed {seed}: permutations harden badly")
+        require(demo["value"] < bigram, f"gpt2 seed {seed}: perplexity not below that of bigrams")
+    baseline = {"model": "bigram", "metric": "perplexity", "value": bigram}
+    rows.append({"dataset": "shakespeare", "seed": "", **baseline})
+    write("demo_accuracy", rows)
+    return missed
+
+
+def hardened(name: str, summary: Row) -> bool:
+    """Whether 80% of the permutations harden by delta with a loss jump under 5% each."""
     events = summary["permutations"]["events"]
     total = len(events) + len(summary["permutations"]["still_soft"])
-    good = [
-        event
-        for event in events
-        if event["reason"] == "delta" and event["loss_after"] < 1.05 * event["loss_before"]
-    ]
-    jump = max(event["loss_after"] / event["loss_before"] - 1 for event in events)
-    print(f"{name}: {len(good)} of {total} permutations hardened by delta with a jump under 5%, "
-          f"largest jump {jump:.2%}")  # fmt: skip
-    return [] if len(good) >= 0.8 * total else [f"{name}: {len(good)} of {total} hardened well"]
+    jumps = [event["loss_after"] / event["loss_before"] - 1 for event in events]
+    pairs = zip(events, jumps, strict=True)
+    good = sum(event["reason"] == "delta" and jump < 0.05 for event, jump in pairs)
+    print(f"{name}: {good} of {total} permutations hardened well, largest jump {max(jumps):.2%}")
+    return good >= 0.8 * total
 
 
-def row(dataset: str, seed: int | str, model: str, value: float) -> dict[str, object]:
-    """One line of the table."""
-    metric = "perplexity" if dataset == "shakespeare" else "top1"
-    return {"dataset": dataset, "seed": seed, "model": model, "metric": metric, "value": value}
-
-
-def show(rows: list[dict[str, object]]) -> None:
-    """Print means over seeds."""
-    groups: dict[tuple[object, ...], list[float]] = {}
-    for entry in rows:
-        key = (entry["dataset"], entry["model"], entry["metric"])
-        groups.setdefault(key, []).append(float(str(entry["value"])))
-    for (dataset, model, metric), values in groups.items():
-        spread = f"{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else ""
-        print(
-            f"{dataset!s:<14} {model!s:<7} {metric!s:<10} {statistics.mean(values):7.2f}  {spread}"
-        )
-
-
-def summary_of(cfg: DictConfig, *, zeroed: bool = False) -> dict[str, Any]:
-    """The summary of a whole run."""
-    with training(cfg, zero_sparse_layers if zeroed else None) as (_, summary):
-        return summary
-
-
-def zero_sparse_layers(model: nn.Module) -> None:
+def zero(model: nn.Module) -> None:
     """What the rest of the model learns alone."""
     for weight in sparse_weights(model).values():
         nn.init.zeros_(weight.values)
@@ -128,22 +132,22 @@ def linear(task: Task) -> float:
     indices = range(min(len(task.train), 10_000))
     images, labels = task.train.__getitems__([(0, index) for index in indices])
     tests, truth = task.validation.__getitems__(list(range(len(task.validation))))
-    classifier = LogisticRegression(max_iter=300)
-    classifier.fit(images.flatten(1).numpy(), labels.numpy())
+    classifier = LogisticRegression(max_iter=300).fit(images.flatten(1).numpy(), labels.numpy())
     return 100 * float(classifier.score(tests.flatten(1).numpy(), truth.numpy()))
 
 
-def write(rows: list[dict[str, object]]) -> None:
-    """Write the table with where it was measured."""
-    env = environment("cpu")
-    where = {"commit": env["git_commit"], "dirty": env["git_dirty"],
-             "device": env["device"]}  # fmt: skip
-    path = Path(__file__).parents[1] / "results" / "tables" / "demo_accuracy.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+def structures(images: str, seeds: range, steps: str) -> None:
+    """Train every structure that is legal there, seed by seed; write after every run."""
+    rows: list[Row] = []
+    datasets = {images: ("vit", IMAGES[images]), "shakespeare": ("gpt2", ["model=gpt2"])}
+    for seed in seeds:
+        for dataset, (model, overrides) in datasets.items():
+            for entry in [{"structure": "dense", **NONE}, *STRUCTURES]:
+                try:
+                    rows.append(run(dataset, model, seed, entry, [*overrides, steps])[0])
+                    write("structure_accuracy", rows)
+                except UserError as error:
+                    print(f"{dataset} {entry}: left out, {error}")
 
 
 if __name__ == "__main__":

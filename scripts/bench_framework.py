@@ -1,53 +1,43 @@
-"""What the framework itself costs: step time, rewiring, memory. Ratios, measured in one run.
+"""What the framework itself costs: step time, rewiring, memory, start. Ratios of one run.
 
     python scripts/bench_framework.py [--rounds 5] [--steps 200]
 
-Prints each ratio beside its limit, writes results/tables/framework.csv, and exits with 1 when a
-limit is broken.
+Prints each beside its limit, writes results/tables/framework.csv, and exits with 1 when a limit is
+broken.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
+import subprocess
 import sys
 import time
 import unittest.mock
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from runs import compose, training
+from runs import STRUCTURES, compose, training, write
 from torch import nn
 
-from padst_exp.config import build, register_schemas
+from padst_exp.bench import choices
+from padst_exp.bench.models import moments, tensor_bytes
+from padst_exp.config import build
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Batch
-from padst_exp.dst import DropGrow, Magnitude, Uniform
-from padst_exp.engine.optimizers import AdamW
-from padst_exp.engine.run_directory import environment, read_metrics
+from padst_exp.engine.changes import Moments, adopt
+from padst_exp.engine.distributed import World
+from padst_exp.engine.run_directory import read_metrics
 from padst_exp.engine.step import Stepper
-from padst_exp.engine.topology import move_state
-from padst_exp.layers import permutations, sparse_weights
-from padst_exp.permutations import DoublyStochastic
+from padst_exp.layers import sparse_weights
+from padst_exp.soft import soft_choices
 from padst_exp.sparsify import Rule, sparsify
-from padst_exp.structures import NM, Block, Diagonal, Structure, Unstructured
-from padst_exp.train import sparse_model
+from padst_exp.train import build_experiment
 
-STEP_LIMIT, REWIRE_LIMIT, MEMORY_LIMIT = 1.05, 0.02, 0.2
-
-SET = DropGrow(
-    drop=Magnitude(), grow=Uniform(), fraction=0.3, interval=10, stop=0.75, moments="age"
-)
-STRUCTURES: dict[str, Structure] = {
-    "unstructured": Unstructured(),
-    "block size=16": Block(size=16, balanced=False),
-    "nm group=1": NM(n=1, m=None, group=1),
-    "nm group=16": NM(n=1, m=None, group=16),
-    "diag bundle=1": Diagonal(bundle=1, stride=16, width=16),
-}
+LIMITS = {"step": 1.05, "rewire": 0.02, "memory": 0.2, "start": 3.0}
+Row = dict[str, Any]
 
 
 def main() -> int:
@@ -56,16 +46,29 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
-    register_schemas()
-    rows = memory_rows()
-    rows.append(step_row(arguments.rounds, arguments.steps))
-    rows.append(rewire_row(arguments.rounds, arguments.steps))
-    write(rows)
-    broken = [row for row in rows if row["limit"] and float(row["ratio"]) > float(row["limit"])]
+    rows = [start_row(), *map(memory_row, STRUCTURES)]
+    rows += [measure(arguments.rounds, arguments.steps) for measure in (step_row, rewire_row)]
+    write("framework", rows)
     for row in rows:
-        limit = f"limit {row['limit']}" if row["limit"] else "no limit"
-        print(f"{row['what']:<58} {row['ratio']:>7}  {limit:<12} {row['detail']}")
-    return int(bool(broken))
+        print(f"{row['what']:<58} {row['ratio']:>7}  limit {row['limit']:<5} {row['detail']}")
+    return int(any(row["ratio"] > row["limit"] for row in rows))
+
+
+def row(what: str, limit: str, values: list[float], detail: str) -> Row:
+    """One line of the table: the median of `values`."""
+    span = f"{min(values):.4g} to {max(values):.4g}, {detail}" if len(values) > 1 else detail
+    ratio = round(statistics.median(values), 4)
+    return {"what": what, "ratio": ratio, "limit": LIMITS[limit], "detail": span}
+
+
+def start_row() -> Row:
+    """Seconds of the command line's help."""
+    command, seconds = [sys.executable, "-m", "padst_exp.train", "--help"], []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - began)
+    return row("seconds of padst_exp.train --help", "start", seconds, "5 starts")
 
 
 def framework_step_seconds(cfg: DictConfig) -> float:
@@ -78,10 +81,9 @@ def framework_step_seconds(cfg: DictConfig) -> float:
 
 def bare_step_seconds(cfg: DictConfig) -> float:
     """The same for a loop as one writes it by hand, on the same model and data."""
-    task = build(cfg.dataset, "dataset")
-    model, _ = sparse_model(cfg, task, build(cfg.permutation, "permutation"))
+    experiment = build_experiment(cfg, World())
+    task, model = experiment.task, experiment.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model.train()
     # Batches are ready before the clock starts, so only the framework pays for loading.
     batches = list(
         train_loader(
@@ -92,128 +94,70 @@ def bare_step_seconds(cfg: DictConfig) -> float:
     warm_up = cfg.trainer.log_interval
     for step, (inputs, targets) in enumerate(batches):
         if step == warm_up:
-            start = time.perf_counter()
+            began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         task.loss(model(inputs), targets).backward()
         optimizer.step()
-    return (time.perf_counter() - start) / (len(batches) - warm_up)
+    return (time.perf_counter() - began) / (len(batches) - warm_up)
 
 
-def step_row(rounds: int, steps: int) -> dict[str, str]:
+def step_row(rounds: int, steps: int) -> Row:
     """Step time of the framework over that of a bare loop, alternating."""
-    cfg = compose("permutation=none", "dst=static", f"trainer.steps={steps}",
-                  "trainer.eval_interval=null")  # fmt: skip
-    ours, theirs = [], []
-    for _ in range(rounds):
-        theirs.append(bare_step_seconds(cfg))
-        ours.append(framework_step_seconds(cfg))
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return row(
-        "step time, framework / bare loop (demo ViT, nm)",
-        statistics.median(ratios),
-        STEP_LIMIT,
-        f"{min(ratios):.3f} to {max(ratios):.3f} in {rounds} rounds, bare step "
-        f"{1e3 * statistics.median(theirs):.1f} ms",
-    )
+    cfg = compose("permutation=none", "dst=static", f"trainer.steps={steps}")
+    pairs = [(bare_step_seconds(cfg), framework_step_seconds(cfg)) for _ in range(rounds)]
+    detail = f"bare step {1e3 * statistics.median(bare for bare, _ in pairs):.1f} ms"
+    ratios = [framework / bare for bare, framework in pairs]
+    return row("step time, framework / bare loop (demo ViT, nm)", "step", ratios, detail)
 
 
-def rewire_row(rounds: int, steps: int) -> dict[str, str]:
+def rewire_row(rounds: int, steps: int) -> Row:
     """Share of training time that RigL's updates take at interval 100.
 
     What a step with an update takes beyond the steps around it, which collect no dense gradient
     and move nothing.
     """
-    every = 5
+    every, shares, original = 5, [], Stepper.step
     cfg = compose("permutation=none", "dst=rigl", f"dst.interval={every}", "dst.stop=1.0",
-                  f"trainer.steps={steps}", "trainer.eval_interval=null")  # fmt: skip
-    shares = []
+                  f"trainer.steps={steps}")  # fmt: skip
     for _ in range(rounds):
         seconds: list[float] = []
-        original = Stepper.step
 
         def timed(self: Stepper, batches: Iterator[Batch], into: list[float] = seconds) -> None:
-            start = time.perf_counter()
-            original(self, batches)  # noqa: B023 (the same in every round)
-            into.append(time.perf_counter() - start)
+            began = time.perf_counter()
+            original(self, batches)
+            into.append(time.perf_counter() - began)
 
         with unittest.mock.patch.object(Stepper, "step", timed):
             framework_step_seconds(cfg)
         due = [s for step, s in enumerate(seconds, 1) if step % every == 0 and step < steps]
-        others = [s for step, s in enumerate(seconds, 1) if step % every and step > every]
-        plain = statistics.median(others)
+        plain = statistics.median(s for n, s in enumerate(seconds, 1) if n % every and n > every)
         shares.append((statistics.median(due) - plain) / (100 * plain))
-    return row(
-        "share of RigL updates at interval 100 (demo ViT, nm)",
-        statistics.median(shares),
-        REWIRE_LIMIT,
-        f"{min(shares):.4f} to {max(shares):.4f} in {rounds} rounds of {steps // every} updates",
-    )
+    detail = f"{steps // every} updates in each of {rounds} rounds"
+    what = "share of RigL updates at interval 100 (demo ViT, nm)"
+    return row(what, "rewire", shares, detail)
 
 
-def memory_rows() -> list[dict[str, str]]:
-    """Bytes of parameters, gradients, AdamW moments and indices at 90%, over dense."""
-    rows = []
-    for name, structure in STRUCTURES.items():
-        layer = nn.Sequential(nn.Linear(768, 3072, bias=False))
-        sparsify(layer, [Rule("0")], structure=structure, density=0.1,
-                 learner=DoublyStochastic(side="auto"))  # fmt: skip
-        dense = 4 * 4 * 768 * 3072
-        optimizer, _ = AdamW(lr=0.001).create(layer, total_steps=100)
-        soft = trained_bytes(layer, optimizer) / dense
-        for permutation in permutations(layer).values():
-            permutation.harden()
-        rows.append(
-            row(
-                f"memory of a 768->3072 layer at 90%, {name} / dense",
-                trained_bytes(layer, optimizer) / dense,
-                MEMORY_LIMIT,
-                f"soft phase {soft:.3f}",
-            )
-        )
-    return rows
-
-
-def trained_bytes(layer: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """What one layer holds after a step and a rewiring: all parameters, gradients, state, indices.
-
-    Soft matrices have an optimizer of their own, Adam too: twice their size in moments.
-    """
-    layer(torch.zeros(1, 768)).sum().backward()
-    optimizer.step()
-    for weight in sparse_weights(layer).values():
-        relayout = weight.rewire(SET, step=10, total=100, generator=torch.Generator())
-        move_state(weight, relayout, optimizer, SET.moments, 10)
-        weight.relayout_(relayout)
-    states = [t for state in optimizer.state.values() for t in state.values() if t.ndim > 0]
-    soft = [p.logits for p in permutations(layer).values() if p.logits is not None]
-    tensors = [
-        *layer.parameters(), *(p.grad for p in layer.parameters() if p.grad is not None),
-        *states, *layer.buffers(),
-    ]  # fmt: skip
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values()) + 2 * sum(t.untyped_storage().nbytes() for t in soft)
-
-
-def row(what: str, ratio: float, limit: float, detail: str) -> dict[str, str]:
-    """One line of the table."""
-    return {"what": what, "ratio": f"{ratio:.4f}", "limit": f"{limit}", "detail": detail}
-
-
-def write(rows: list[dict[str, str]]) -> None:
-    """Write the table with where it was measured."""
-    env = environment("cpu")
-    packages = env["packages"]
-    assert isinstance(packages, dict)
-    where = {
-        "commit": env["git_commit"], "dirty": env["git_dirty"], "device": env["device"],
-        "threads": torch.get_num_threads(), "torch": packages["torch"],
-    }  # fmt: skip
-    path = Path(__file__).parents[1] / "results" / "tables" / "framework.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**entry, **where} for entry in rows)
+def memory_row(entry: Row) -> Row:
+    """Bytes of parameters, gradients, moments and indices of a layer at 90%, over dense."""
+    kind, cfg, shares = choices.sparsity(entry), compose("dst=set"), []
+    algorithm = build(cfg.dst, "dst")
+    for state in dict.fromkeys((kind.phases[-1], kind.phases[0])):
+        layer, learner = nn.Sequential(nn.Linear(768, 3072, bias=False)), choices.learner(state)
+        sparsify(layer, [Rule("0")], structure=kind.structure, density=0.1, learner=learner)
+        optimizer, _ = build(cfg.optimizer, "optimizer").create(layer, total_steps=100)
+        learner.start(soft_choices(layer))
+        layer(torch.zeros(1, 768)).sum().backward()
+        optimizer.step()
+        learner.step(0.3)
+        # A rewiring makes the optimizer remember births.
+        for name, weight in sparse_weights(layer).items():
+            change = weight.decide(algorithm, step=10, total=100, generator=torch.Generator())
+            adopt(name, weight, change, [Moments(optimizer, algorithm.moments)], 10)
+        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+        tensors = [*layer.parameters(), *gradients, *moments(optimizer, learner), *layer.buffers()]
+        shares.append(tensor_bytes(tensors) / (4 * 4 * 768 * 3072))
+    what = f"memory of a 768->3072 layer at 90%, {kind.label} / dense"
+    return row(what, "memory", shares[-1:], f"soft phase {shares[0]:.3f}" if shares[1:] else "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whole trainings for the scripts beside this file, in folders that vanish."""
+"""Whole trainings for the scripts beside this file, in folders that vanish, and their tables."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from padst_exp.bench import tables
 from padst_exp.config import config_dir, results_config
 from padst_exp.engine.distributed import World
-from padst_exp.engine.run_directory import RunDirectory
-from padst_exp.train import train
+from padst_exp.engine.loop import run
+from padst_exp.engine.run_directory import RunDirectory, environment
+from padst_exp.train import build_experiment
 
-FASHION = [
-    *("dataset=fashion_mnist", "dataset.shift=0", "dataset.flip=false", "model.patch_size=7"),
-    *("model.dim=128", "model.depth=4", "model.heads=4", "trainer.epochs=null"),
-    *("trainer.batch_size=64", "optimizer.lr=0.002"),
-]
+FASHION = ["dataset=fashion_mnist", "dataset.shift=0", "dataset.flip=false", "model.patch_size=7"]
+# Entries of conf/bench.yaml: what is timed is trained, too.
+STRUCTURES: list[dict[str, Any]] = OmegaConf.to_container(
+    OmegaConf.load(config_dir() / "bench.yaml").usual.layers.structures
+)  # type: ignore[assignment]
 
 
 def compose(*overrides: str) -> DictConfig:
-    """The configuration of a training, without a logger."""
+    """The configuration of a training, without a logger and evaluations on the way."""
+    quiet = ["logger=none", "trainer.eval_interval=null"]
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return hydra.compose("config", ["logger=none", *overrides])
+        return hydra.compose("config", [*quiet, *overrides])
 
 
 @contextmanager
@@ -35,12 +39,21 @@ def training(
     cfg: DictConfig, prepare: Callable[[nn.Module], object] | None = None
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The run directory and the summary of a whole training; the directory goes on leaving."""
+    world = World()
     with tempfile.TemporaryDirectory() as folder:
+        experiment = build_experiment(cfg, world)
+        if prepare is not None:
+            prepare(experiment.model)
+        directory = RunDirectory.open(
+            Path(folder), "bench", world, resume="never", config=results_config(cfg),
+            config_text="", overrides=[],
+        )  # fmt: skip
+        yield directory.path, run(experiment, directory, world)
 
-        def directory(keep_last: int) -> RunDirectory:
-            return RunDirectory.create(
-                Path(folder), "bench", resume="never", config=results_config(cfg), config_text="",
-                overrides=[], device="cpu", keep_last=keep_last,
-            )  # fmt: skip
 
-        yield train(cfg, World(), directory=directory, prepare=prepare)
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write a table of results/tables, with where it was measured."""
+    run = environment("cpu")
+    where = {"commit": run["git_commit"], "dirty": run["git_dirty"], "device": run["device"]}
+    where |= {"threads": torch.get_num_threads(), "torch": torch.__version__.partition("+")[0]}
+    tables.write(Path(__file__).parents[1] / "results" / "tables" / f"{name}.csv", rows, **where)

@@ -3,11 +3,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from dst_cases import rigl, set_algorithm
+from padst_exp.dst import Change, Cubic
 from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear, layer_densities, sparse_weights
-from padst_exp.permutations import DoublyStochastic, RandomPermutation
-from padst_exp.sparsify import Rule, sparsify
-from padst_exp.structures import NM, Block, Dense, Unstructured
+from padst_exp.permutations import RandomPermutation
+from padst_exp.sparsify import Baseline, Rule, sparsify
+from padst_exp.structures import NM, Block, Dense, FanIn, Unstructured
+from permutation_cases import learned
 
 
 class Toy(nn.Module):
@@ -28,6 +31,7 @@ class Toy(nn.Module):
 
 
 RULES = [Rule("qkv", split=3), Rule("fc?")]
+SIZE = 96 * 32 + 2 * 64 * 32
 
 
 def toy() -> Toy:
@@ -37,51 +41,111 @@ def toy() -> Toy:
 
 def test_full_density_computes_what_the_dense_model_did() -> None:
     tokens = torch.randint(0, 11, (2, 5))
-    expected = toy()(tokens)
     model = toy()
     sparsify(model, RULES, structure=Unstructured(), density=1.0)
-    torch.testing.assert_close(model(tokens), expected)
+    torch.testing.assert_close(model(tokens), toy()(tokens))
 
 
-def test_report_counts_exactly() -> None:
+def test_the_report_counts_exactly_and_keeps_up_with_changes() -> None:
     model = toy()
-    report = sparsify(model, RULES, structure=Block(size=4, balanced=False), density=0.25)
+    report = sparsify(
+        model, RULES, structure=Block(size=4, balanced=False), density=0.25, algorithm=rigl()
+    )
     names = [layer.name for layer in report.layers]
-    assert names == ["qkv.weights.0", "qkv.weights.1", "qkv.weights.2", "fc1.weights.0",
-                     "fc2.weights.0"]  # fmt: skip
+    assert names == [
+        "qkv.weights.0", "qkv.weights.1", "qkv.weights.2", "fc1.weights.0", "fc2.weights.0"
+    ]  # fmt: skip
     assert all(isinstance(getattr(model, name), SparseLinear) for name in ("qkv", "fc1", "fc2"))
     for layer, weight in zip(report.layers, sparse_weights(model).values(), strict=True):
-        assert layer.parameters == int((weight.dense() != 0).sum()) == weight.values.numel()
+        assert layer.parameters == int((weight.matrix() != 0).sum()) == weight.values.numel()
         assert layer.density == layer.parameters / (layer.shape[0] * layer.shape[1]) == 0.25
         assert layer.macs_dense == layer.shape[0] * layer.shape[1]
-    assert report.density("layers") == 0.25
+        assert not layer.static
     total = sum(p.numel() for p in toy().parameters())
-    removed = 0.75 * (96 * 32 + 2 * 64 * 32)
-    assert report.density("model") == pytest.approx(1 - removed / total)
+    assert report.density("layers") == 0.25
+    assert report.density("model") == pytest.approx(1 - 0.75 * SIZE / total)
+    # Half of the units of one weight leave.
+    weight = sparse_weights(model)["fc1.weights.0"]
+    weight.adopt(Change(weight.active.long()[::2]))
+    assert report.layers[3].density == 0.125 and report.layers[3].density_asked == 0.25
+    assert report.density("layers") == pytest.approx(0.25 - 0.125 * 64 * 32 / SIZE)
+    assert report.to_dict()["density_of_layers"] == report.density("layers")
+
+
+def test_the_report_compares_with_the_baseline_it_is_given() -> None:
+    baseline = Baseline(parameters=100_000, macs=20_000)
+    report = sparsify(toy(), RULES, structure=Unstructured(), density=0.25, baseline=baseline)
+    assert report.density("layers") == pytest.approx(0.25 * SIZE / 20_000)
+    assert report.density("model") == pytest.approx(1 - (20_000 - 0.25 * SIZE) / 100_000)
+
+
+def test_a_low_rank_companion_is_paid_for_by_fewer_entries() -> None:
+    model = toy()
+    before = sum(p.numel() for p in model.parameters())
+    report = sparsify(model, RULES, structure=Unstructured(), density=0.25, low_rank=4)
+    assert report.density("layers") == pytest.approx(0.25, abs=1e-3)
+    after = sum(p.numel() for p in model.parameters())
+    assert before - after == pytest.approx(0.75 * SIZE, abs=5)
+    # It starts at zero, and is as dense as it takes parameters.
+    assert not model.qkv.companion.matrix().any()
+    for layer in report.layers:
+        assert layer.density < 0.25 and layer.companion > 0
+    with pytest.raises(UserError, match=r"^low_rank: expected a rank that leaves some, got"):
+        sparsify(toy(), RULES, structure=Unstructured(), density=0.25, low_rank=8)
+    with pytest.raises(UserError, match=r"^low_rank: expected a rank of at least 0, got -1$"):
+        sparsify(toy(), RULES, structure=Unstructured(), density=0.25, low_rank=-1)
+
+
+def test_an_algorithm_that_shrinks_starts_at_its_own_density_and_knows_where_to_end() -> None:
+    shrinking = rigl(counts=Cubic(start=0.75, begin=0.0, end=0.5))
+    report = sparsify(
+        model := toy(), RULES, structure=FanIn(group=8), density=0.25, algorithm=shrinking
+    )
+    assert report.density("layers") == 0.75
+    for layer, weight in zip(report.layers, sparse_weights(model).values(), strict=True):
+        assert layer.density_asked == 0.25 and layer.density == 0.75
+        topology = weight.topology()
+        assert torch.equal(topology.counts(), 3 * topology.target)
+
+
+def test_layers_with_nothing_to_decide_are_called_static() -> None:
+    def static(density: float) -> list[bool]:
+        structure = Block(size=16, balanced=False)
+        report = sparsify(toy(), RULES, structure=structure, density=density, algorithm=rigl())
+        return [layer.static for layer in report.layers]
+
+    # Of 8 blocks in fc1 and fc2 and 4 in each projection, all or too few are active.
+    assert static(1.0) == static(0.5) == [True] * 5
+    report = sparsify(toy(), RULES, structure=Unstructured(), density=0.5)
+    assert all(layer.static for layer in report.layers), "nobody changes them"
 
 
 def test_rows_are_scaled_to_their_own_fan_in() -> None:
-    layer = nn.Sequential(nn.Linear(400, 300, bias=False))
-    expected = float(layer[0].weight.detach().norm(dim=1).mean())
-    sparsify(layer, [Rule("0")], structure=Unstructured(), density=0.1)
-    norms = sparse_weights(layer)["0.weights.0"].dense().norm(dim=1)
-    # Rows have different fan-ins here, yet about the same norm as the dense ones.
-    assert float(norms.mean()) == pytest.approx(expected, rel=0.05)
-    assert float(norms.std()) < 0.2 * expected
+    for storage in ("packed", "masked"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(400, 300, bias=False))
+        expected = float(model[0].weight.detach().norm(dim=1).mean())
+        sparsify(model, [Rule("0")], structure=Unstructured(), density=0.1, storage=storage)
+        norms = sparse_weights(model)["0.weights.0"].matrix().detach().norm(dim=1)
+        # Rows have different fan-ins here, yet about the same norm as the dense ones.
+        assert float(norms.mean()) == pytest.approx(expected, rel=0.05)
+        assert float(norms.std()) < 0.2 * expected
 
 
-def test_magnitude_topology_keeps_the_largest_units() -> None:
-    layer = nn.Sequential(nn.Linear(16, 16))
-    dense = layer[0].weight.detach().clone()
-    sparsify(layer, [Rule("0")], structure=Unstructured(), density=0.25, topology="magnitude",
-             rescale=False)  # fmt: skip
-    kept = sparse_weights(layer)["0.weights.0"].dense()
+def test_a_magnitude_topology_keeps_the_largest_units() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    dense = model[0].weight.detach().clone()
+    sparsify(
+        model, [Rule("0")], structure=Unstructured(), density=0.25, topology="magnitude",
+        rescale=False,
+    )  # fmt: skip
+    kept = sparse_weights(model)["0.weights.0"].matrix().detach()
     smallest_kept = kept[kept != 0].abs().min()
     assert bool((dense[kept == 0].abs() <= smallest_kept).all())
     assert torch.equal(kept[kept != 0], dense[kept != 0])
 
 
-def test_seed_decides_topology_and_zero_is_a_seed() -> None:
+def test_the_seed_decides_topologies_and_zero_is_a_seed() -> None:
     models = [toy() for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
         sparsify(model, RULES, structure=Unstructured(), density=0.25, seed=seed)
@@ -91,51 +155,51 @@ def test_seed_decides_topology_and_zero_is_a_seed() -> None:
 
 def test_fused_projections_share_one_input_permutation() -> None:
     model = toy()
-    sparsify(model, RULES, structure=NM(n=1, m=None, group=8), density=0.25,
-             learner=DoublyStochastic(side="auto"))  # fmt: skip
+    sparsify(
+        model, RULES, structure=NM(n=1, m=None, group=8), density=0.25,
+        learner=learned(side="auto"),
+    )  # fmt: skip
     qkv = model.qkv
     assert isinstance(qkv, SparseLinear)
     assert qkv.input_permutation is not None and qkv.input_permutation.size == 32
     assert all(isinstance(output, nn.Identity) for output in qkv.output_permutations)
 
 
-def test_auto_permutes_the_shorter_side() -> None:
-    model = toy()
-    report = sparsify(model, RULES, structure=Unstructured(), density=0.25,
-                      learner=RandomPermutation(side="auto"))  # fmt: skip
+def test_auto_permutes_the_side_that_suits_the_structure() -> None:
+    report = sparsify(
+        toy(), RULES, structure=Unstructured(), density=0.25, learner=RandomPermutation(side="auto")
+    )
     sides = {layer.name: layer.side for layer in report.layers}
+    # The shorter one, it costs d * d.
     assert sides["fc1.weights.0"] == "in" and sides["fc2.weights.0"] == "out"
+    for structure in (NM(n=1, m=None, group=8), FanIn(group=8)):
+        square = nn.Sequential(nn.Linear(32, 32))
+        report = sparsify(
+            square, [Rule("0")], structure=structure, density=0.25,
+            learner=RandomPermutation(side="auto"),
+        )  # fmt: skip
+        # Which rows share their inputs says more than which inputs share a chunk.
+        assert report.layers[0].side == "out"
+    report = sparsify(toy(), RULES, structure=Unstructured(), density=0.25)
+    assert {layer.side for layer in report.layers} == {"none"}
 
 
-def test_auto_permutes_the_rows_of_a_square_weight_whose_rows_share_inputs() -> None:
-    model = nn.Sequential(nn.Linear(32, 32))
-    report = sparsify(model, [Rule("0")], structure=NM(n=1, m=None, group=8), density=0.25,
-                      learner=RandomPermutation(side="auto"))  # fmt: skip
-    assert report.layers[0].side == "out"
-
-
-def test_dense_structure_leaves_the_model_alone() -> None:
+def test_a_dense_structure_leaves_the_model_alone() -> None:
     model = toy()
-    report = sparsify(model, RULES, structure=Dense(), density=0.1)
+    report = sparsify(model, RULES, structure=Dense(), density=0.1, algorithm=set_algorithm())
     assert not sparse_weights(model) and report.density("layers") == report.density("model") == 1
 
 
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ([Rule("blocks.*")], "matches no layer"),
+def test_mistakes_are_one_line_that_says_where() -> None:
+    for rules, message in [
+        ([Rule("blocks.*")], r"matches no layer of the model; layers that can be sparse are qkv"),
         ([Rule("norm")], "only linear layers"),
         ([Rule("head")], "tied"),
         ([Rule("embedding")], "only linear layers"),
         ([Rule("fc1", split=5)], "does not divide"),
-    ],
-)
-def test_bad_rules_are_one_line(rules: list[Rule], message: str) -> None:
-    with pytest.raises(UserError, match=rf"^sparse: pattern [^\n]*{message}[^\n]*$"):
-        sparsify(toy(), rules, structure=Unstructured(), density=0.5)
-
-
-def test_an_impossible_sparsity_names_the_layer() -> None:
+    ]:
+        with pytest.raises(UserError, match=rf"^sparse: pattern [^\n]*{message}[^\n]*$"):
+            sparsify(toy(), rules, structure=Unstructured(), density=0.5)
     with pytest.raises(UserError, match=r"layer qkv\.weights\.0"):
         sparsify(toy(), RULES, structure=Block(size=32, balanced=False), density=0.1)
 
@@ -152,15 +216,12 @@ def test_erk_keeps_the_total_and_spares_small_layers() -> None:
     assert max(layer_densities(SHAPES, 0.6, "erk").values()) <= 1
 
 
-def test_explicit_distribution_overrides_by_pattern() -> None:
+def test_an_explicit_distribution_overrides_by_pattern() -> None:
     assert layer_densities(SHAPES, 0.2, {"s*": 0.5}) == {"wide": 0.2, "tall": 0.2, "small": 0.5}
     with pytest.raises(UserError, match=r"^distribution: pattern 'x\*' matches no"):
         layer_densities(SHAPES, 0.2, {"x*": 0.5})
     with pytest.raises(UserError, match=r"^distribution: expected a sparsity"):
         layer_densities(SHAPES, 0.2, {"s*": 1.5})
-
-
-@pytest.mark.parametrize("density", [0.0, -0.5, 1.5])
-def test_density_outside_its_range(density: float) -> None:
-    with pytest.raises(UserError, match=r"^sparsity: expected a number in \[0, 1\)"):
-        layer_densities(SHAPES, density, "uniform")
+    for density in (0.0, -0.5, 1.5):
+        with pytest.raises(UserError, match=r"^sparsity: expected a number in \[0, 1\)"):
+            layer_densities(SHAPES, density, "uniform")

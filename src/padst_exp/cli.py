@@ -6,21 +6,18 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from padst_exp.config import closest, config_dir, register_schemas
+from padst_exp.config import closest, config_dir, options
 from padst_exp.errors import UserError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -42,10 +39,14 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
         def main() -> None:
             full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
             launcher = os.getpid()
+            composed = False
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> None:
+                nonlocal composed
+                composed = True
                 try:
+                    _require_keys()
                     task(cfg)
                 except Exception as error:
                     # Jobs that a cluster runs elsewhere must bring their exception back here; a
@@ -54,7 +55,9 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
                         raise
                     _exit_with(error, job=_job_name())
 
-            register_schemas()
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                sys.stdout.write(_help(config_name))
+                return
             program = hydra.main(
                 config_path=str(config_dir()), config_name=config_name, version_base="1.3"
             )(job)
@@ -65,7 +68,9 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
                 _say("interrupted")
                 sys.exit(INTERRUPTED)
             except Exception as error:
-                if full_error or not _is_expected(error):
+                # Nothing of ours has run before: what Hydra cannot compose is the user's.
+                unreadable = not composed and isinstance(error, ValueError | OSError)
+                if full_error or not (unreadable or _is_expected(error)):
                     raise
                 _exit_with(error)
 
@@ -95,8 +100,8 @@ def explain(error: BaseException) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if not group:
             return f"--config-name: {config_dir()} has no {option}.yaml"
-        options = ", ".join(error.options or ())
-        return f"{group}={option}: unknown option; choose from {options}"
+        group, *rest = f"{group}/{option}".split("/")
+        return f"{group}={'/'.join(rest)}: unknown option; choose from {', '.join(options(group))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read, expected key=value"
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
@@ -104,11 +109,16 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         known = error.parent_node if isinstance(error.parent_node, DictConfig) else {}
         return f"{error.full_key}: unknown key{closest(str(error.key), map(str, known))}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}: missing, set it on the command line"
     if isinstance(error, OmegaConfBaseException):
         first_line = str(error).partition("\n")[0]
         return f"{error.full_key}: {first_line}" if error.full_key else first_line
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"{error.name}: {error.reason} (character {error.position})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{_undecodable() or config_dir()}: not UTF-8 ({error.reason})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
@@ -120,7 +130,39 @@ def _is_expected(error: Exception) -> bool:
         return full or isinstance(
             error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
         )
-    return isinstance(error, UserError | HydraException | OmegaConfBaseException)
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException | yaml.YAMLError)
+
+
+def _undecodable() -> str | None:
+    """File and line in conf/ that cannot be decoded; the error itself names neither."""
+    for path in sorted(config_dir().rglob("*.yaml")):
+        content = path.read_bytes()
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            return f"{path}, line {line}"
+    return None
+
+
+def _require_keys() -> None:
+    """Refuse chosen files that hold no keys: empty ones, lists, single words. Hydra skips them."""
+    runtime = HydraConfig.get().runtime
+    folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
+    for group, option in runtime.choices.items():
+        for path in (folder / group / f"{option}.yaml" for folder in folders):
+            if path.is_file() and not isinstance(
+                yaml.compose(path.read_text("utf-8")), yaml.MappingNode
+            ):
+                raise UserError(f"{path}: expected a mapping of keys")
+
+
+def _help(config_name: str) -> str:
+    """The text of --help. Unlike Hydra's own it leaves out files that are parts of others."""
+    text = OmegaConf.load(config_dir() / f"{config_name}.yaml").hydra.help.template
+    folders = sorted(path.name for path in config_dir().iterdir() if path.is_dir())
+    groups = [f"{name}: {', '.join(options(name))}\n" for name in folders if name != "hydra"]
+    return str(text).replace("$APP_CONFIG_GROUPS", "".join(groups))
 
 
 def _job_name() -> str:

@@ -1,4 +1,4 @@
-"""From YAML to objects: the schema of a run, strict constructor calls, and the name of a run.
+"""From YAML to objects: checked keys, strict constructor calls, and the name of a run.
 
 Imports neither torch nor anything that does, so that `--help` answers at once.
 """
@@ -10,239 +10,39 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 
-if TYPE_CHECKING:
-    Storage = Literal["packed", "masked"]
-    Backend = Literal["auto", "torch", "triton", "cuda", "dense"]
-else:
-    Storage = Backend = str  # OmegaConf knows no Literal; `validate` checks
-
-DISTRIBUTIONS = ("uniform", "erk")
-STORAGES = ("packed", "masked")
-RESUMES = ("never", "auto")
-DEVICES = ("auto", "cpu", "cuda")
-BACKENDS = ("auto", "torch", "triton", "cuda", "dense")
-EXPORT_FORMATS = ("packed", "dense")
-SUITES = ("layers", "model_inference", "model_train", "memory", "gpu_all")
-DTYPES = ("float32", "bfloat16", "float16")
-CLOCKS = ("wall", "cpu")
+# Of a training; each is one constructor call, made by `build`.
+GROUPS = (
+    "model",
+    "dataset",
+    "transform",
+    "structure",
+    "dst",
+    "permutation",
+    "optimizer",
+    "trainer",
+    "logger",
+)
 
 # Keys that say where and how a run is watched, not what it computes.
 NOT_RESULTS = ("logger", "runs", "resume", "name", "device", "backend")
 
-_PLAIN = (bool, int, float, str, list, dict, type(None))
-
-Settings = TypeVar("Settings", "Run", "BenchSchema", "EvaluateSchema", "ExportSchema")
-
-
-@dataclass(kw_only=True)
-class SparseRule:
-    """Layers to make sparse.
-
-    Args:
-        pattern: shell-style pattern over module names.
-        split: how many projections a layer fuses on its output (3 for QKV).
-    """
-
-    pattern: str = MISSING
-    split: int = 1
+Device = Literal["auto", "cpu", "cuda"]
+Keys = TypeVar("Keys")
 
 
-@dataclass(kw_only=True)
-class Run:
-    """A run's own keys; everything else is one constructor call in a config group.
-
-    Args:
-        sparse: which layers are sparse; the model's file says so.
-        sparsity: share of zeros in these layers, in [0, 1).
-        distribution: how the layers share it: "uniform", "erk", or a mapping from patterns on
-            module names to sparsities.
-        storage: "packed" keeps active entries only, "masked" is the dense reference.
-        seed: of everything random; 0 is a seed like any other.
-        resume: "auto" continues from the newest checkpoint of the same run, "never" does not.
-        runs: folder that holds the run directories.
-        name: of the run directory; null derives it from the config.
-        device: "auto" takes the GPU where there is one.
-        backend: of sparse products: "torch", "triton", "cuda", "dense", or "auto", which measures.
-    """
-
-    sparse: list[SparseRule] = MISSING
-    sparsity: float = MISSING
-    distribution: Any = MISSING
-    storage: Storage = MISSING
-    seed: int = MISSING
-    resume: str = MISSING
-    runs: str = MISSING
-    name: str | None = None
-    device: str = MISSING
-    backend: Backend = MISSING
-
-    def validate(self) -> None:
-        """Check values (the types were checked on composition); `UserError` names the key."""
-        _require_sparsity("sparsity", self.sparsity)
-        if isinstance(self.distribution, Mapping):
-            for pattern, sparsity in self.distribution.items():
-                _require_sparsity(f"distribution.{pattern}", sparsity)
-        elif self.distribution not in DISTRIBUTIONS:
-            raise UserError(
-                f"distribution: expected uniform, erk or a mapping from patterns to sparsities, "
-                f"got {self.distribution!r}"
-            )
-        _require_choice("storage", self.storage, STORAGES)
-        _require_choice("resume", self.resume, RESUMES)
-        _require_choice("device", self.device, DEVICES)
-        _require_choice("backend", self.backend, BACKENDS)
-        for index, rule in enumerate(self.sparse):
-            if rule.split < 1:
-                raise UserError(f"sparse[{index}].split: expected at least 1, got {rule.split}")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed: expected an integer from 0 to 2^63 - 1, got {self.seed}")
-        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
-            raise UserError(f"name: expected the name of one folder, got {self.name!r}")
-
-
-@dataclass(kw_only=True)
-class TrainSchema(Run):
-    """The whole tree of `padst_exp.train`; the groups are checked when they are built."""
-
-    model: Any = MISSING
-    dataset: Any = MISSING
-    structure: Any = MISSING
-    dst: Any = MISSING
-    permutation: Any = MISSING
-    optimizer: Any = MISSING
-    trainer: Any = MISSING
-    logger: Any = MISSING
-
-
-@dataclass(kw_only=True)
-class EvaluateSchema:
-    """The whole tree of `padst_exp.evaluate`.
-
-    Args:
-        run: run directory, as printed at the end of a training.
-        batch_size: null takes the run's own evaluation batch size.
-        device: "auto" takes the GPU where there is one.
-    """
-
-    run: str = MISSING
-    batch_size: int | None = None
-    device: str = MISSING
-
-    def validate(self) -> None:
-        """Check values (the types were checked on composition); `UserError` names the key."""
-        _require_choice("device", self.device, DEVICES)
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"batch_size: expected at least 1, got {self.batch_size}")
-
-
-@dataclass(kw_only=True)
-class BenchSchema:
-    """The whole tree of `padst_exp.bench`. Null leaves a choice to the suite and the device.
-
-    Args:
-        suite: what to measure.
-        device: "auto" takes the GPU where there is one.
-        dtype: of weights and activations; of autocast in training.
-        threads: of a CPU.
-        rounds: timings of each side; they alternate.
-        clock: "wall", or "cpu": time of one thread, for a machine that others share.
-        shapes: of single layers, a model's name for all of its own, or outputs x inputs.
-        tokens: that single layers multiply.
-        sparsities: of single layers.
-        structures: names as `nm-64`, `block-32`, `diag-stride-32`, `diag-1`, `unstructured`.
-        models: options of the group `model`.
-        batches: of the models.
-        sparsity: of the models.
-        scopes: which layers of a model are sparse: "all" block linears, or "dense_qkv".
-        budget: seconds that all of `gpu_all` may take, or one other suite; then what is left is
-            named and skipped.
-        out: folder of the results.
-    """
-
-    suite: str = MISSING
-    device: str = MISSING
-    dtype: str | None = None
-    threads: int = MISSING
-    rounds: int | None = None
-    clock: str = MISSING
-    shapes: list[str] | None = None
-    tokens: list[int] | None = None
-    sparsities: list[float] = MISSING
-    structures: list[str] | None = None
-    models: list[str] | None = None
-    batches: list[int] | None = None
-    sparsity: float = MISSING
-    scopes: list[str] = MISSING
-    budget: float | None = None
-    out: str = MISSING
-
-    def validate(self) -> None:
-        """Check values (the types were checked on composition); `UserError` names the key."""
-        _require_choice("suite", self.suite, SUITES)
-        _require_choice("device", self.device, DEVICES)
-        _require_choice("clock", self.clock, CLOCKS)
-        if self.dtype is not None:
-            _require_choice("dtype", self.dtype, DTYPES)
-        for scope in self.scopes:
-            _require_choice("scopes", scope, ("all", "dense_qkv"))
-        _require_sparsity("sparsity", self.sparsity)
-        for sparsity in self.sparsities:
-            _require_sparsity("sparsities", sparsity)
-        for key in ("threads", "rounds", "tokens", "batches"):
-            value = getattr(self, key)
-            for count in value if isinstance(value, list) else [value]:
-                if count is not None and count < 1:
-                    raise UserError(f"{key}: expected at least 1, got {count}")
-        if self.clock == "cpu" and self.threads > 1:
-            raise UserError("clock: cpu counts the time of one thread; set threads=1 or clock=wall")
-        if self.budget is not None and not self.budget > 0:  # nor NaN
-            raise UserError(f"budget: expected seconds, got {self.budget}")
-
-
-@dataclass(kw_only=True)
-class ExportSchema:
-    """The whole tree of `padst_exp.export`.
-
-    Args:
-        run: run directory, as printed at the end of a training, or a checkpoint file.
-        format: "packed" for `padst_exp.inference`, "dense" for plain timm and transformers.
-        out: folder to write; null is `export` (or `export-dense`) in the run.
-        overwrite: whether an earlier export there may be replaced.
-        device: "auto" takes the GPU where there is one.
-    """
-
-    run: str = MISSING
-    format: str = MISSING
-    out: str | None = None
-    overwrite: bool = MISSING
-    device: str = MISSING
-
-    def validate(self) -> None:
-        """Check values (the types were checked on composition); `UserError` names the key."""
-        _require_choice("format", self.format, EXPORT_FORMATS)
-        _require_choice("device", self.device, DEVICES)
-        if self.out == "":
-            raise UserError("out: expected a folder, got ''")
-
-
-def register_schemas() -> None:
-    """Make the schemas known to Hydra under the names that conf/*.yaml use."""
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainSchema)
-    store.store(name="bench_schema", node=BenchSchema)
-    store.store(name="evaluate_schema", node=EvaluateSchema)
-    store.store(name="export_schema", node=ExportSchema)
+def require_sparsity(key: str, value: float) -> None:
+    """Raise a `UserError` that names `key` unless `value` is a share of zeros."""
+    require(0 <= value < 1, key, value, "a number in [0, 1)")
 
 
 def config_dir() -> Path:
@@ -254,32 +54,27 @@ def config_dir() -> Path:
     raise FileNotFoundError(f"no conf/config.yaml beside {here}")
 
 
-def run_settings(cfg: DictConfig) -> Run:
-    """The checked run keys of a composed (or reloaded) training config."""
-    return _settings(cfg, Run)
+def options(group: str) -> list[str]:
+    """What may be chosen in a group; names that begin with _ are parts of other files."""
+    folder = config_dir() / group
+    paths = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
+    return sorted(
+        path.as_posix() for path in paths if not any(part[0] == "_" for part in path.parts)
+    )
 
 
-def bench_settings(cfg: DictConfig) -> BenchSchema:
-    """The checked keys of a composed benchmark config."""
-    return _settings(cfg, BenchSchema)
+def read_keys(cfg: DictConfig, schema: type[Keys]) -> Keys:
+    """The keys of an entry point, checked as `build` checks those of a constructor.
 
+    Args:
+        cfg: its composed config; the groups of a training are left out.
+        schema: dataclass with one annotated field for each key, and without defaults.
 
-def evaluate_settings(cfg: DictConfig) -> EvaluateSchema:
-    """The checked keys of a composed evaluation config."""
-    return _settings(cfg, EvaluateSchema)
-
-
-def export_settings(cfg: DictConfig) -> ExportSchema:
-    """The checked keys of a composed export config."""
-    return _settings(cfg, ExportSchema)
-
-
-def _settings(cfg: DictConfig, schema: type[Settings]) -> Settings:
-    names = [field.name for field in fields(schema)]
-    own = OmegaConf.masked_copy(cfg, names)
-    settings = cast(Settings, OmegaConf.to_object(OmegaConf.merge(schema, own)))
-    settings.validate()
-    return settings
+    Raises:
+        UserError: in one line that names the key.
+    """
+    own = OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in GROUPS])
+    return schema(**_arguments(schema, _values(own), "", {}))
 
 
 def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None) -> Any:
@@ -302,37 +97,25 @@ def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None)
         UserError: in one line that names the dotted key.
     """
     target = resolve_target(node, key)
-    parameters = keyword_parameters(target)
-    given = [str(name) for name in node if name != "_target_"]
     extra = extra or {}
-
-    for name in given:
-        if name not in parameters:
-            raise UserError(f"{key}.{name}: unknown key{closest(name, parameters)}")
-        if name in extra:
-            raise UserError(f"{key}.{name}: follows from the data set; remove it")
-    unfit = [name for name in extra if name not in parameters]
-    if unfit:
-        raise UserError(
-            f"{key}: {node['_target_']} does not fit the data set, which gives {', '.join(extra)}; "
-            f"it has no {', '.join(unfit)}"
-        )
-
-    arguments: dict[str, object] = dict(extra)
-    for name in given:
-        if OmegaConf.is_missing(node, name):
-            raise UserError(f"{key}.{name}: missing, expected {_describe(parameters[name])}")
-        arguments[name] = _argument(node[name], f"{key}.{name}", parameters[name])
-    for name, parameter in parameters.items():
-        if name not in arguments and parameter.default is inspect.Parameter.empty:
-            raise UserError(f"{key}.{name}: missing, expected {_describe(parameter)}")
-
+    require_fit(node, key, extra)
+    arguments = _arguments(target, _values(node), f"{key}.", extra)
     try:
         return target(**arguments)
     except UserError as error:
         message, group = str(error), key.partition(".")[0]
-        named = message.startswith((f"{group}.", f"{group}:", f"{group}="))
+        named = message.startswith((f"{group}.", f"{group}:"))
         raise UserError(message if named else f"{key}: {message}") from error
+
+
+def require_fit(node: DictConfig, key: str, names: Collection[str]) -> None:
+    """Raise a `UserError` unless a constructor takes all that follows from the data set."""
+    unfit = [name for name in names if name not in keyword_parameters(resolve_target(node, key))]
+    if unfit:
+        raise UserError(
+            f"{key}: {node._target_} does not fit the data set, which gives {', '.join(names)}; "
+            f"it has no {', '.join(unfit)}"
+        )
 
 
 def resolve_target(node: DictConfig, key: str) -> Callable[..., object]:
@@ -398,48 +181,63 @@ def run_name(cfg: DictConfig, choices: Mapping[str, str | None]) -> str:
     return "-".join([*chosen, f"s{cfg.sparsity:g}", f"seed{cfg.seed}", config_hash(cfg)])
 
 
-def _argument(value: object, key: str, parameter: inspect.Parameter) -> object:
-    assert parameter.annotation is not inspect.Parameter.empty, f"{key}: not annotated"
-    adapter = TypeAdapter[object](
-        parameter.annotation, config=ConfigDict(arbitrary_types_allowed=True)
-    )
+def _values(node: DictConfig) -> dict[str, object]:
+    """The keys of a node that have a value."""
+    values = cast(dict[object, object], OmegaConf.to_container(node, resolve=True))
+    return {str(k): v for k, v in values.items() if k != "_target_" and v != "???"}
+
+
+def _arguments(
+    target: Callable[..., object],
+    values: Mapping[str, object],
+    prefix: str,
+    extra: Mapping[str, object],
+) -> dict[str, Any]:
+    """All arguments of a call: `values`, checked, and `extra`."""
+    parameters = keyword_parameters(target)
+    for name in values:
+        if name in extra:
+            raise UserError(f"{prefix}{name}: follows from the data set; remove it")
+        if name not in parameters:
+            raise UserError(f"{prefix}{name}: unknown key{closest(name, parameters)}")
+    arguments = dict(extra)
+    for name, parameter in parameters.items():
+        if name in values:
+            arguments[name] = _argument(values[name], f"{prefix}{name}", parameter.annotation)
+        elif name not in extra and parameter.default is parameter.empty:
+            wanted = _description(parameter.annotation)
+            raise UserError(f"{prefix}{name}: missing, expected {wanted}")
+    return arguments
+
+
+def _argument(value: object, key: str, annotation: Any) -> object:
+    assert annotation is not inspect.Parameter.empty, f"{key}: not annotated"
+    adapter = TypeAdapter[object](annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    got = repr(value)
     try:
-        if isinstance(value, DictConfig) and "_target_" in value:
-            plain = build(value, key)
-            return adapter.validate_python(plain, strict=True)
-        is_tree = OmegaConf.is_config(value)
-        plain = OmegaConf.to_container(value, resolve=True) if is_tree else value
+        if isinstance(value, dict) and "_target_" in value:
+            built = build(OmegaConf.create(value), key)
+            got = type(built).__name__
+            return adapter.validate_python(built, strict=True)
         # Strict JSON sees types as YAML does: a list is a tuple, but no string is a number.
-        return adapter.validate_json(json.dumps(plain), strict=True)
+        return adapter.validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        got = repr(plain) if isinstance(plain, _PLAIN) else type(plain).__name__
-        raise UserError(f"{key}: expected {_describe(parameter)}, got {got}") from error
+        raise UserError(f"{key}: expected {_description(annotation)}, got {got}") from error
 
 
-def _describe(parameter: inspect.Parameter) -> str:
-    return _describe_type(parameter.annotation)
-
-
-def _describe_type(annotation: object) -> str:
+def _description(annotation: Any) -> str:
+    """A type as a user of YAML reads it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is None or annotation is type(None):
         return "null"
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    if is_dataclass(annotation):
+        keys = (f"{field.name}: {_description(field.type)}" for field in fields(annotation))
+        return f"{{{', '.join(keys)}}}"
     if origin is Literal:
         return " or ".join(str(argument) for argument in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe_type(argument) for argument in arguments)
+        return " or ".join(_description(argument) for argument in arguments)
     if origin is None:
         return getattr(annotation, "__name__", str(annotation))
-    inside = ", ".join("..." if item is ... else _describe_type(item) for item in arguments)
+    inside = ", ".join("..." if item is ... else _description(item) for item in arguments)
     return f"{origin.__name__}[{inside}]"
-
-
-def _require_sparsity(key: str, value: object) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= cast(float, value) < 1:
-        raise UserError(f"{key}: expected a number in [0, 1), got {value!r}")
-
-
-def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key}: expected {' or '.join(choices)}, got {value!r}")

@@ -7,3 +7,9 @@ class UserError(ValueError):
     The message names the key, its value, and what would be right. Entry points print it without a
     traceback; everything else that reaches them is a bug of ours and keeps its traceback.
     """
+
+
+def require(valid: bool, key: str, value: object, wanted: str) -> None:
+    """Unless `valid`, raise a one-line `UserError` naming `key`, `value` and what is `wanted`."""
+    if not valid:
+        raise UserError(f"{key}: expected {wanted}, got {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from padst_exp.cli import command_line
-from padst_exp.config import EvaluateSchema, evaluate_settings
+from padst_exp.config import Device, read_keys
+from padst_exp.errors import require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import Tensor
@@ -19,17 +21,36 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from padst_exp.restore import Restored
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSchema:
+    """The keys of conf/evaluate.yaml.
+
+    Args:
+        run: run directory, as printed at the end of a training; a checkpoint file; an export.
+        batch_size: null takes the run's own evaluation batch size.
+        device: "auto" takes the GPU where there is one.
+    """
+
+    run: str
+    batch_size: int | None
+    device: Device
+
+    def __post_init__(self) -> None:
+        valid = self.batch_size is None or self.batch_size >= 1
+        require(valid, "batch_size", self.batch_size, "at least 1")
+
+
 @command_line("evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate the best checkpoint of a run and print its metrics."""
-    settings = evaluate_settings(cfg)
+    keys = read_keys(cfg, EvaluateSchema)
 
     from padst_exp.engine import distributed
     from padst_exp.engine.progress import say
 
-    world = distributed.start(settings.device)
+    world = distributed.start(keys.device)
     try:
-        path, metrics = evaluate(settings, world)
+        path, metrics = evaluate(keys, world)
     finally:
         world.close()
     if world.main:
@@ -38,7 +59,7 @@ def main(cfg: DictConfig) -> None:
             say(f"{name} {value:.6g}")
 
 
-def evaluate(settings: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]]:
+def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]]:
     """Metrics of the best checkpoint of a run (the last one where none is the best yet).
 
     Where the run keeps a moving average of its weights, that is what is evaluated. Instead of a
@@ -54,11 +75,11 @@ def evaluate(settings: EvaluateSchema, world: World) -> tuple[Path, dict[str, fl
     from padst_exp.engine import evaluation
     from padst_exp.restore import RestoredRun, restore
 
-    restored = restore(Path(settings.run), world)
+    restored = restore(Path(keys.run), world)
     trainer = restored.trainer
     batches = validation_loader(
         restored.task,
-        batch_size=settings.batch_size or trainer.eval_batch_size or trainer.micro_batch_size(1),
+        batch_size=keys.batch_size or trainer.eval_batch_size or trainer.micro_batch_size(1),
         rank=world.rank,
         world_size=world.size,
         workers=trainer.workers,
@@ -84,7 +105,7 @@ def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: Wor
             report = tune(export.model, inputs)
         if world.main:
             say(
-                f"{report.layout} for batches of {len(inputs)} in {precision}: "
+                f"{report.form} for batches of {len(inputs)} in {precision}: "
                 f"{report.speedup:.2f}x dense on {report.device}"
             )
 

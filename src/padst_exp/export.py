@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.cli import command_line
-from padst_exp.config import ExportSchema, export_settings
-from padst_exp.errors import UserError
+from padst_exp.config import Device, read_keys
+from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import Tensor, nn
@@ -22,21 +22,43 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
 TOLERANCE = 1e-3
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportSchema:
+    """The keys of conf/export.yaml.
+
+    Args:
+        run: run directory, as printed at the end of a training, or a checkpoint file.
+        format: "packed" for `padst_exp.inference`, "dense" for plain timm and transformers.
+        out: folder to write; null is `export` (or `export-dense`) in the run.
+        overwrite: whether an earlier export there may be replaced.
+        device: "auto" takes the GPU where there is one.
+    """
+
+    run: str
+    format: Literal["packed", "dense"]
+    out: str | None
+    overwrite: bool
+    device: Device
+
+    def __post_init__(self) -> None:
+        require(self.out != "", "out", repr(self.out), "a folder")
+
+
 @command_line("export")
 def main(cfg: DictConfig) -> None:
     """Export the best checkpoint of a run and say where it is."""
-    settings = export_settings(cfg)
+    keys = read_keys(cfg, ExportSchema)
 
     from padst_exp.engine import distributed
     from padst_exp.engine.progress import say
 
-    world = distributed.start(settings.device)
+    world = distributed.start(keys.device)
     try:
-        folder, description = export(settings, world)
+        folder, description = export(keys, world)
     finally:
         world.close()
     for name in description["source"]["hardened"]:
-        say(f"{name} was still soft, the nearest permutation took its place")
+        say(f"{name} was still soft, the nearest hard choice took its place")
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     say(
         f"{size:.1f} MB, density of layers {description['density_of_layers']:.4f}, logits within "
@@ -45,11 +67,12 @@ def main(cfg: DictConfig) -> None:
     say(f"exported to {folder}")
 
 
-def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
-    """Export the best checkpoint of a run, as `settings` say.
+def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
+    """Export the best checkpoint of a run, as `keys` say.
 
-    Permutations that are still soft become the nearest permutation. Before anything is written,
-    the exported model computes the first validation sample like the trained one (hardened).
+    Choices that are still soft become the nearest hard ones. Before anything is written, the
+    exported model computes the first validation sample like the trained one (hardened), both in
+    plain PyTorch.
 
     Returns:
         The folder and the description that stands in it.
@@ -57,30 +80,27 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: there is no such run, it is damaged or diverged, or the folder is in use.
     """
-    from padst_exp.dispatch import difference
+    from padst_exp import dispatch
     from padst_exp.inference import files, pack
-    from padst_exp.inference.packing import dense_state
-    from padst_exp.layers import permutations
+    from padst_exp.inference.packing import dense_state, harden
     from padst_exp.restore import plain_model, restore_run
 
     if world.size > 1:
         raise UserError(f"export: one process is enough, torchrun started {world.size}")
-    source = Path(settings.run)
-    folder = _folder(settings)
-    files.require_free(folder, overwrite=settings.overwrite)
+    source = Path(keys.run)
+    folder = _folder(keys)
+    files.require_free(folder, overwrite=keys.overwrite)
     restored = restore_run(source, world)
     model = restored.model.eval()
-    soft = {name: p for name, p in permutations(model).items() if p.soft}
-    for permutation in soft.values():
-        permutation.harden()
+    dispatch.forced(model, "torch", world.device)
+    hardened = harden(model)
     sample, expected = _logits(model, restored)
-
     if not expected.isfinite().all():
         raise UserError(f"run: {restored.path} computes logits that are not finite")
 
     layers = pack(model)
     extra = {}
-    if settings.format == "dense":
+    if keys.format == "dense":
         plain = plain_model(restored.config, restored.task)
         # Copies: a plain load_state_dict wants tied weights under each of their names.
         state = {name: tensor.clone() for name, tensor in dense_state(model, plain).items()}
@@ -88,10 +108,10 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         model, layers = plain.to(world.device, restored.trainer.dtype).eval(), {}
         extra = _configuration(model)
     _, found = _logits(model, restored, sample)
-    largest = difference(found, expected)
+    largest = dispatch.difference(found, expected)
     assert largest <= TOLERANCE, f"the exported model differs by {largest:.2g}"
     description = {
-        "kind": settings.format,
+        "kind": keys.format,
         "model": _constructor(restored),
         "layers": layers,
         "density_of_layers": restored.report.density("layers"),
@@ -104,19 +124,19 @@ def export(settings: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
             "checkpoint": restored.path.name,
             "step": restored.step,
             "averaged": restored.averaged,
-            "hardened": sorted(soft),
+            "hardened": hardened,
         },
         "config": OmegaConf.to_yaml(restored.config, resolve=True),
     }
-    files.write(folder, model.state_dict(), description, extra=extra, overwrite=settings.overwrite)
+    files.write(folder, model.state_dict(), description, extra=extra, overwrite=keys.overwrite)
     return folder, description
 
 
-def _folder(settings: ExportSchema) -> Path:
-    if settings.out is not None:
-        return Path(settings.out)
-    source = Path(settings.run)
-    name = "export" if settings.format == "packed" else "export-dense"
+def _folder(keys: ExportSchema) -> Path:
+    if keys.out is not None:
+        return Path(keys.out)
+    source = Path(keys.run)
+    name = "export" if keys.format == "packed" else "export-dense"
     if not source.is_file():
         return source / name
     return source.with_name(f"{source.stem}-{name}")
@@ -124,10 +144,32 @@ def _folder(settings: ExportSchema) -> Path:
 
 def _constructor(restored: RestoredRun) -> dict[str, Any]:
     """What builds the dense model, with all arguments, those from the data set too."""
-    node = OmegaConf.to_container(restored.config.model, resolve=True)
-    assert isinstance(node, dict)
-    target = node.pop("_target_")
-    return {"_target_": target, "arguments": {**node, **restored.task.model_shape}}
+    from padst_exp.train import run_settings
+
+    config, shape = restored.config, restored.task.model_shape
+    model = _call(config.model, **shape)
+    transform = _call(config.transform)
+    if transform["_target_"].endswith(".NoTransform"):
+        return model
+    run = run_settings(config)
+    return {
+        "_target_": "padst_exp.transforms.rebuild",
+        "arguments": {
+            "model": model,
+            "transform": transform,
+            "rules": [asdict(rule) for rule in run.sparse],
+            "sparsity": run.sparsity,
+            "shape": dict(shape),
+        },
+    }
+
+
+def _call(node: DictConfig, **more: object) -> dict[str, Any]:
+    """A constructor call as plain data."""
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    target = plain.pop("_target_")
+    return {"_target_": target, "arguments": {**plain, **more}}
 
 
 def _logits(

@@ -1,9 +1,24 @@
-"""The one choice that structures and algorithms share: the best k of each pool."""
+"""What structures and algorithms share: words for pools, and the best k of each pool."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+# What an algorithm may require of the units and pools of a structure.
+#   neurons: a pool is a neuron, or a group of neurons that share inputs, and may read any of them.
+#   grid: units are the cells of a grid, each with a row and a column of its own.
+#   shuffled_blocks: column c of the g-th group of rows is unit g * I + c, rows may change groups.
+Trait = Literal["neurons", "grid", "shuffled_blocks"]
+
+# How to tell a user which structures have it.
+TRAITS: dict[Trait, str] = {
+    "neurons": "fan_in, whose pools are neurons,",
+    "grid": "one whose units have a row and a column each, such as unstructured,",
+    "shuffled_blocks": "shuffled_block",
+}
 
 
 def best_of_each(scores: Tensor, k: Tensor) -> Tensor:

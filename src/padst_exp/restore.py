@@ -12,7 +12,7 @@ from torch import nn
 from yaml import YAMLError
 
 from padst_exp import dispatch
-from padst_exp.config import TrainSchema, build
+from padst_exp.config import build
 from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
@@ -21,7 +21,7 @@ from padst_exp.errors import UserError
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.sparsify import Report
-from padst_exp.train import build_task, sparse_model
+from padst_exp.train import build_experiment, build_task, original, run_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,11 @@ def restore(path: Path, world: World) -> Restored:
 
 def plain_model(cfg: DictConfig, task: Task) -> nn.Module:
     """The dense model of `cfg` for the data of `task`, with weights to be replaced."""
-    model: nn.Module = build(cfg.model, "model", task.model_shape)
+    settings = run_settings(cfg)
+    transform = build(cfg.transform, "transform")
+    model: nn.Module = transform(
+        original(cfg, task), settings.sparsity, settings.distribution
+    ).model
     return model
 
 
@@ -114,35 +118,36 @@ def restore_run(path: Path, world: World) -> RestoredRun:
         cfg = _config(io.StringIO(saved["config_text"]), path)
     else:
         cfg = _config(run / "config.yaml", run / "config.yaml")
-    task = build_task(cfg, world)
-    trainer = build(cfg.trainer, "trainer")
-    model, report = sparse_model(cfg, task, build(cfg.permutation, "permutation"))
-    model.to(world.device, trainer.dtype)
+    experiment = build_experiment(cfg, world)
+    model = experiment.model.to(world.device, experiment.trainer.dtype)
     averaged = saved["average"] is not None
     checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
-    # As in training, whose device may have been another.
-    choices = dispatch.restore(saved["backends"], model, world.device)
-    dispatch.reuse(model, choices or dispatch.forced(model, "torch", world.device))
+    # As in training; what was measured on another device proves nothing here.
+    picks = dispatch.restore(saved["backends"], model, world.device)
+    if picks is None:
+        dispatch.forced(model, "torch", world.device)
+    else:
+        dispatch.reuse(model, picks)
     return RestoredRun(
         config=cfg,
         run=run,
         path=path,
         step=int(saved["step"]),
         averaged=averaged,
-        task=task,
-        trainer=trainer,
+        task=experiment.task,
+        trainer=experiment.trainer,
         model=model,
-        report=report,
+        report=experiment.report,
     )
 
 
 def _config(file: Path | io.StringIO, name: Path) -> DictConfig:
     """The training config in `file`, which a user knows as `name`."""
     try:
-        cfg = OmegaConf.merge(TrainSchema, OmegaConf.load(file))
-        missing = OmegaConf.missing_keys(cfg)
-        if missing:
-            raise ValueError(f"it has no {min(missing)}")
+        cfg = OmegaConf.load(file)
+        if not isinstance(cfg, DictConfig):
+            raise ValueError("it is no mapping")
+        run_settings(cfg)
         # All weights come from the run's own checkpoint, wherever they started.
         for key, value in (("pretrained", False), ("checkpoint", None)):
             if key in cfg.model:
@@ -150,5 +155,4 @@ def _config(file: Path | io.StringIO, name: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{name}: damaged, no training config: {reason}") from error
-    assert isinstance(cfg, DictConfig)
     return cfg

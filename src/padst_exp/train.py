@@ -2,25 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from pydantic import with_config
 
 from padst_exp.cli import command_line
-from padst_exp.config import build, results_config, run_name, run_settings
+from padst_exp.config import (
+    GROUPS,
+    Device,
+    build,
+    read_keys,
+    require_fit,
+    require_sparsity,
+    resolve_target,
+    results_config,
+    run_name,
+)
+from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import nn
 
     from padst_exp.data.task import Task
     from padst_exp.engine.distributed import World
+    from padst_exp.engine.experiment import Experiment
     from padst_exp.engine.run_directory import RunDirectory
-    from padst_exp.engine.settings import Trainer
-    from padst_exp.permutations import Learner
-    from padst_exp.sparsify import Report
+    from padst_exp.transforms import Original
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class SparseRule:
+    """Layers to make sparse.
+
+    Args:
+        pattern: shell-style pattern over module names.
+        split: how many projections a layer fuses on its output (3 for QKV).
+    """
+
+    pattern: str
+    split: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run's own keys; everything else is one constructor call in a config group.
+
+    Args:
+        sparse: which layers are sparse; the model's file says so.
+        sparsity: share of zeros in these layers, in [0, 1).
+        distribution: how the layers share it: "uniform", "erk", or a mapping from patterns on
+            module names to sparsities.
+        low_rank: rank of the dense companion of every sparse layer, 0 for none.
+        storage: "packed" keeps active entries only, "masked" is the dense reference.
+        seed: of everything random; 0 is a seed like any other.
+        resume: "auto" continues from the newest checkpoint of the same run, "never" does not.
+        runs: folder that holds the run directories.
+        name: of the run directory; null derives it from the config.
+        device: "auto" takes the GPU where there is one.
+        backend: of sparse products (`padst_kernels.Backend`), or "auto", which measures.
+    """
+
+    sparse: tuple[SparseRule, ...]
+    sparsity: float
+    distribution: Literal["uniform", "erk"] | dict[str, float]
+    low_rank: int
+    storage: Literal["packed", "masked"]
+    seed: int
+    resume: Literal["never", "auto"]
+    runs: str
+    name: str | None
+    device: Device
+    backend: Literal["auto", "native", "torch", "triton", "cuda", "scatter"]
+
+    def __post_init__(self) -> None:
+        require_sparsity("sparsity", self.sparsity)
+        if isinstance(self.distribution, dict):
+            for pattern, sparsity in self.distribution.items():
+                require_sparsity(f"distribution.{pattern}", sparsity)
+        require(self.low_rank >= 0, "low_rank", self.low_rank, "a rank, or 0 for none")
+        for index, rule in enumerate(self.sparse):
+            require(rule.split >= 1, f"sparse[{index}].split", rule.split, "at least 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2^63 - 1")
+        one_folder = self.name not in ("", ".", "..") and "/" not in (self.name or "")
+        require(one_folder, "name", repr(self.name), "the name of one folder")
+
+
+def run_settings(cfg: DictConfig) -> Run:
+    """The checked run keys of a composed (or reloaded) training config, which has every group."""
+    for group in GROUPS:
+        if not isinstance(cfg.get(group), DictConfig):
+            raise UserError(f"{group}: missing, expected a mapping with a _target_")
+    return read_keys(cfg, Run)
 
 
 @command_line("config")
@@ -28,140 +106,130 @@ def main(cfg: DictConfig) -> None:
     """Build what the config names, train it, say where the results are."""
     settings = run_settings(cfg)
 
+    from padst_exp.dispatch import require_device
     from padst_exp.engine import distributed
+    from padst_exp.engine.loop import run
     from padst_exp.engine.progress import say
 
     world = distributed.start(settings.device)
     try:
-        directory, summary = train(cfg, world)
+        require_device(settings.backend, world.device)
+        experiment = build_experiment(cfg, world)
+        directory = open_directory(cfg, world)
+        summary = run(experiment, directory, world)
     finally:
         world.close()
     if world.main:
         name, value = summary["monitor"], summary["final"][summary["monitor"]]
         say(f"{name} {value:.4g}, density of layers {summary['density_of_layers']:.4f}")
-        say(f"results in {directory}")
+        say(f"results in {directory.path}")
 
 
-def train(
-    cfg: DictConfig,
-    world: World,
-    *,
-    directory: Callable[[int], RunDirectory] | None = None,
-    prepare: Callable[[nn.Module], object] | None = None,
-) -> tuple[Path, dict[str, Any]]:
-    """Run one training; the run directory and its summary.
+def build_experiment(cfg: DictConfig, world: World) -> Experiment:
+    """Everything that `cfg` names: data, a sparse model, and how to train it.
 
-    A run that is finished already is not repeated under `resume=auto`.
+    Pretrained weights keep their largest units and their scale; fresh ones start from a random
+    topology with rows scaled to their fan-in.
 
     Args:
-        cfg: the composed config.
-        world: from `distributed.start`.
-        directory: makes the run directory, given how many checkpoints to keep; by default the
-            one that `cfg` names, which needs a running Hydra job.
-        prepare: what else to do to the sparse model before it is trained.
+        cfg: composed config of a training.
+        world: of this process.
+
+    Raises:
+        UserError: in one line that names the key.
     """
-    from padst_exp.dispatch import require_device
-    from padst_exp.engine.loop import run
-    from padst_exp.engine.progress import say
+    from padst_exp.engine.experiment import Experiment
+    from padst_exp.sparsify import sparsify
 
     settings = run_settings(cfg)
-    require_device(settings.backend, world.device)
     task = build_task(cfg, world)
     algorithm = build(cfg.dst, "dst")
     learner = build(cfg.permutation, "permutation")
     optimizer = build(cfg.optimizer, "optimizer")
     trainer = build(cfg.trainer, "trainer")
     logger = build(cfg.logger, "logger")
-    model, report = sparse_model(cfg, task, learner)
-    if prepare is not None:
-        prepare(model)
-    folder = directory(trainer.keep_last) if directory else run_directory(cfg, world, trainer)
-    if folder.finished:
-        if world.main:
-            say("finished before; resume=never trains again")
-        return folder.path, folder.summary()
-    if world.main:
-        say(
-            f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
-            f"entries, {report.density('model'):.2%} of the model's parameters remain; "
-            f"{trainer.total_steps(len(task.train))} steps on {world.device}, in {folder.path}"
-        )
-    summary = run(
-        model=model,
+
+    transform = build(cfg.transform, "transform")
+    transformed = transform(original(cfg, task), settings.sparsity, settings.distribution)
+    pretrained = bool(cfg.model.get("pretrained")) or cfg.model.get("checkpoint") is not None
+    report = sparsify(
+        transformed.model,
+        transformed.rules,
+        structure=build(cfg.structure, "structure"),
+        density=transformed.density,
+        distribution=settings.distribution,
+        learner=learner,
+        algorithm=algorithm,
+        low_rank=settings.low_rank,
+        storage=settings.storage,
+        topology="magnitude" if pretrained else "random",
+        rescale=not pretrained,
+        seed=settings.seed,
+        baseline=transformed.baseline,
+    )
+    transform.check(report)
+    return Experiment(
         task=task,
+        model=transformed.model,
+        report=report,
         algorithm=algorithm,
         learner=learner,
         optimizer=optimizer,
         trainer=trainer,
-        report=report,
-        directory=folder,
         logger=logger,
-        world=world,
         seed=settings.seed,
         backend=settings.backend,
     )
-    return folder.path, summary
 
 
 def build_task(cfg: DictConfig, world: World) -> Task:
     """The data set of `cfg`. Rank 0 prepares what is cached on disk, the others then find it."""
+    # Before anything is downloaded or searched for.
+    require_fit(cfg.model, "model", getattr(resolve_target(cfg.dataset, "dataset"), "gives", ()))
     task = build(cfg.dataset, "dataset") if world.main else None
     world.from_main(None)
     return build(cfg.dataset, "dataset") if task is None else task
 
 
-def sparse_model(cfg: DictConfig, task: Task, learner: Learner) -> tuple[nn.Module, Report]:
-    """The model of `cfg` for the data of `task`, its layers sparse, and what was done to it.
-
-    Pretrained weights keep their largest units and their scale; fresh ones start from a random
-    topology with rows scaled to their fan-in.
-    """
+def original(cfg: DictConfig, task: Task) -> Original:
+    """The dense model of `cfg` for the data of `task`, as transforms take it."""
     import torch
 
-    from padst_exp.sparsify import Rule, sparsify
+    from padst_exp.sparsify import Rule
+    from padst_exp.transforms import Original, example
 
     settings = run_settings(cfg)
-    torch.manual_seed(settings.seed)
-    model = build(cfg.model, "model", task.model_shape)
-    pretrained = bool(cfg.model.get("pretrained")) or cfg.model.get("checkpoint") is not None
-    report = sparsify(
-        model,
-        [Rule(rule.pattern, rule.split) for rule in settings.sparse],
-        structure=build(cfg.structure, "structure"),
-        density=1 - settings.sparsity,
-        distribution=settings.distribution,
-        learner=learner,
-        storage=settings.storage,
-        topology="magnitude" if pretrained else "random",
-        rescale=not pretrained,
-        seed=settings.seed,
+
+    keys = cast(dict[str, object], OmegaConf.to_container(cfg.model, resolve=True))
+
+    def dense(changes: Mapping[str, object]) -> nn.Module:
+        torch.manual_seed(settings.seed)
+        node = OmegaConf.create({**keys, **changes})
+        model: nn.Module = build(node, "model", task.model_shape)
+        return model
+
+    return Original(
+        build=dense,
+        keys={key: value for key, value in keys.items() if key != "_target_"},
+        rules=[Rule(rule.pattern, rule.split) for rule in settings.sparse],
+        inputs=example(task.model_shape),
     )
-    return model, report
 
 
-def run_directory(cfg: DictConfig, world: World, trainer: Trainer) -> RunDirectory:
-    """The folder of this run, made (or found again) by rank 0 and known to all."""
+def open_directory(cfg: DictConfig, world: World) -> RunDirectory:
+    """The folder of the run that Hydra has just composed `cfg` for, made or found again."""
     from padst_exp.engine.run_directory import RunDirectory
 
-    config = results_config(cfg)
-    text = OmegaConf.to_yaml(cfg, resolve=True)
     hydra = HydraConfig.get()
-
-    def make() -> Path:
-        return RunDirectory.create(
-            Path(cfg.runs),
-            run_name(cfg, hydra.runtime.choices),
-            resume=cfg.resume,
-            config=config,
-            config_text=text,
-            overrides=list(hydra.overrides.task),
-            device=str(world.device),
-            keep_last=trainer.keep_last,
-        ).path
-
-    path = world.from_main(make() if world.main else None)
-    assert path is not None
-    return RunDirectory(path, config=config, config_text=text, keep_last=trainer.keep_last)
+    return RunDirectory.open(
+        Path(cfg.runs),
+        run_name(cfg, hydra.runtime.choices),
+        world,
+        resume=cfg.resume,
+        config=results_config(cfg),
+        config_text=OmegaConf.to_yaml(cfg, resolve=True),
+        overrides=list(hydra.overrides.task),
+    )
 
 
 if __name__ == "__main__":

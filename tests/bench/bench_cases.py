@@ -1,65 +1,52 @@
-"""Sessions and models small enough to run every suite within seconds."""
+"""Sessions, keys and models small enough to run every suite within seconds."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
-from padst_exp.bench.accuracy import Accuracies
-from padst_exp.bench.configurations import Model
-from padst_exp.bench.environment import environment
-from padst_exp.bench.roofline import Ceilings
-from padst_exp.bench.session import Session
-from padst_exp.bench.timing import Budget, Clock
-from padst_exp.config import BenchSchema
+from padst_exp.bench import choices
+from padst_exp.bench.floors import Ceilings
+from padst_exp.bench.keys import Keys
+from padst_exp.bench.session import Session, columns
+from padst_exp.bench.timing import Timer
+from padst_exp.config import config_dir
 
 CPU = torch.device("cpu")
-VIT = Model(
-    "vit",
-    "tiny ViT",
-    {"image_size": 32, "channels": 3, "num_classes": 10},
-    {"dim": 32, "depth": 2, "heads": 2, "patch_size": 16},
-)
-GPT2 = Model(
-    "gpt2",
-    "tiny GPT-2",
-    {"vocab_size": 50, "context_length": 8},
-    {"dim": 32, "depth": 2, "heads": 2},
-)
+NM = {"structure": "nm", "group": 16}
+STRUCTURES = [
+    NM,
+    {"structure": "nm", "group": 1},
+    {"structure": "block", "size": 8},
+    {"structure": "diag", "bundle": 1},
+    {"structure": "unstructured", "permutation": "none"},
+]
+SMALL = {"dim": 32, "depth": 2, "heads": 2}
+IMAGES = {"image_size": 32, "channels": 3, "num_classes": 10}
+TEXT = {"vocab_size": 50, "context_length": 8}
+MODELS: list[Any] = [{"model": "vit", "patch_size": 16, **SMALL}, {"model": "gpt2", **SMALL}]
+VIT, GPT2 = (choices.model(entry, IMAGES, TEXT) for entry in MODELS)
 
 
 def session(
     said: list[str] | None = None,
-    verdicts: Mapping[tuple[str, str, bool], str] | None = None,
-    tables: Path = Path("nowhere"),
+    verdicts: Mapping[tuple[str, str], str] | None = None,
+    timer: Timer | None = None,
 ) -> Session:
     """A session on the CPU that has measured no ceilings."""
-    return Session(
-        clock=Clock(CPU, "cpu"),
-        generator=torch.Generator().manual_seed(0),
-        dtype=torch.float32,
-        environment=environment(CPU, torch.float32, "cpu"),
-        ceilings=Ceilings(bandwidth=1e10, rate=1e11),
-        accuracies=Accuracies(tables),
-        budget=Budget(None),
-        rounds=2,
-        say=(said if said is not None else []).append,
-        verdicts=verdicts,
-    )
+    timer, ceilings = timer or Timer(CPU, "wall"), Ceilings(bandwidth=1e10, rate=1e11)
+    said = [] if said is None else said
+    about = columns(timer, torch.float32, ceilings)
+    return Session(timer, torch.float32, ceilings, about, 2, said.append, verdicts)
 
 
-def settings(suite: str = "layers") -> BenchSchema:
-    """Keys for tiny layers."""
-    return BenchSchema(
-        suite=suite,
-        device="cpu",
-        threads=1,
-        clock="cpu",
-        sparsities=[0.75],
-        shapes=["48x32"],
-        tokens=[5],
-        structures=["nm-16", "nm-1", "block-8", "diag-1", "unstructured"],
-        sparsity=0.75,
-        scopes=["all", "dense_qkv"],
-        out="results",
-    )
+def keys(suite: str, **changes: Any) -> Keys:
+    """Keys for tiny layers and models."""
+    cfg = OmegaConf.to_container(OmegaConf.load(config_dir() / "bench.yaml"))
+    assert isinstance(cfg, dict)
+    known = {str(key): value for key, value in cfg.items() if key not in ("defaults", "hydra")}
+    tiny = {"suite": suite, "device": "cpu", "rounds": 2, "sparsities": [0.75], "shapes": ["48x32"],
+            "tokens": [5], "structures": STRUCTURES, "models": MODELS[:1], "batches": [2],
+            "scopes": ["all"], "images": IMAGES, "text": TEXT}  # fmt: skip
+    return Keys(**{**known, **tiny, **changes})

@@ -1,166 +1,107 @@
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bench.bench_cases import GPT2, VIT, session
-from padst_exp.bench import memory, model_inference, model_train, models
-from padst_exp.bench.configurations import Model, structure
-from padst_exp.bench.memory import Side
-from padst_exp.dispatch import decision
-from padst_exp.engine.step import compile_blocks
-from padst_exp.layers import SparseLinear, permutations
+from bench.bench_cases import GPT2, MODELS, NM, VIT, keys, session
+from padst_exp.bench import choices, contenders, models
+from padst_exp.bench.models import Kind, weigh
 
-NM = structure("nm-16")
+KIND: Kind = (choices.sparsity(NM), 0.25, "all", "hard")
+SOFT: Kind = (*KIND[:3], "soft")
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compiling takes minutes; that compiled models compute the same is tested elsewhere."""
-    monkeypatch.setattr(models, "compile_blocks", lambda module: None)
-    monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path)
+def rows_of(suite: str, said: list[str], verdicts: Any = None, **changes: Any) -> list[Any]:
+    own = keys(suite, structures=[NM], **changes)
+    return [row for case in models.run(own, session(said, verdicts)) for row in case]
 
 
-@pytest.mark.parametrize("model", [VIT, GPT2], ids=["vit", "gpt2"])
-def test_dense_variants_compute_the_same(model: Model) -> None:
-    inputs, targets = model.example(2, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        outputs = [
-            variant.module.eval()(inputs)
-            for variant in models.dense_variants(session(), model, training=False)
+def test_dense_and_exported_models_compute_the_same() -> None:
+    for model in (VIT, GPT2):
+        inputs = model.example(2)[0]
+        one = models.sparse(session(), model, 2, KIND, torch.float32)
+        exported = contenders.exported_model(session(), one, inputs)
+        alike = [[one, exported]]
+        alike += [
+            contenders.dense(session(), model, torch.float32, packed) for packed in (None, 16)
         ]
-    assert len(outputs) > 1
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0])
-    gradients = []
-    for variant in models.dense_variants(session(), model, training=True):
-        variant.module.zero_grad()
-        model_train._loss(variant.module, inputs, targets).backward()
-        gradients.append([parameter.grad for parameter in variant.module.parameters()])
-    for other in gradients[1:]:
-        torch.testing.assert_close(other, gradients[0])
+        for first, *others in alike:
+            with torch.no_grad():
+                expected = first.modules[0].eval()(inputs)
+                assert others
+                for other in others:
+                    result = other.modules[0].eval()(inputs)
+                    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model", [VIT, GPT2], ids=["vit", "gpt2"])
-@pytest.mark.parametrize(("scope", "layers"), [("all", 8), ("dense_qkv", 6)])
-def test_scopes_say_which_layers_are_sparse(model: Model, scope: str, layers: int) -> None:
-    eager, compiled = models.sparse_variants(
-        session(), model, NM, 0.25, scope, batch=2, training=False
-    )
-    sparse = [m for m in eager.module.modules() if isinstance(m, SparseLinear)]
-    assert len(sparse) == layers and eager.density == pytest.approx(0.25, abs=0.02)
-    shared = {p.data_ptr() for p in eager.module.parameters()}
-    assert shared == {p.data_ptr() for p in compiled.module.parameters()}
-    assert not any(p.soft for p in permutations(eager.module).values())
-
-
-def test_inference_rows_of_a_vision_model() -> None:
-    rows = model_inference.case(session(), VIT, 2, [NM], 0.25, ["all", "dense_qkv"])
-    forms = {(row["structure"], row["form"], row["scope"]) for row in rows}
-    assert {("dense", "eager", ""), ("dense", "compiled", ""),
-            ("nm group=16", "compiled", "all block linears"),
-            ("nm group=16", "exported, compiled", "block linears, QKV dense")} <= forms  # fmt: skip
-    assert {row["pass"] for row in rows} == {"inference"}
-    assert all(row["p50_ms"] > 0 and row["ratio"] > 0 for row in rows)
-    assert all(row["dispatcher"] for row in rows if row["structure"] != "dense")
-    assert {row["case"] for row in rows} == {"tiny ViT, 32 pixels"}
-
-
-def test_language_models_say_which_logits() -> None:
-    rows = model_inference.case(session(), GPT2, 1, [NM], 0.25, ["all"])
-    assert {row["pass"] for row in rows} == {
-        "inference, logits of all positions",
-        "inference, logits of the last position",
-    }
-    model = GPT2.build().eval()
-    tokens, _ = GPT2.example(3, torch.Generator().manual_seed(0))
+def test_scopes_and_logits() -> None:
+    for model in (VIT, GPT2):
+        assert [len(model.rules(scope)) for scope in ("all", "dense_qkv", "")] == [4, 3, 0]
+    module, tokens = GPT2.build().eval(), GPT2.example(3)[0]
     with torch.no_grad():
-        torch.testing.assert_close(
-            model_inference._last_logits(model, tokens), model(tokens)[:, -1]
-        )
+        torch.testing.assert_close(models.last_logits(module, tokens), module(tokens)[:, -1])
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_a_step_trains_weights_and_soft_permutations(soft: bool) -> None:
-    variant = models.sparse_variants(
-        session(), VIT, NM, 0.25, "all", batch=2, training=True, soft=soft
-    )[0]
-    before = {name: p.detach().clone() for name, p in variant.module.named_parameters()}
-    model_train.step(session(), VIT, variant, 2)()
-    moved = [name for name, p in variant.module.named_parameters() if not p.equal(before[name])]
-    assert any(name.endswith("values") for name in moved)
-    assert any(name.endswith("logits") for name in moved) == soft
+def test_rows_of_models() -> None:
+    logits = {"inference, logits of all positions", "inference, logits of the last position"}
+    for suite, passes, states in (
+        ("model_inference", {"inference", *logits}, {"hard"}),
+        ("model_train", {"training step"}, {"hard", "soft"}),
+    ):
+        said: list[str] = []
+        rows = rows_of(suite, said, models=MODELS, scopes=["all", "dense_qkv"])
+        assert not any("skipped" in line for line in said), said
+        assert {row["pass"] for row in rows} == passes
+        sparse = [row for row in rows if row["structure"] != "dense"]
+        assert {row["scope"] for row in sparse} == {"all", "dense_qkv"}
+        assert {row["permutation"] for row in sparse} == states
+        exported = any(row["form"] == "exported, compiled" for row in sparse)
+        assert exported == (suite == "model_inference")
+        assert all(row["p50_ms"] > 0 and row["ratio"] > 0 and row["dispatcher"] for row in sparse)
+        # Floors shrink with what is sparse.
+        own = [row for row in rows if row["case"] == rows[0]["case"]]
+        floors = {row["scope"]: row["floor_ms"] for row in own}
+        assert 0 < floors["all"] < floors["dense_qkv"] < floors[""]
 
 
-def test_training_rows_tell_the_phases_apart() -> None:
-    rows = model_train.case(session(), VIT, 2, [NM], 0.25, ["all"])
-    phases = {row["permutation"] for row in rows if row["structure"] != "dense"}
-    assert phases == {"soft", "hard"}
-    assert all(row["p50_ms"] > 0 for row in rows)
+def test_a_step_trains_weights_and_soft_permutations() -> None:
+    for kind in (KIND, SOFT):
+        one = models.sparse(session(), VIT, 2, kind, torch.float32)
+        before = {n: p.detach().clone() for n, p in one.modules[0].named_parameters()}
+        models.step(session(), VIT, one, 2)[0]()
+        moved = [n for n, p in one.modules[0].named_parameters() if not p.equal(before[n])]
+        assert any(name.endswith("values") for name in moved)
+        assert any(name.endswith("logits") for name in moved) == (kind is SOFT)
 
 
-def test_a_refused_kernel_is_neither_exported_nor_timed() -> None:
+def test_refused_kernels_are_neither_used_nor_exported() -> None:
     said: list[str] = []
-    verdicts = {("packed, scattered", "nm group=16", backward): "" for backward in (False, True)}
-    verdicts["packed, torch", "nm group=16", False] = "failed its check"
-    rows = model_inference.case(session(said, verdicts), VIT, 2, [NM], 0.25, ["all"])
-    own = [row for row in rows if row["structure"] != "dense"]
-    assert own and {str(row["dispatcher"]).partition(" (")[0] for row in own} == {"8 by dense"}
-    assert not any("exported" in str(row["form"]) for row in rows)
-    assert any("not exported" in line for line in said)
+    verdicts = {("nm group=16", "packed, scatter"): "", ("nm group=16", "packed, native"): "wrong"}
+    rows = rows_of("model_inference", said, verdicts)
+    sparse = [row for row in rows if row["structure"] != "dense"]
+    assert sparse and all(row["dispatcher"].startswith("8 by scatter") for row in sparse)
+    assert not any("exported" in row["form"] for row in rows)
+    assert any("its kernels did not pass" in line for line in said)
 
 
 def test_bytes_are_counted_exactly() -> None:
-    plain, density = memory.weigh(session(), VIT, 2, Side(None, 1.0, "", False))
+    dense = weigh(session(), VIT, 2, None)
     count = sum(parameter.numel() for parameter in VIT.build().parameters())
-    assert density == 1 and plain.indices == 0
-    assert plain.parameters == plain.gradients == 4 * count == plain.moments // 2
-
-    sparse, density = memory.weigh(session(), VIT, 2, Side(NM, 0.25, "all", False))
-    linears = [m for m in VIT.build().blocks.modules() if isinstance(m, nn.Linear)]
-    removed = sum(linear.weight.numel() for linear in linears) * (1 - density)
-    assert sparse.parameters == pytest.approx(4 * (count - removed))
-    assert sparse.gradients == sparse.parameters == sparse.moments // 2
-    assert 0 < sparse.indices < sparse.parameters
-    soft, _ = memory.weigh(session(), VIT, 2, Side(NM, 0.25, "all", True))
-    assert soft.parameters > sparse.parameters and soft.moments == 2 * soft.parameters
+    assert dense["indices_bytes"] == 0 and dense["parameters_bytes"] == 4 * count
+    assert dense["gradients_bytes"] == 4 * count and dense["moments_bytes"] == 8 * count
+    hard, soft = (weigh(session(), VIT, 2, kind) for kind in (KIND, SOFT))
+    linears = [m for m in VIT.build().get_submodule("blocks").modules() if isinstance(m, nn.Linear)]
+    removed = sum(linear.weight.numel() for linear in linears) * (1 - KIND[1])
+    assert hard["parameters_bytes"] == pytest.approx(4 * (count - removed))
+    assert hard["gradients_bytes"] == hard["parameters_bytes"] == hard["moments_bytes"] // 2
+    assert 0 < hard["indices_bytes"] < hard["parameters_bytes"] < soft["parameters_bytes"]
+    assert soft["moments_bytes"] == 2 * soft["parameters_bytes"]
 
 
 @pytest.mark.slow
 def test_memory_is_measured_in_processes_of_their_own() -> None:
-    rows = memory.case(session(), VIT, 2, [NM], 0.25, ["all"])
-    assert [(row["structure"], row["permutation"]) for row in rows] == [
-        ("dense", "none"), ("nm group=16", "hard"), ("nm group=16", "soft"),
-    ]  # fmt: skip
-    assert rows[0]["kept_share"] == rows[0]["peak_share"] == 1
-    assert all(row["peak_bytes"] > 0 for row in rows)
-
-
-@pytest.mark.slow
-def test_compiled_sides_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "compile_blocks", compile_blocks)
-    for model in (VIT, GPT2):
-        inputs, _ = model.example(2, torch.Generator().manual_seed(0))
-        variants = models.dense_variants(session(), model, training=False)
-        for pair in (variants, models.sparse_variants(
-            session(), model, NM, 0.25, "all", batch=2, training=False
-        )):  # fmt: skip
-            with torch.inference_mode():
-                first, *others = (variant.module.eval()(inputs) for variant in pair)
-            for other in others:
-                torch.testing.assert_close(other, first)
-
-
-def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; import padst_exp.bench.__main__; "
-        "print({'torch', 'timm', 'matplotlib'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
-        env={"PYTHONPATH": ":".join(sys.path)}, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "set()\n", "")
+    rows = rows_of("memory", [])
+    sides = [(row["structure"], row["permutation"]) for row in rows]
+    assert sides == [("dense", "none"), ("nm group=16", "hard"), ("nm group=16", "soft")]
+    assert rows[0]["kept_share"] == rows[0]["peak_share"] == 1 > rows[1]["kept_share"]

@@ -46,94 +46,78 @@ def node(_target_: str = "Outer", **values: object) -> Any:
     return OmegaConf.create({"_target_": f"{__name__}.{_target_}", **values})
 
 
-@pytest.mark.parametrize(
-    ("values", "name", "expected"),
-    [
-        ({"count": 3}, "count", 3),
-        ({"count": 3, "rate": 1}, "rate", 1.0),
-        ({"count": 3, "mode": 1}, "mode", 1),
-        ({"count": 3, "maybe": None}, "maybe", None),
-        ({"count": 3, "pair": [0, 0.5]}, "pair", (0.0, 0.5)),
-        ({"count": 3, "names": ["x"]}, "names", ["x"]),
-        ({"count": 3, "table": {"x": 1}}, "table", {"x": 1.0}),
-        ({"count": 3, "inner": node("Inner", rate=1)}, "inner", Inner(rate=1.0)),
-    ],
-)
-def test_values_arrive(values: dict[str, object], name: str, expected: object) -> None:
-    given = build(node(**values), "group").given[name]
-    assert given == expected
-    assert type(given) is type(expected)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "group.count: missing, expected int"),
-        ({"count": "???"}, "group.count: missing, expected int"),
-        ({"count": "abc"}, "group.count: expected int, got 'abc'"),
-        ({"count": "3"}, "group.count: expected int, got '3'"),
-        ({"count": 1.5}, "group.count: expected int, got 1.5"),
-        ({"count": 1.0}, "group.count: expected int, got 1.0"),
-        ({"count": True}, "group.count: expected int, got True"),
-        ({"count": None}, "group.count: expected int, got None"),
-        ({"count": 1, "rate": "0.1"}, "group.rate: expected float, got '0.1'"),
-        ({"count": 1, "rate": True}, "group.rate: expected float, got True"),
-        ({"count": 1, "flag": 1}, "group.flag: expected bool, got 1"),
-        ({"count": 1, "mode": "c"}, "group.mode: expected a or b or 1, got 'c'"),
-        ({"count": 1, "maybe": "x"}, "group.maybe: expected int or null, got 'x'"),
-        ({"count": 1, "pair": [1]}, "group.pair: expected tuple[float, float], got [1]"),
-        ({"count": 1, "names": "x"}, "group.names: expected Sequence[str], got 'x'"),
-        ({"count": 1, "cuont": 1}, "group.cuont: unknown key; did you mean count?"),
-        (
-            {"count": 1, "inner": {"rate": 1}},
-            "group.inner: expected Inner or null, got {'rate': 1}",
-        ),
-        (
-            {"count": 1, "inner": node("Inner", rate="x")},
-            "group.inner.rate: expected float, got 'x'",
-        ),
-        ({"count": 1, "inner": node(count=1)}, "group.inner: expected Inner or null, got Outer"),
-    ],
-)
-def test_mistakes_are_one_line(values: dict[str, object], message: str) -> None:
+def mistake(call: Any, extra: Mapping[str, object] | None = None) -> str:
     with pytest.raises(UserError) as error:
-        build(node(**values), "group")
-    assert str(error.value) == message
+        build(call, "group", extra)
+    return str(error.value)
+
+
+def test_values_arrive() -> None:
+    cases: list[tuple[str, object, object]] = [
+        ("count", 4, 4),
+        ("rate", 1, 1.0),
+        ("mode", 1, 1),
+        ("maybe", None, None),
+        ("pair", [0, 0.5], (0.0, 0.5)),
+        ("names", ["x"], ["x"]),
+        ("table", {"x": 1}, {"x": 1.0}),
+        ("inner", node("Inner", rate=1), Inner(rate=1.0)),
+    ]
+    for name, value, expected in cases:
+        given = build(node(**{"count": 3, name: value}), "group").given[name]
+        assert given == expected
+        assert type(given) is type(expected), name
+
+
+def test_mistakes_are_one_line() -> None:
+    cases: dict[str, dict[str, object]] = {
+        "group.count: missing, expected int": {},
+        "group.count: expected int, got 'abc'": {"count": "abc"},
+        "group.count: expected int, got '3'": {"count": "3"},
+        "group.count: expected int, got 1.5": {"count": 1.5},
+        "group.count: expected int, got 1.0": {"count": 1.0},
+        "group.count: expected int, got True": {"count": True},
+        "group.count: expected int, got None": {"count": None},
+        "group.rate: expected float, got '0.1'": {"rate": "0.1"},
+        "group.rate: expected float, got True": {"rate": True},
+        "group.flag: expected bool, got 1": {"flag": 1},
+        "group.mode: expected a or b or 1, got 'c'": {"mode": "c"},
+        "group.maybe: expected int or null, got 'x'": {"maybe": "x"},
+        "group.pair: expected tuple[float, float], got [1]": {"pair": [1]},
+        "group.names: expected Sequence[str], got 'x'": {"names": "x"},
+        "group.cuont: unknown key; did you mean count?": {"cuont": 1},
+        "group.inner: expected Inner or null, got {'rate': 1}": {"inner": {"rate": 1}},
+        "group.inner.rate: expected float, got 'x'": {"inner": node("Inner", rate="x")},
+        "group.inner: expected Inner or null, got Outer": {"inner": node(count=1)},
+    }
+    for message, values in cases.items():
+        assert mistake(node(**{"count": 1} | values if values else {})) == message
+    assert mistake(node(count="???")) == "group.count: missing, expected int"
 
 
 def test_an_unknown_key_without_a_near_one_lists_all() -> None:
-    with pytest.raises(UserError, match=r"^group.zzz: unknown key; known: count, flag, inner, "):
-        build(node(count=1, zzz=1), "group")
+    assert mistake(node(count=1, zzz=1)).startswith("group.zzz: unknown key; known: count, flag, ")
 
 
-@pytest.mark.parametrize("target", ["padst_exp.errors.Nope", "padst_exp.nope.Nope", "Nope"])
-def test_targets_must_exist(target: str) -> None:
-    with pytest.raises(UserError, match=r"^group[:._]"):
-        build(OmegaConf.create({"_target_": target}), "group")
-
-
-def test_a_group_needs_a_target() -> None:
-    with pytest.raises(UserError, match=r"^group: expected a mapping with a _target_"):
-        build(OmegaConf.create({"count": 1}), "group")
+def test_targets_must_exist() -> None:
+    for target in ("padst_exp.errors.Nope", "padst_exp.nope.Nope"):
+        assert mistake(OmegaConf.create({"_target_": target})).startswith("group._target_: ")
+    for call in ({"_target_": "Nope"}, {"count": 1}):
+        wanted = "group: expected a mapping with a _target_, got "
+        assert mistake(OmegaConf.create(call)).startswith(wanted)
 
 
 def test_extra_parameters_are_passed_and_belong_to_the_data() -> None:
     assert build(node(), "group", {"count": 7}).given["count"] == 7
-    with pytest.raises(UserError, match=r"^group\.count: follows from the data set; remove it$"):
-        build(node(count=7), "group", {"count": 7})
-    with pytest.raises(UserError, match=r"^group: .*Outer does not fit .* it has no pixels$"):
-        build(node(), "group", {"count": 7, "pixels": 3})
+    follows = mistake(node(count=7), {"count": 7})
+    assert follows == "group.count: follows from the data set; remove it"
+    unfit = mistake(node(), {"count": 7, "pixels": 3})
+    assert "Outer does not fit the data set" in unfit and unfit.endswith("it has no pixels")
 
 
-@pytest.mark.parametrize(
-    ("said", "heard"),
-    [
-        ("too small", "group: too small"),
-        ("group.message: too small", "group.message: too small"),
-        ("group.message=3: too small", "group.message=3: too small"),
-    ],
-)
-def test_errors_of_constructors_name_their_group(said: str, heard: str) -> None:
-    with pytest.raises(UserError) as error:
-        build(node("failing", message=said), "group")
-    assert str(error.value) == heard
+def test_errors_of_constructors_name_their_group() -> None:
+    for said, heard in {
+        "too small": "group: too small",
+        "group.message: too small": "group.message: too small",
+    }.items():
+        assert mistake(node("failing", message=said)) == heard

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +11,16 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from padst_exp import cli, config
 from padst_exp.cli import command_line
-from padst_exp.config import build, run_settings
+from padst_exp.config import build, config_dir
 from padst_exp.errors import UserError
+from padst_exp.train import run_settings
 
 Program = Callable[..., tuple[int, str, str]]
+
+# A config that is read at once, where it does not matter which.
+SMALL = {"config": "evaluate"}
 
 
 @pytest.fixture
@@ -22,14 +28,17 @@ def program(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Program:
     """Runs a task with arguments in an empty folder; returns status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
-    def run(task: Callable[[DictConfig], None], *arguments: str) -> tuple[int, str, str]:
+    def run(
+        task: Callable[[DictConfig], None], *arguments: str, config: str = "config"
+    ) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["padst-train", *arguments])
         status = 0
         try:
-            command_line("config")(task)()
+            command_line(config)(task)()
         except SystemExit as stop:
             assert isinstance(stop.code, int)
             status = stop.code
@@ -44,60 +53,83 @@ def checked(cfg: DictConfig) -> None:
     build(cfg.structure, "structure")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["structure=nn"], 1, "structure=nn: unknown option; choose from block, dense, "),
-        (["structre=nm"], 1, "structre: unknown key; did you mean structure?"),
-        (["structure.grup=3"], 1, "structure.grup: unknown key; did you mean group?"),
-        (["structure.n=abc"], 1, "structure.n: expected int, got 'abc'"),
-        (["structure.n=0"], 1, "structure.n: expected an integer of at least 1, got 0"),
-        (["+structure.k=3"], 1, "structure.k: unknown key; known: group, m, n"),
-        (["sparsity=abc"], 1, "sparsity: Value 'abc' of type 'str' could not be converted"),
-        (["sparsity=1.5"], 1, "sparsity: expected a number in [0, 1), got 1.5"),
-        (["sparsity=???"], 1, "sparsity: missing, set it on the command line"),
-        (["runs=${nowhere}"], 1, "runs: Interpolation key 'nowhere' not found"),
-        (["sparsity"], 2, "sparsity: cannot be read, expected key=value"),
-        (["--config-name", "nope"], 1, "--config-name: "),
-    ],
-)
-def test_mistakes_are_one_line(
-    program: Program, arguments: list[str], status: int, message: str
+def test_mistakes_are_one_line(program: Program) -> None:
+    cases = {
+        "structure=nn": "structure=nn: unknown option; choose from block, ",
+        "dst=nn": "dst=nn: unknown option; choose from cht, chts, ",  # and no _base
+        "recipe=nn": "recipe=nn: unknown option; choose from demo, paper/c4, ",
+        "structre=nm": "structre: unknown key; did you mean structure?",
+        "structure.grup=3": "structure.grup: unknown key; did you mean group?",
+        "structure.n=0": "structure.n: expected an integer of at least 1, got 0",
+        "structure=null": "Config group override must be a string",
+        "sparsity=abc": "sparsity: expected float, got 'abc'",
+        "+sparsty=0.5": "sparsty: unknown key; did you mean sparsity?",
+        "runs=${nowhere}": "runs: Interpolation key 'nowhere' not found",
+        "--config-name=nope": "--config-name: ",
+        "sparsity": "sparsity: cannot be read, expected key=value",
+    }
+    for argument, message in cases.items():
+        code, out, err = program(checked, argument)
+        assert (code, out) == (2 if argument == "sparsity" else 1, "")
+        assert err.startswith(f"padst_exp: error: {message}"), err
+        assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_broken_yaml_is_one_line_that_names_file_and_line(
+    program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    code, out, err = program(checked, *arguments)
-    assert code == status
-    assert out == ""
-    assert err.startswith(f"padst_exp: error: {message}")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
+    conf = tmp_path / "conf"
+    shutil.copytree(config_dir(), conf)
+    for module in (cli, config):
+        monkeypatch.setattr(module, "config_dir", lambda: conf)
+    broken = conf / "structure" / "broken.yaml"
+    cases = {
+        b"n: [1\nm: 2\n": ", line 2: expected ',' or ']'",
+        b"n: 1\n  m: 2\n": ", line 2: mapping values are not allowed here",
+        b"pattern: *.fc\n": ", line 1: ",
+        b"n: 1\nn: 2\n": ", line 2: found duplicate key n",
+        b"n: 1\n\xff\xfe\n": ", line 2: not UTF-8 (invalid start byte)",
+        b"n: \x01\n": ": special characters are not allowed",
+        b"": ": expected a mapping of keys",
+        b"# nothing\n": ": expected a mapping of keys",
+        b"- n\n- m\n": ": expected a mapping of keys",
+        b"nm\n": ": expected a mapping of keys",
+    }
+    for content, message in cases.items():
+        broken.write_bytes(content)
+        code, out, err = program(checked, "structure=broken")
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith(f"padst_exp: error: {broken}{message}"), err
+    # Nobody else is bothered.
+    assert program(checked, "structure=nm") == (0, "", "")
 
 
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (UserError("dataset.root: no such\nfolder"), "dataset.root: no such folder"),
-        (
-            FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
-            "x: No such file or directory",
+def test_errors_of_a_run_are_one_line(program: Program) -> None:
+    errors = {
+        "dataset.root: no such folder": UserError("dataset.root: no such\nfolder"),
+        "x: No such file or directory": FileNotFoundError(
+            errno.ENOENT, "No such file or directory", "x"
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-    ],
-)
-def test_errors_of_a_run_are_one_line(program: Program, error: Exception, line: str) -> None:
-    def task(cfg: DictConfig) -> None:
-        raise error
+        "x: Permission denied": PermissionError(errno.EACCES, "Permission denied", "x"),
+        "No space left on device": OSError(errno.ENOSPC, "No space left on device"),
+    }
+    for line, error in errors.items():
 
-    assert program(task) == (1, "", f"padst_exp: error: {line}\n")
+        def task(cfg: DictConfig, error: Exception = error) -> None:
+            raise error
+
+        assert program(task, **SMALL) == (1, "", f"padst_exp: error: {line}\n")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("bug"), ValueError("bug"), OSError(5, "bug")])
-def test_bugs_keep_their_traceback(program: Program, error: Exception) -> None:
-    def task(cfg: DictConfig) -> None:
-        raise error
+def test_bugs_keep_their_traceback(program: Program) -> None:
+    undecodable = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bug")
+    for error in (RuntimeError("bug"), ValueError("bug"), OSError(5, "bug"), undecodable):
 
-    with pytest.raises(type(error), match="bug"):
-        program(task)
+        def task(cfg: DictConfig, error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error), match="bug"):
+            program(task, **SMALL)
 
 
 def test_full_errors_on_request(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +142,7 @@ def test_interruption(program: Program) -> None:
     def task(cfg: DictConfig) -> None:
         raise KeyboardInterrupt
 
-    assert program(task) == (130, "", "padst_exp: interrupted\n")
+    assert program(task, **SMALL) == (130, "", "padst_exp: interrupted\n")
 
 
 def test_a_sweep_stops_at_the_first_mistake_and_names_the_job(program: Program) -> None:
@@ -129,12 +161,24 @@ def test_a_sweep_stops_at_the_first_mistake_and_names_the_job(program: Program) 
     )
 
 
-def test_hydra_leaves_nothing_behind(program: Program, tmp_path: Path) -> None:
-    folder = []
-    code, _, err = program(lambda cfg: folder.append(os.getcwd()))
+def test_an_experiment_is_a_sweep(program: Program) -> None:
+    seen = []
+    code, _, err = program(
+        lambda cfg: seen.append((cfg.structure._target_, cfg.permutation._target_, cfg.model.dim)),
+        "experiment=structures",
+        "structure=block",
+    )
     assert (code, err) == (0, "")
-    assert folder == [str(tmp_path)]
-    assert list(tmp_path.iterdir()) == []
+    assert len(set(seen)) == len(seen) == 3
+    assert {(structure, dim) for structure, _, dim in seen} == {("padst_exp.structures.Block", 128)}
+
+
+def test_hydra_leaves_nothing_behind(program: Program) -> None:
+    folder = []
+    code, _, err = program(lambda cfg: folder.append(Path.cwd()))
+    assert (code, err) == (0, "")
+    assert folder == [Path.cwd()]
+    assert list(Path.cwd().iterdir()) == []
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
@@ -143,7 +187,10 @@ def test_config_and_help_are_printed(program: Program) -> None:
     assert (status, "sparsity: 0.75" in out) == (0, True)
     status, out, _ = program(checked, "--help")
     assert status == 0
-    assert "structure: block, dense, diag, nm, unstructured" in out
+    lines = out.splitlines()
+    assert "model: deit_tiny, gpt2, gpt2_medium, mixer, vit, vit_large" in lines
+    assert any(line.startswith("recipe: demo, paper/c4, ") for line in lines)
+    assert "_" not in {word[0] for line in lines for word in line.split()}
 
 
 def test_help_needs_no_torch() -> None:

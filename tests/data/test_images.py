@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from from_yaml import from_yaml
 from padst_exp.data import small_images, sources
 from padst_exp.data.image_files import read_cifar, read_idx
 from padst_exp.data.images import AugmentedImages, TensorImages
 from padst_exp.data.sampler import train_loader
-from padst_exp.data.small_images import Cifar100, Digits, FashionMnist
 from padst_exp.errors import UserError
 
 FIRST_LABELS = [7, 6, 3, 7, 7, 3, 2, 8, 9, 3]
@@ -39,7 +39,7 @@ def fashion_folder(folder: Path, *, zipped: bool) -> np.ndarray:
 
 
 def test_digits_split_is_fixed_stratified_and_complete() -> None:
-    task = Digits(shift=0)
+    task = from_yaml("dataset/digits", shift=0)
     assert (len(task.train), len(task.validation)) == (1437, 360)
     counts = task.validation.labels.bincount()
     assert counts.min() >= 35
@@ -95,7 +95,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
 
 
 def test_augmented_batches_do_not_depend_on_workers() -> None:
-    task = Digits(shift=1)
+    task = from_yaml("dataset/digits", shift=1)
 
     def batches(workers: int) -> torch.Tensor:
         loader = train_loader(
@@ -114,67 +114,64 @@ def test_augmented_batches_do_not_depend_on_workers() -> None:
     assert torch.equal(batches(0), batches(2))
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_fashion_mnist_reads_idx_files(tmp_path: Path, zipped: bool) -> None:
-    images = fashion_folder(tmp_path, zipped=zipped)
-    task = FashionMnist(root=str(tmp_path), shift=0, flip=False)
-    assert (len(task.train), len(task.validation)) == (12, 5)
-    inputs, target = task.validation[3]
-    assert target == 3
-    torch.testing.assert_close(inputs[0] * 90.02 + 72.94, torch.tensor(images[3]).float())
+def test_fashion_mnist_reads_idx_files(tmp_path: Path) -> None:
+    for zipped in (False, True):  # gzipped ones come first
+        images = fashion_folder(tmp_path, zipped=zipped)
+        for plain in tmp_path.glob("*-ubyte") if zipped else []:
+            plain.write_bytes(b"")
+        task = from_yaml("dataset/fashion_mnist", root=str(tmp_path), shift=0, flip=False)
+        assert (len(task.train), len(task.validation)) == (12, 5)
+        inputs, target = task.validation[3]
+        assert target == 3
+        torch.testing.assert_close(inputs[0] * 90.02 + 72.94, torch.tensor(images[3]).float())
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "it starts with nothing"),
-        (idx(np.zeros((2, 2, 2)))[:-1], "promises 8 bytes"),
-        (idx(np.zeros((2, 2, 2))) + b"x", "promises 8 bytes"),
-        (idx(np.zeros(8)), "it starts with 00000801"),
-        (b"<html>" * 9, "it starts with 3c68746d"),
-    ],
-)
-def test_broken_idx_files_are_told_in_one_line(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_broken_idx_files_are_told_in_one_line(tmp_path: Path) -> None:
+    cases = {
+        b"": "it starts with nothing",
+        idx(np.zeros((2, 2, 2)))[:-1]: "expected 8 bytes",
+        idx(np.zeros((2, 2, 2))) + b"x": "expected 8 bytes",
+        idx(np.zeros(8)): "it starts with 00000801",
+        b"<html>" * 9: "it starts with 3c68746d",
+    }
     plain, zipped = tmp_path / "images", tmp_path / "images.gz"
-    plain.write_bytes(content)
-    zipped.write_bytes(gzip.compress(content))
-    for path in (plain, zipped):
-        with pytest.raises(UserError, match=message) as error:
-            read_idx(path, 3)
-        assert "\n" not in str(error.value)
-        assert str(path) in str(error.value)
+    for content, message in cases.items():
+        plain.write_bytes(content)
+        zipped.write_bytes(gzip.compress(content))
+        for path in (plain, zipped):
+            with pytest.raises(UserError, match=message) as error:
+                read_idx(path, 3)
+            assert "\n" not in str(error.value)
+            assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("broken", ["cut", "empty", "no gzip", "bad crc"])
-def test_broken_gzip_files_are_told_in_one_line(tmp_path: Path, broken: str) -> None:
+def test_broken_gzip_files_are_told_in_one_line(tmp_path: Path) -> None:
     whole = gzip.compress(idx(np.random.default_rng(0).integers(256, size=(9, 9, 9))))
     path = tmp_path / "images.gz"
-    content = {
-        "cut": whole[:-20],
-        "empty": b"",
-        "no gzip": b"PK" + whole,
-        "bad crc": whole[:-8] + bytes(4) + whole[-4:],
-    }[broken]
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"dataset\.root: .*images\.gz") as error:
-        read_idx(path, 3)
-    assert "\n" not in str(error.value)
+    cut, bad_crc = whole[:-20], whole[:-8] + bytes(4) + whole[-4:]
+    for content in (cut, b"", b"PK" + whole, bad_crc):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^dataset\.root: .*images\.gz") as error:
+            read_idx(path, 3)
+        assert "\n" not in str(error.value)
 
 
 def test_fashion_mnist_without_its_files_names_root(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"dataset\.root=.*no train-images-idx3-ubyte"):
-        FashionMnist(root=str(tmp_path))
-    with pytest.raises(UserError, match=r"dataset\.root=.*nowhere: no such"):
-        FashionMnist(root=str(tmp_path / "nowhere"))
+    with pytest.raises(
+        UserError, match=r"dataset\.root: expected a folder with train-images-idx3-ubyte"
+    ):
+        from_yaml("dataset/fashion_mnist", root=str(tmp_path))
+    with pytest.raises(UserError, match=r"dataset\.root: expected an existing .*nowhere$"):
+        from_yaml("dataset/fashion_mnist", root=str(tmp_path / "nowhere"))
     fashion_folder(tmp_path, zipped=False)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(11) % 10))
-    with pytest.raises(UserError, match=r"12, 1, 28, 28.* for 11 labels"):
-        FashionMnist(root=str(tmp_path))
+    with pytest.raises(UserError, match=r"images \[11, 1, 28, 28\], got shape \[12, 1, 28, 28\]"):
+        from_yaml("dataset/fashion_mnist", root=str(tmp_path))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.full(12, 10)))
-    with pytest.raises(UserError, match=r"training labels are not all in 0\.\.9"):
-        FashionMnist(root=str(tmp_path))
+    with pytest.raises(
+        UserError, match="labels from 0 to 9 in the training split, got 10 in row 0"
+    ):
+        from_yaml("dataset/fashion_mnist", root=str(tmp_path))
 
 
 def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,9 +182,9 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_session", Unplugged)
     monkeypatch.setattr(small_images, "FASHION_MNIST_SYSTEM", Path("/nonexistent"))
-    for task in (FashionMnist, Cifar100):
-        with pytest.raises(UserError, match=r"dataset\.root=null: .*no route to host\)") as error:
-            task()
+    for name in ("fashion_mnist", "cifar100"):
+        with pytest.raises(UserError, match=r"^dataset\.root: .*no route to host more\)") as error:
+            from_yaml(f"dataset/{name}")
         assert "\n" not in str(error.value)
 
 
@@ -195,7 +192,7 @@ def test_an_empty_offline_cache_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(UserError, match=r"dataset\.root=null: the hub did not give nobody/no") as e:
+    with pytest.raises(UserError, match=r"dataset\.root: expected a local copy of nobody/no") as e:
         sources.load_hub("nobody/nothing", name=None, split="train")
     assert "\n" not in str(e.value)
 
@@ -214,17 +211,16 @@ def cifar_tar(path: Path, tables: dict[str, dict[bytes, object]]) -> None:
             tar.addfile(member, io.BytesIO(content))
 
 
-@pytest.mark.parametrize("protocol", [2, 5])
-def test_cifar_reads_folders_and_tars(tmp_path: Path, protocol: int) -> None:
+def test_cifar_reads_folders_and_tars(tmp_path: Path) -> None:
     tables = {"train": cifar_table(9), "test": cifar_table(4)}
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
-    for name, table in tables.items():
+    for (name, table), protocol in zip(tables.items(), (2, 5), strict=True):
         (folder / name).write_bytes(pickle.dumps(table, protocol=protocol))
     archive = tmp_path / "elsewhere.tar.gz"
     cifar_tar(archive, tables)
     for root in (folder, tmp_path, archive):
-        task = Cifar100(root=str(root), shift=0, flip=False)
+        task = from_yaml("dataset/cifar100", root=str(root), shift=0, flip=False)
         assert (len(task.train), len(task.validation)) == (9, 4)
         pixels = tables["test"][b"data"]
         assert isinstance(pixels, np.ndarray)
@@ -232,27 +228,40 @@ def test_cifar_reads_folders_and_tars(tmp_path: Path, protocol: int) -> None:
         assert task.validation[2][1] == 2
 
 
+def test_cifar_10_reads_its_five_batches(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        table = {b"data": cifar_table(2 + number)[b"data"], b"labels": [9] * (2 + number)}
+        (folder / name).write_bytes(pickle.dumps(table, protocol=2))
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-py")
+    for root in (tmp_path, folder, tmp_path / "cifar-10-python.tar.gz"):
+        task = from_yaml("dataset/cifar10", root=str(root), shift=0, flip=False)
+        assert (len(task.train), len(task.validation)) == (2 + 3 + 4 + 5 + 6, 7)
+        assert task.model_shape["num_classes"] == 10 and task.validation[0][1] == 9
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(UserError, match=r"dataset\.root: expected cifar-10-batches-py"):
+        from_yaml("dataset/cifar10", root=str(folder))
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (exec, ("raise SystemExit('ran')",))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
+def test_cifar_runs_no_code_and_refuses_broken_files(tmp_path: Path) -> None:
+    for content in (
         pickle.dumps({b"data": Evil(), b"fine_labels": []}),
         pickle.dumps(cifar_table(3))[:-100],
         b"",
         pickle.dumps({b"data": np.zeros((2, 5), np.uint8), b"fine_labels": [0, 1]}),
         pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}),
-    ],
-    ids=["code", "cut", "empty", "shape", "no labels"],
-)
-def test_cifar_runs_no_code_and_refuses_broken_files(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "train").write_bytes(content)
-    with pytest.raises(UserError, match=r"dataset\.root: .*train") as error:
-        read_cifar(tmp_path, "train")
-    assert "\n" not in str(error.value)
+    ):
+        (tmp_path / "train").write_bytes(content)
+        with pytest.raises(UserError, match=r"^dataset\.root: .*train") as error:
+            read_cifar(tmp_path, "train")
+        assert "\n" not in str(error.value)
 
 
 def test_cifar_reads_parquet_as_the_hub_has_it(
@@ -271,11 +280,11 @@ def test_cifar_reads_parquet_as_the_hub_has_it(
     (tmp_path / "data").mkdir()
     for split in ("train", "test"):
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"data/{split}-00000.parquet")
-    task = Cifar100(root=str(tmp_path / "data"))
+    task = from_yaml("dataset/cifar100", root=str(tmp_path / "data"))
     assert task.validation.labels.tolist() == [5, 99, 0]
     assert np.array_equal(task.validation.images.permute(0, 2, 3, 1).numpy(), pixels)
-    with pytest.raises(UserError, match=r"dataset\.root=.*neither cifar-100-python"):
-        Cifar100(root=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"dataset\.root: expected cifar-100-python"):
+        from_yaml("dataset/cifar100", root=str(tmp_path / "cache"))
 
 
 def png(pixels: np.ndarray) -> bytes:

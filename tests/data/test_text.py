@@ -1,6 +1,8 @@
 import gzip
+import hashlib
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from from_yaml import from_yaml
+from padst_exp.cache import cached_array
 from padst_exp.data.bigram import Bigram
-from padst_exp.data.corpora import C4, END_OF_TEXT, Wikitext103, gpt2_tokenizer
+from padst_exp.data.corpora import END_OF_TEXT, gpt2_tokenizer
 from padst_exp.data.task import IGNORED, LanguageModeling
-from padst_exp.data.text import Shakespeare, TextFile, train_bpe
+from padst_exp.data.text import train_bpe
 from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks
 from padst_exp.errors import UserError
 
@@ -86,7 +90,7 @@ def test_wikitext_blocks_equal_plain_concatenation(
 ) -> None:
     folder = tmp_path / "wikitext"
     root = local_parquet(folder) if layout == "parquet" else local_text(folder, layout)
-    task = Wikitext103(root=root, context_length=16, **bpe)
+    task = from_yaml("dataset/wikitext103", root=root, context_length=16, **bpe)
     assert task.model_shape == {"vocab_size": 300, "context_length": 16}
     expected = expected_tokens(LINES, bpe)
     assert all_tokens(task.train.stream) == expected
@@ -99,14 +103,15 @@ def test_wikitext_blocks_equal_plain_concatenation(
     held_out = expected_tokens(LINES[:40], bpe)
     assert scored(task) == held_out[1:]
     words = sum(len(line.split()) + 1 for line in LINES[:40])
-    assert task.tokens_per_word == pytest.approx(len(held_out) / words)
-    summary = task.summarize({"nll": 20.0, "tokens": 10, "count": 1})
-    assert summary["word_perplexity"] == pytest.approx(np.exp(2 * len(held_out) / words))
+    assert task.words == words
+    # As a pass over all blocks adds up: the first token has no loss, its word counts.
+    summary = task.summarize({"nll": 2.0 * (len(held_out) - 1), "tokens": len(held_out) - 1})
+    assert summary["word_perplexity"] == pytest.approx(np.exp(2 * (len(held_out) - 1) / words))
 
 
 def test_wikitext_split_selects_the_test_text(tmp_path: Path, bpe: dict[str, str]) -> None:
     root = local_text(tmp_path / "wikitext", "raw")
-    task = Wikitext103(root=root, split="test", context_length=16, **bpe)
+    task = from_yaml("dataset/wikitext103", root=root, split="test", context_length=16, **bpe)
     assert scored(task) == expected_tokens(LINES[40:60], bpe)[1:]
 
 
@@ -114,46 +119,49 @@ def test_tokenised_text_is_cached_by_content(
     tmp_path: Path, bpe: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = local_text(tmp_path / "wikitext", "raw")
-    before = Wikitext103(root=root, context_length=16, **bpe)
+    before = from_yaml("dataset/wikitext103", root=root, context_length=16, **bpe)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr("datasets.Dataset._map_single", refuse)
-    again = Wikitext103(root=root, context_length=8, **bpe)
+    again = from_yaml("dataset/wikitext103", root=root, context_length=8, **bpe)
     assert all_tokens(again.train.stream) == all_tokens(before.train.stream)
 
 
-@pytest.mark.parametrize("documents", [None, 3])
-def test_c4_reads_its_json_and_stops_where_told(
-    tmp_path: Path, bpe: dict[str, str], documents: int | None
-) -> None:
+def test_c4_reads_its_json_and_stops_where_told(tmp_path: Path, bpe: dict[str, str]) -> None:
     texts = [f"Document {number}.\nIt has two lines." for number in range(8)]
     (tmp_path / "en").mkdir()
     for split, rows in (("train", texts[:6]), ("validation", texts[6:])):
         with gzip.open(tmp_path / f"en/c4-{split}.00000-of-00001.json.gz", "wt") as file:
             for text in rows:
                 file.write(json.dumps({"text": text, "url": "x", "timestamp": "y"}) + "\n")
-    task = C4(root=str(tmp_path), documents=documents, context_length=8, **bpe)
     tokenizer = gpt2_tokenizer(**bpe)
     end = tokenizer.token_to_id(END_OF_TEXT)
-    kept = texts[: documents or 6]
-    expected = [token for text in kept for token in [*tokenizer.encode(text).ids, end]]
-    assert all_tokens(task.train.stream) == expected
+    for documents in (None, 3):
+        task = from_yaml(
+            "dataset/c4", root=str(tmp_path), documents=documents, context_length=8, **bpe
+        )
+        kept = texts[: documents or 6]
+        expected = [token for text in kept for token in [*tokenizer.encode(text).ids, end]]
+        assert all_tokens(task.train.stream) == expected
 
 
 def test_missing_corpora_name_their_keys(tmp_path: Path, bpe: dict[str, str]) -> None:
     cases = {
-        rf"dataset\.root={tmp_path}: no train file": {"root": str(tmp_path), **bpe},
-        r"dataset\.root=.*nowhere: no such": {"root": str(tmp_path / "nowhere"), **bpe},
-        r"dataset\.merges=null: ": {"vocab": bpe["vocab"]},
-        r"dataset\.vocab=null: ": {"merges": bpe["merges"]},
-        r"dataset\.vocab=.*no GPT-2 tokenizer": {"vocab": bpe["merges"], "merges": bpe["vocab"]},
-        r"dataset\.merges=.*gone: no such": {"vocab": bpe["vocab"], "merges": "gone"},
+        rf"dataset\.root: expected .* train files .* got {tmp_path}$": {
+            "root": str(tmp_path),
+            **bpe,
+        },
+        r"dataset\.root: expected .*nowhere$": {"root": str(tmp_path / "nowhere"), **bpe},
+        r"dataset\.merges: expected .*, got None$": {"vocab": bpe["vocab"]},
+        r"dataset\.vocab: expected .*, got None$": {"merges": bpe["merges"]},
+        r"dataset\.vocab: expected GPT-2's": {"vocab": bpe["merges"], "merges": bpe["vocab"]},
+        r"dataset\.merges: expected .*, got gone$": {"vocab": bpe["vocab"], "merges": "gone"},
     }
     for message, keys in cases.items():
         with pytest.raises(UserError, match=message) as error:
-            Wikitext103(**keys)
+            from_yaml("dataset/wikitext103", **keys)
         assert "\n" not in str(error.value)
 
 
@@ -162,7 +170,7 @@ def test_a_vocabulary_without_end_of_text_is_an_error(tmp_path: Path, bpe: dict[
     del vocab[END_OF_TEXT]
     path = tmp_path / "other.json"
     path.write_text(json.dumps(vocab))
-    with pytest.raises(UserError, match=r"dataset\.vocab=.*endoftext"):
+    with pytest.raises(UserError, match=r"^dataset\.vocab: expected .*endoftext"):
         gpt2_tokenizer(str(path), bpe["merges"])
 
 
@@ -173,33 +181,50 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_session", Unplugged)
-    with pytest.raises(UserError, match=r"dataset\.vocab=null: .*set dataset\.vocab and"):
-        Wikitext103()
+    with pytest.raises(UserError, match=r"^dataset\.vocab: expected .*no route to host"):
+        from_yaml("dataset/wikitext103")
 
 
-def test_windows_cross_the_chunks_of_a_stream() -> None:
-    numbers = np.arange(20, dtype=np.int32)
-    whole = TokenStream([numbers])
-    parts = TokenStream([numbers[:3], numbers[:0], numbers[3:4], numbers[4:15], numbers[15:]])
-    starts = [0, 2, 3, 13]
-    assert np.array_equal(parts.windows(starts, 7), whole.windows(starts, 7))
-    assert parts.windows([13], 7).tolist() == [list(range(13, 20))]
-    assert parts.windows([0], 2).dtype == np.int64
+def test_damaged_token_caches_are_made_again(cache: Path, tmp_path: Path) -> None:
+    pieces = [np.arange(7, dtype=np.int32), np.arange(4, dtype=np.int32)]
+    made = cached_array("tokens", lambda: pieces)
+    path, expected = cache / "tokens", [*range(7), *range(4)]
+    assert made.tolist() == expected
+    assert cached_array("tokens", list).tolist() == expected  # so it does read the file
+    stored = path.read_bytes()
+    beyond = np.array([99], "<i4").tobytes() + stored[4:]
+    for damaged in (b"", stored[:-1], stored[:-4], stored[4:], beyond, stored + b"xxxx"):
+        path.write_bytes(damaged)
+        assert cached_array("tokens", lambda: pieces).tolist() == expected
+        assert path.read_bytes() == stored
+    path.unlink()
+    path.mkdir()
+    assert cached_array("tokens", lambda: pieces).tolist() == expected
 
 
-@pytest.mark.parametrize("length", [9, 16, 17, 18, 24, 25])
-def test_validation_scores_every_token_but_the_first_once(length: int) -> None:
-    blocks = ValidationBlocks(TokenStream([np.arange(length)]), 8)
-    targets = [block for index in range(len(blocks)) for block in blocks[index][1].tolist()]
-    assert [token for token in targets if token != IGNORED] == list(range(1, length))
-    for index in range(len(blocks)):
-        inputs, wanted = blocks[index]
-        kept = wanted != IGNORED
-        assert torch.equal(wanted[kept], inputs[kept] + 1)
+def test_a_mapped_stream_is_sent_to_a_worker_by_name(tmp_path: Path, cache: Path) -> None:
+    stream = TokenStream(cached_array("tokens", lambda: [np.arange(10_000, dtype=np.int32)]))
+    sent = pickle.dumps(stream)
+    assert len(sent) < 1000
+    starts = [0, 2, 9_990]
+    assert np.array_equal(pickle.loads(sent).windows(starts, 7), stream.windows(starts, 7))
+    assert stream.windows([9_993], 7).tolist() == [list(range(9_993, 10_000))]
+    assert stream.windows([0], 2).dtype == np.int64
+
+
+def test_validation_scores_every_token_but_the_first_once() -> None:
+    for length in range(9, 26):
+        blocks = ValidationBlocks(TokenStream(np.arange(length)), 8)
+        targets = [token for index in range(len(blocks)) for token in blocks[index][1].tolist()]
+        assert [token for token in targets if token != IGNORED] == list(range(1, length))
+        for index in range(len(blocks)):
+            inputs, wanted = blocks[index]
+            kept = wanted != IGNORED
+            assert torch.equal(wanted[kept], inputs[kept] + 1)
 
 
 def test_moving_blocks_follow_seed_and_epoch_and_stay_inside() -> None:
-    blocks = TrainBlocks(TokenStream([np.arange(41)]), 8, moving=True)
+    blocks = TrainBlocks(TokenStream(np.arange(41)), 8, moving=True)
     assert len(blocks) == 4
     firsts = set()
     for epoch in range(60):
@@ -211,12 +236,12 @@ def test_moving_blocks_follow_seed_and_epoch_and_stay_inside() -> None:
 
 
 def test_a_text_below_one_block_names_its_key() -> None:
-    stream = TokenStream([np.arange(8)])
+    stream = TokenStream(np.arange(8))
     for build in (
         lambda: TrainBlocks(stream, 8, moving=False),
         lambda: ValidationBlocks(stream, 8),
     ):
-        with pytest.raises(UserError, match=r"dataset\.context_length=8: .* 8 tokens"):
+        with pytest.raises(UserError, match=r"^dataset\.context_length: .* 8 tokens of .*, got 8$"):
             build()
 
 
@@ -253,8 +278,13 @@ def test_bpe_is_deterministic_lossless_and_cached(cache: Path) -> None:
     path.unlink()
     assert train_bpe(text, 290).to_str() == first.to_str()
     assert path.read_bytes() == stored
-    path.write_text(train_bpe(text, 280).to_str())
+    other = train_bpe(text, 280).to_str()
+    path.write_text(f"{hashlib.sha256(other.encode()).hexdigest()}\n{other}")
     assert train_bpe(text, 290).get_vocab_size() == 280  # so it does read the file
+    for damaged in (b"", stored[:-9], stored[9:], stored.replace(b"vocab", b"vokab"), b"\xff"):
+        path.write_bytes(damaged)
+        assert train_bpe(text, 290).to_str() == first.to_str()
+        assert path.read_bytes() == stored
     assert first.decode(first.encode(text).ids) == text
 
 
@@ -268,7 +298,7 @@ def test_bpe_does_without_a_cache_it_cannot_write(
 
 
 def test_shakespeare_holds_out_a_play_and_has_a_bigram_baseline() -> None:
-    task = Shakespeare(vocab_size=512, context_length=64)
+    task = from_yaml("dataset/shakespeare", vocab_size=512, context_length=64)
     validation = task.tokenizer.decode(task.validation_tokens.tolist())
     assert validation.startswith("AS YOU LIKE IT")
     assert "the wise man knows himself to\nbe a fool" in validation
@@ -288,7 +318,13 @@ def test_shakespeare_holds_out_a_play_and_has_a_bigram_baseline() -> None:
 def test_text_file_splits_at_a_line_and_names_its_mistakes(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("\n".join(LINES))
-    task = TextFile(path=str(path), vocab_size=300, context_length=8, validation_fraction=0.25)
+    task = from_yaml(
+        "dataset/text_file",
+        path=str(path),
+        vocab_size=300,
+        context_length=8,
+        validation_fraction=0.25,
+    )
     parts = [
         task.tokenizer.decode(tokens.tolist())
         for tokens in (task.train_tokens, task.validation_tokens)
@@ -301,14 +337,17 @@ def test_text_file_splits_at_a_line_and_names_its_mistakes(tmp_path: Path) -> No
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     cases: dict[str, dict[str, object]] = {
-        r"dataset\.path=.*gone: no such": {"path": "gone"},
-        r"dataset\.path=.*binary\.txt: no readable": {"path": str(binary)},
-        r"dataset\.path=.*empty\.txt: no line break": {"path": str(empty)},
-        r"dataset\.vocab_size=10: ": {"path": str(path), "vocab_size": 10},
-        r"dataset\.context_length=0: ": {"path": str(path), "context_length": 0},
-        r"dataset\.validation_fraction=1\.0: ": {"path": str(path), "validation_fraction": 1.0},
+        r"dataset\.path: expected .* got gone$": {"path": "gone"},
+        r"dataset\.path: expected UTF-8 text, got .*binary\.txt": {"path": str(binary)},
+        r"dataset\.path: expected UTF-8 text.*empty\.txt \(it is empty\)$": {"path": str(empty)},
+        r"dataset\.vocab_size: .* got 10$": {"path": str(path), "vocab_size": 10},
+        r"dataset\.context_length: .* got 0$": {"path": str(path), "context_length": 0},
+        r"dataset\.validation_fraction: .* got 1\.0$": {
+            "path": str(path),
+            "validation_fraction": 1.0,
+        },
     }
     for message, keys in cases.items():
         with pytest.raises(UserError, match=message) as error:
-            TextFile(**keys)  # type: ignore[arg-type]
+            from_yaml("dataset/text_file", **keys)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)

@@ -1,31 +1,41 @@
+"""The fastest right backend computes each layer; plain PyTorch says what is right."""
+
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from padst_exp import dispatch
-from padst_exp.dispatch import backends, decision
+from padst_exp.dispatch import agreement, backends, timing
+from padst_exp.dst import Change
 from padst_exp.errors import UserError
-from padst_exp.layers import SparseLinear
+from padst_exp.layers import SparseLinear, sparse_layers
+from padst_exp.layers.sparse_conv import Window
+from padst_exp.permutations import RandomPermutation
 from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import NM, Backend, Block, Unstructured
-from padst_kernels.scatter import scatter_matmul
+from padst_kernels.entries import native as entries
+from padst_kernels.tiles import native as tiles
+from permutation_cases import learned
 
 CPU = torch.device("cpu")
+BACKENDS: list[Backend] = ["native", "torch", "scatter"]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Not of the compiled kernels, which would be compiled anew.
-    monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path)
-    return tmp_path / "decisions.json"
+    monkeypatch.setattr(timing, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(timing, "TIMING", 1e-4)
+    return tmp_path / "timings.json"
 
 
 def sleeping(milliseconds: float, calls: list[float]) -> Callable[[], object]:
@@ -36,240 +46,392 @@ def sleeping(milliseconds: float, calls: list[float]) -> Callable[[], object]:
     return call
 
 
-def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(32, 96), nn.Linear(96, 32), nn.Linear(32, 32))
-    sparsify(net, [Rule("0", split=3)], structure=NM(n=1, m=None, group=16), density=0.25)
-    sparsify(net, [Rule("1")], structure=Unstructured(), density=0.25)
-    return net
+class Net(nn.Module):
+    """Layers of every kind: tiles, single entries, convolutions, one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 3, padding=1)
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(48, 16)
+        self.unused = nn.Linear(16, 16)
+        tiled = [Rule("conv"), Rule("qkv", split=3), Rule("unused")]
+        learner = RandomPermutation(side="both")
+        structure = NM(n=1, m=None, group=16)
+        sparsify(self, tiled, structure=structure, density=0.25, learner=learner)
+        sparsify(self, [Rule("out")], structure=Unstructured(), density=0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.qkv(x=self.conv(x).flatten(2).transpose(1, 2)))
 
 
-def choose(net: nn.Module) -> dict[str, dispatch.Choice]:
-    x = torch.randn(3, 32)
-    return dispatch.choose(net, lambda: net(x), samples=2, device=CPU, compiled=False)
+def choose(net: nn.Module, *shape: int, samples: int = 2) -> dict[str, dispatch.Pick]:
+    x = torch.randn(1, *shape)
+    return dispatch.choose(net, lambda: net(x), samples=samples, device=CPU, compiled=False)
 
 
-def test_the_fastest_candidate_wins_and_is_measured_only_once(cache: Path) -> None:
+def layer(size: int = 64, **changes: Any) -> SparseLinear:
+    net = nn.Sequential(nn.Linear(64, size))
+    what = {"structure": Block(size=8, balanced=False), "density": 0.25, **changes}
+    sparsify(net, [Rule("0")], **what)
+    (found,) = sparse_layers(net).values()
+    return found
+
+
+def seconds(
+    found: SparseLinear,
+    names: list[Backend] = BACKENDS,
+    shape: tuple[int, ...] = (32, 64),
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> Mapping[str, float]:
+    given = dispatch.Input(shape, tuple(range(len(shape))), 32, dtype)
+    what = backends._description(found, names, given, compiled)
+    return backends._fastest(what, found, names, given, CPU).seconds
+
+
+def test_times_are_measured_once_and_kept(cache: Path) -> None:
     calls: list[float] = []
-    candidates = {"slow": sleeping(8, calls), "fast": sleeping(2, calls)}
-    reference = {"reference": sleeping(0, calls)}
-    first = dispatch.fastest({"a": 1}, lambda: {**candidates, **reference}, device=CPU)
-    assert first.choice == "fast"
-    assert first.seconds["slow"] > first.seconds["fast"] > first.seconds["reference"]
+    candidates = {"slow": sleeping(8, calls), "fast": sleeping(1, calls)}
+    first = dispatch.timings({"a": 1}, lambda: candidates, device=CPU)
+    assert first["slow"] > first["fast"] > 0
     measured = len(calls)
-    assert dispatch.fastest({"a": 1}, lambda: candidates, device=CPU) == first
+    assert dispatch.timings({"a": 1}, lambda: candidates, device=CPU) == first
     assert len(calls) == measured
-    dispatch.fastest({"a": 2}, lambda: candidates, device=CPU)
+    dispatch.timings({"a": 2}, lambda: candidates, device=CPU)
     assert len(calls) > measured
     assert len(json.loads(cache.read_text())) == 2
 
 
-def test_decisions_of_other_machines_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_other_machines_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
 
     def measured() -> bool:
         before = len(calls)
-        dispatch.fastest({}, lambda: {"only": sleeping(0.1, calls)}, device=CPU)
+        dispatch.timings({}, lambda: {"only": sleeping(0.1, calls)}, device=CPU)
         return len(calls) > before
 
     assert measured() and not measured()
     for module, name, other in (
-        (decision, "device_name", lambda device: "another"),
+        (timing, "device_name", lambda device: "another"),
         (torch, "get_num_threads", lambda: 77),
         (torch.backends.cpu, "get_cpu_capability", lambda: "SSE"),
         (torch, "__version__", "1.0"),
-        (decision, "_kernels_digest", lambda: "edited"),
+        (timing, "_kernels_digest", lambda: "edited"),
         # No compiler, then one.
-        (decision, "_libraries", list),
+        (timing, "_libraries", list),
     ):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, other)
+        with monkeypatch.context() as context:
+            context.setattr(module, name, other)
             assert measured(), name
     assert not measured()
 
 
 def test_processes_that_start_together_measure_once(tmp_path: Path) -> None:
-    code = (
-        "import sys, time, torch\n"
-        "from padst_exp import dispatch\n"
-        "def calls():\n"
-        "    open(sys.argv[1], 'a').write('measured ')\n"
-        "    return {'slow': lambda: time.sleep(0.05)}\n"
-        "dispatch.fastest({}, calls, device=torch.device('cpu'))\n"
-    )
     log = tmp_path / "log"
-    command = [sys.executable, "-c", code, str(log)]
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PADST_CACHE": str(tmp_path),
-        "CXX": "none",
-    }  # fmt: skip
-    for process in [subprocess.Popen(command, env=environment) for _ in range(3)]:
-        assert process.wait() == 0
+
+    def run() -> None:
+        def calls() -> dict[str, Callable[[], object]]:
+            with log.open("a") as file:
+                file.write("measured ")
+            return {"slow": sleeping(20, [])}
+
+        dispatch.timings({}, calls, device=CPU)
+
+    forked = [multiprocessing.get_context("fork").Process(target=run) for _ in range(3)]
+    for process in forked:
+        process.start()
+    for process in forked:
+        process.join()
+    assert [process.exitcode for process in forked] == [0, 0, 0]
     assert log.read_text() == "measured "
 
 
 def test_nothing_is_measured_while_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(RuntimeError, match="compiled or captured"):
-        dispatch.fastest({}, lambda: {"only": lambda: None}, device=CPU)
+        dispatch.timings({}, lambda: {"only": lambda: None}, device=CPU)
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", '{"key": 1}', '{"key": {"other": 2}}', "edited", "not a number"],
-)
-def test_a_damaged_cache_is_measured_anew(cache: Path, content: str) -> None:
-    if content in ("edited", "not a number"):
-        dispatch.fastest({}, lambda: {"only": lambda: None}, device=CPU)
-        ((key, entry),) = json.loads(cache.read_text()).items()
-        wrong = {"choice": "gone"} if content == "edited" else {"seconds": {"only": "fast"}}
-        content = json.dumps({key: {**entry, **wrong}})
-    cache.write_text(content)
-    calls: list[float] = []
-    found = dispatch.fastest({}, lambda: {"only": sleeping(1, calls)}, device=CPU)
-    assert found.choice == "only" and calls
-    assert len(json.loads(cache.read_text())) == 1
-
-
-def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_is_damaged_or_cannot_be_written_costs_nothing_but_time(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(decision, "cache_folder", lambda: tmp_path / "file")
     calls: list[float] = []
-    assert dispatch.fastest({}, lambda: {"x": sleeping(1, calls)}, device=CPU).choice == "x"
+
+    def measured() -> bool:
+        before = len(calls)
+        found = dispatch.timings({}, lambda: {"only": sleeping(0.1, calls)}, device=CPU)
+        assert found.keys() == {"only"} and found["only"] > 0
+        return len(calls) > before
+
+    assert measured()
+    ((key, _),) = json.loads(cache.read_text()).items()
+    wrong: list[object] = [[], {"key": 1}, {key: []}, {key: {}}, {key: {"only": "fast"}}]
+    wrong += [{key: {"only": 0}}, {key: {"only": None}}, 7]
+    for content in ["", "{", *(json.dumps(one) for one in wrong)]:
+        cache.write_text(content)
+        assert measured(), content
+        assert not measured(), content
+    (cache.parent / "file").touch()
+    monkeypatch.setattr(timing, "cache_folder", lambda: cache.parent / "file")
+    assert measured() and measured()
 
 
-def test_every_product_gets_a_backend_that_it_has_and_computes_the_same() -> None:
-    net = model()
-    x = torch.randn(5, 32)
+def test_every_layer_gets_the_fastest_of_its_backends_and_computes_the_same() -> None:
+    net, x = Net(), torch.randn(3, 8, 5, 6)
     before = net(x)
-    choices = choose(net)
-    assert choices.keys() == {"0.products.0", "1.products.0"}
-    assert choices["0.products.0"].tokens == 8  # of 6
-    for name, layer in net.named_modules():
-        if isinstance(layer, SparseLinear):
-            for part, product in enumerate(layer.parts()):
-                choice = choices[f"{name}.products.{part}"]
-                assert product.backend == choice.backend
-                assert choice.backend in product.backends(CPU)
-                assert choice.speedup is not None and choice.speedup > 0
-                assert choice.seconds[choice.backend] == min(
-                    choice.seconds[backend] for backend in product.backends(CPU)
-                )
+    picks = choose(net, 8, 5, 6)
+    layers = sparse_layers(net)
+    assert picks.keys() == layers.keys()
+    # Of 2 samples with 30 positions: whole samples for a convolution, else a power of two.
+    assert {name: pick.tokens for name, pick in picks.items()} == {
+        "conv": 60, "qkv": 64, "out": 64, "unused": 0
+    }  # fmt: skip
+    for name, pick in picks.items():
+        assert layers[name].backend == pick.backend
+        if name == "unused":
+            # Nothing runs that nothing proves.
+            assert pick == dispatch.Pick("torch")
+            continue
+        assert pick.seconds.keys() == {*BACKENDS, "dense"} and pick.dtype == "float32"
+        assert pick.seconds[pick.backend] == min(pick.seconds[one] for one in BACKENDS)
+        assert pick.speedup == pick.seconds["dense"] / pick.seconds[pick.backend]
     torch.testing.assert_close(net(x), before)
 
 
-def doubled(y: torch.Tensor) -> torch.Tensor:
-    return 2 * y
+def larger(y: Tensor) -> Tensor:
+    return 1.5 * y
 
 
-def nan_gradient(y: torch.Tensor) -> torch.Tensor:
-    y.register_hook(lambda dy: dy * torch.nan)
+def one_row_wrong(y: Tensor) -> Tensor:
+    """As a kernel that loses the edge of a weight; in the norm of the whole this is little."""
+    y = y.clone()
+    y[..., -1] = 0
     return y
 
 
-def failing(y: torch.Tensor) -> torch.Tensor:
+def not_a_number(y: Tensor) -> Tensor:
+    y = y.clone()
+    y.view(-1)[0] = torch.nan
+    return y
+
+
+def failing(y: Tensor) -> Tensor:
     class OutOfResources(Exception):  # as Triton's is
         pass
 
     raise OutOfResources("out of resource: shared memory")
 
 
-@pytest.mark.parametrize("spoil", [doubled, nan_gradient, failing])
-def test_a_backend_that_computes_something_else_is_not_chosen(
-    spoil: Callable[[torch.Tensor], torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+SPOILERS = [larger, one_row_wrong, not_a_number, failing]
+PASSES = [
+    (tiles, "product"), (tiles, "input_gradient"), (tiles, "weight_gradient"),
+    (entries, "product"), (entries, "input_gradient"), (entries, "values_gradient"),
+]  # fmt: skip
+
+
+@contextmanager
+def spoiled(*where: tuple[object, str], by: Callable[[Tensor], Tensor] = larger) -> Iterator[None]:
+    """Let functions return something else."""
+    with ExitStack() as stack:
+        for owner, name in where:
+            right = getattr(owner, name)
+
+            def wrong(*arguments: Any, right: Any = right, **named: Any) -> Tensor:
+                y = right(*arguments, **named)
+                assert y is not None, "there is no compiled kernel here"
+                return by(y)
+
+            stack.enter_context(patch.object(owner, name, wrong))
+        yield
+
+
+@pytest.mark.parametrize("module", [tiles, entries])
+def test_a_wrong_compiled_kernel_is_refused(
+    module: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def wrong(x: torch.Tensor, *rest: object) -> torch.Tensor:
-        return spoil(scatter_matmul(x, *rest))  # type: ignore[arg-type]
+    """Forward and in each gradient, and the layer is right afterwards."""
 
-    monkeypatch.setattr("padst_exp.structures.forms.scatter_matmul", wrong)
-    layout = Block(size=8, balanced=False).layout(32, 32, 0.25)
-    arguments = ["torch", "dense"], 4, torch.float32, CPU, False
-    found = backends.training_decision([layout], *arguments)  # type: ignore[arg-type]
-    assert found.choice == "torch" and "dense" not in found.seconds
-    assert "dense is not used" in caplog.text
+    def measure(calls: Mapping[str, object], device: torch.device) -> dict[str, float]:
+        order = ["native", "scatter", "torch", "dense"]
+        return {name: float(order.index(name) + 1) for name in calls}
+
+    structure = Unstructured() if module is entries else NM(n=1, m=None, group=16)
+    net = nn.Sequential(nn.Linear(128, 1024))
+    sparsify(net, [Rule("0")], structure=structure, density=0.1)
+    x = torch.randn(64, 128)
+    weight, bias = net[0].weight.detach(), net[0].bias.detach()
+    names = [name for owner, name in PASSES if owner is module]
+    monkeypatch.setattr(timing, "measure", measure)
+    assert choose(net, 128, samples=64)["0"].backend == "native"
+    for name, spoil in ((name, spoil) for name in names for spoil in SPOILERS):
+        if spoil is one_row_wrong and name == "values_gradient":
+            continue  # it has no rows
+        caplog.clear()
+        with spoiled((module, name), by=spoil):
+            # Whatever is known of its speed.
+            picks = choose(net, 128, samples=64)
+            assert picks["0"].seconds.keys() == {"torch", "scatter", "dense"}, (name, spoil)
+            torch.testing.assert_close(net(x), x @ weight.T + bias)
+        reason = "out of resource" if spoil is failing else "its results differ by"
+        assert f"backend native is not used here: {reason}" in caplog.text
+    # Of one that was wrong when times were taken there are none.
+    cache.unlink()
+    with spoiled((module, names[0])):
+        choose(net, 128, samples=64)
+    assert choose(net, 128, samples=64)["0"].backend != "native"
 
 
-def test_decisions_depend_on_all_that_a_product_meets(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[int] = []
+def test_every_candidate_is_judged_by_dense_weights() -> None:
+    """Whichever comes first, and all of them."""
+    scatter = "padst_exp.structures.product.scatter_matmul"
+    found = layer()
+    with patch(scatter, lambda x, *rest: x.new_ones(*x.shape[:-1], rest[-1], requires_grad=True)):
+        assert seconds(found).keys() == {"native", "torch", "dense"}
+    everything = [(backends.SparseLinear, "forward")]
+    with (
+        spoiled(*everything),
+        pytest.raises(UserError, match=r"^backend: none of native, torch computes"),
+    ):
+        seconds(found, ["native", "torch"])
+    # Values that are all zero prove nothing about a kernel.
+    with torch.no_grad():
+        for weight in found.parts():
+            weight.values.zero_()
+    with spoiled((tiles, "product")):
+        assert "native" not in seconds(found, shape=(16, 64))
 
-    def passes(layouts: object, names: list[str], tokens: int, *rest: object) -> dict[str, object]:
-        measured.append(tokens)
-        return {name: lambda: None for name in (*names, "reference")}
 
-    monkeypatch.setattr(backends, "_passes", passes)
+def test_what_differs_in_one_slice_differs() -> None:
+    expected = torch.randn(300, 2000)
+    assert dispatch.difference(expected, expected) == 0.0
+    assert dispatch.difference(1.01 * expected, expected) == pytest.approx(0.01, rel=1e-3)
+    for slices in ((slice(None), 7), (11, slice(None))):
+        other = expected.clone()
+        other[slices] = 0
+        assert dispatch.difference(other, expected) == pytest.approx(1 / agreement.SLICE, rel=0.1)
+    # A single outlier is the worse the fewer numbers there are beside it.
+    other = expected.clone()
+    other[3, 4] += expected[3].norm()
+    assert dispatch.difference(other, expected) > 1 / agreement.SLICE
+    zeros = torch.zeros(2, 3)
+    assert dispatch.difference(zeros, zeros) == 0.0 < dispatch.difference(zeros + 1e-9, zeros)
+    assert dispatch.difference(torch.empty(0, 3), torch.empty(0, 3)) == 0.0
+    for bad in (torch.nan, torch.inf):
+        other = expected.clone()
+        other[5, 6] = bad
+        assert not dispatch.difference(other, expected) < 1
 
-    def decide(size: int = 64, tokens: int = 100, **changes: object) -> int:
-        arguments: dict[str, object] = {
-            "backends": ["torch", "dense"], "dtype": torch.float32, "compiled": False,
-            "permuted": (False, False), **changes,
-        }  # fmt: skip
-        layout = Block(size=8, balanced=False).layout(size, 64, 0.25)
-        backends.training_decision([layout], tokens=tokens, device=CPU, **arguments)  # type: ignore[arg-type]
-        return len(measured)
 
-    assert decide() == 1
-    assert decide(tokens=128) == decide(tokens=65) == 1  # one bucket, measured at its end
-    changes = [
-        {"size": 72}, {"tokens": 129}, {"dtype": torch.bfloat16}, {"compiled": True},
-        {"permuted": (False, True)}, {"permuted": (True, False)}, {"backends": ["torch"]},
-    ]  # fmt: skip
-    for number, change in enumerate(changes, 2):
-        assert decide(**change) == number, change  # type: ignore[arg-type]
-    assert measured[:3] == [128, 128, 256]
-    assert decide(tokens=10**6) == decide(tokens=1024)
+def test_convolutions_are_measured_as_convolutions() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False))
+    sparsify(net, [Rule("0")], structure=Block(size=8, balanced=False), density=0.5)
+    # 64 x 48 positions, 768 outputs a sample: the limit allows one.
+    (pick,) = choose(net, 8, 64, 48, samples=5).values()
+    assert pick.tokens == 768
+    (pick,) = choose(net, 8, 8, 8, samples=5).values()
+    assert pick.tokens == 8 * 16
+    # Wrong patches are known by a right convolution.
+    with spoiled((Window, "patches"), by=lambda y: (2 * y[0], y[1])):  # type: ignore[arg-type,return-value]
+        (pick,) = choose(net, 8, 8, 10, samples=5).values()
+    assert pick.backend == "scatter" and pick.seconds.keys() == {"scatter", "dense"}
+
+
+def test_times_depend_on_all_that_a_layer_meets(cache: Path) -> None:
+    def measured(found: SparseLinear, **changes: Any) -> bool:
+        before = cache.read_text() if cache.exists() else ""
+        seconds(found, changes.pop("names", ["torch"]), **changes)
+        return cache.read_text() != before
+
+    assert measured(layer()) and not measured(layer()) and not measured(layer(seed=1))
+    assert measured(layer(size=72)) and measured(layer(structure=NM(n=1, m=None, group=8)))
+    for changes in (
+        {"shape": (64, 64)}, {"dtype": torch.bfloat16}, {"compiled": True},
+        {"names": ["torch", "scatter"]},
+    ):  # fmt: skip
+        assert measured(layer(), **changes), changes
+    for side in ("in", "out", "both"):
+        assert measured(layer(learner=RandomPermutation(side=side)))  # type: ignore[arg-type]
+        # Soft ones are measured as what they become.
+        assert not measured(layer(learner=learned(side=side)))
+    assert measured(layer(density=0.5))
+    reordered, uneven = layer(), layer(structure=NM(n=1, m=None, group=8))
+    (weight,) = reordered.parts()
+    weight.adopt(Change(weight.active.long(), row_order=torch.randperm(64)))
+    assert measured(reordered)
+    # As many units, but of uneven counts fewer merge to one tile.
+    (weight,) = uneven.parts()
+    active = weight.active.long()
+    free = next(unit for unit in range(64) if unit not in active)
+    weight.adopt(Change(torch.cat([active[:16], active[17:], active.new_tensor([free])]).sort()[0]))
+    assert measured(uneven)
+    conv = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 3, stride=2))
+    sparsify(conv, [Rule("?")], structure=Block(size=8, balanced=False), density=0.5)
+    first, second = sparse_layers(conv).values()
+    assert measured(first, shape=(2, 8, 9, 9)) and measured(second, shape=(2, 8, 9, 9))
+    assert not measured(first, shape=(2, 8, 9, 9))
 
 
 def test_backends_that_may_not_run_are_not_measured() -> None:
-    net, x = model(), torch.randn(3, 32)
+    net, x = Net(), torch.randn(1, 8, 5, 6)
 
-    def chosen(*allowed: Backend) -> list[dispatch.Choice]:
-        found = dispatch.choose(
+    def chosen(*allowed: Backend) -> dict[str, dispatch.Pick]:
+        return dispatch.choose(
             net, lambda: net(x), samples=2, device=CPU, compiled=False, allowed=allowed
         )
-        return list(found.values())
 
-    for choice in chosen("dense", "triton"):
-        assert choice.backend == "dense" and choice.seconds.keys() == {"dense", "reference"}
+    picks = chosen("scatter", "triton")
+    assert {pick.backend for pick in picks.values()} == {"scatter"}
+    assert picks["qkv"].seconds.keys() == {"scatter", "dense"}
     with pytest.raises(ValueError, match="no backend is left"):
         chosen("triton")
 
 
-def test_forced_backends() -> None:
-    net = model()
-    x = torch.randn(5, 32)
+def test_torch_is_plain_pytorch_and_what_is_forced_is_used() -> None:
+    net, x = Net(), torch.randn(3, 8, 5, 6)
     before = net(x)
-    choices = dispatch.forced(net, "dense", CPU)
-    assert {choice.backend for choice in choices.values()} == {"dense"}
+    picks = dispatch.forced(net, "scatter", CPU)
+    assert {pick.backend for pick in picks.values()} == {"scatter"}
     torch.testing.assert_close(net(x), before)
-    for backend in ("triton", "cuda"):
-        with pytest.raises(UserError, match=rf"^backend: {backend} needs a GPU"):
-            dispatch.forced(net, backend, CPU)  # type: ignore[arg-type]
+    dispatch.forced(net, "torch", CPU)
+    with spoiled(*PASSES, by=failing):
+        y = net(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, before)
+        # Nothing unproven runs while the example shows what is to be measured.
+        choose(net, 8, 5, 6)
+    gpu = torch.device("cuda")
+    cases = [("triton", CPU, "CPU"), ("cuda", CPU, "CPU"), ("native", gpu, "GPU")]
+    for backend, device, name in cases:
+        wanted = rf"^backend: expected one for this device, a {name} \(auto, .*\), got {backend}$"
+        with pytest.raises(UserError, match=wanted):
+            dispatch.forced(net, backend, device)  # type: ignore[arg-type]
+    for backend in ("auto", "torch", "scatter"):
+        dispatch.require_device(backend, gpu)
+        dispatch.require_device(backend, CPU)
 
 
-def test_saved_choices_are_restored_where_they_fit_only() -> None:
-    net = model()
-    choices = choose(net)
-    saved = dispatch.save(choices, CPU)
-    assert dispatch.restore(saved, net, CPU) == choices
-    (first, choice), *others = saved["choices"].items()
+def test_saved_picks_are_restored_where_they_fit_only() -> None:
+    net = Net()
+    picks = choose(net, 8, 5, 6)
+    saved = json.loads(json.dumps(dispatch.save(picks, CPU)))
+    assert dispatch.restore(saved, net, CPU) == picks
+    (first, pick), *others = saved["picks"].items()
     for wrong in (
         None,
         {**saved, "device": "another"},
         {"device": saved["device"]},
-        {**saved, "choices": dict(others)},
-        {**saved, "choices": {**saved["choices"], "2.products.0": choice}},
-        {**saved, "choices": {**saved["choices"], first: {**choice, "backend": "triton"}}},
-        {**saved, "choices": {**saved["choices"], first: {**choice, "other": 1}}},
+        {**saved, "picks": dict(others)},
+        {**saved, "picks": {**saved["picks"], "2": pick}},
+        {**saved, "picks": {**saved["picks"], first: {**pick, "backend": "triton"}}},
+        {**saved, "picks": {**saved["picks"], first: {**pick, "backend": "dense"}}},
+        {**saved, "picks": {**saved["picks"], first: {**pick, "other": 1}}},
     ):
         assert dispatch.restore(wrong, net, CPU) is None
 
 
-def test_masked_storage_is_dense_and_not_measured() -> None:
+def test_masked_storage_is_plain_pytorch_and_not_measured(cache: Path) -> None:
     net = nn.Sequential(nn.Linear(32, 32))
     sparsify(net, [Rule("0")], structure=Unstructured(), density=0.25, storage="masked")
-    (choice,) = choose(net).values()
-    assert choice == dispatch.Choice("dense", 0, "", {})
+    (pick,) = choose(net, 32).values()
+    assert pick == dispatch.Pick("torch") and pick.speedup is None and not cache.exists()

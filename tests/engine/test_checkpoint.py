@@ -35,14 +35,15 @@ def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
         checkpoint.read(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_cut_file_is_refused(tmp_path: Path, share: float) -> None:
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     checkpoint.write(payload(1), path)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match=r"^\S*x\.pt: damaged") as caught:
-        checkpoint.read(path)
-    assert "\n" not in str(caught.value)
+    whole = path.read_bytes()
+    for share in (0.0, 0.1, 0.5, 0.99):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(UserError, match=r"^\S*x\.pt: damaged") as caught:
+            checkpoint.read(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -94,9 +95,9 @@ def test_a_bug_is_not_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_last_best_and_earlier_ones(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    checkpoints = Checkpoints(tmp_path)
     for step in range(1, 6):
-        checkpoints.save(payload(step), is_best=step == 2)
+        checkpoints.save(payload(step), is_best=step == 2, keep_last=3)
     steps = {path.name: checkpoint.read(path)["step"] for path in tmp_path.iterdir()}
     assert steps == {"last.pt": 5, "best.pt": 2, "step-000000004.pt": 4, "step-000000003.pt": 3}
 
@@ -107,7 +108,29 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(os, "link", refuse)
     Checkpoints(tmp_path).save(payload(3), is_best=True)
-    assert checkpoint.read(tmp_path / "best.pt")["step"] == 3
+    for name in ("best.pt", "last.pt"):
+        assert checkpoint.read(tmp_path / name)["step"] == 3
+
+
+def test_a_kill_between_best_and_last_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(payload(1), is_best=True)
+    with monkeypatch.context() as patch:
+        # By then one of two files is written.
+        patch.setattr(os, "link", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.save(payload(2), is_best=True)
+    steps = {name: checkpoint.read(tmp_path / name)["step"] for name in ("best.pt", "last.pt")}
+    # The one that resumes will write the other again.
+    assert steps == {"best.pt": 2, "last.pt": 1}
+
+
+def test_what_a_kill_left_is_swept_up(tmp_path: Path) -> None:
+    (tmp_path / ".last.pt.0123.tmp").write_bytes(b"half a checkpoint")
+    Checkpoints(tmp_path).save(payload(3), is_best=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "last.pt"}
 
 
 def test_another_configuration_is_named() -> None:

@@ -1,71 +1,61 @@
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from engine.toy import timeless, toy_run, toy_trainer
+from engine.moving import Moving
+from engine.toy import double, start_ranks, toy_run
 from padst_exp.engine import checkpoint, distributed
 from padst_exp.engine.distributed import World
 from padst_exp.engine.run_directory import read_metrics
 from padst_exp.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 
-
-def run_ranks(folder: Path, ranks: int) -> None:
-    """Start the toy training in `ranks` processes and wait for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("src", "kernels", "tests")),
-    }
-    script = str(Path(__file__).with_name("one_rank.py"))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(ranks)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)
+def both_runs(world: World, root: Path) -> None:
+    """One with updates by dense gradients, and one in which all that may move does."""
+    toy_run(root, name="rigl", world=world, **double(world.size))
+    toy_run(root, name="moving", world=world, algorithm=Moving(), **double(world.size))
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    """With four rewirings and two hardenings, in float64, on the same global batches."""
-    run_ranks(tmp_path / "two", 2)
-    toy_run(
-        tmp_path / "one", trainer=toy_trainer(precision="float64", micro_batches=4), dropout=0.0
-    )
-    one, two = tmp_path / "one" / "toy", tmp_path / "two" / "toy"
-    first, second = (checkpoint.read(path / "checkpoints" / "last.pt") for path in (one, two))
+    """On the same global batches in float64: changes, hardenings, metrics, checkpoints."""
+    processes = start_ranks(both_runs, tmp_path / "two", ranks=2)
+    both_runs(World(), tmp_path / "one")
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    for name in ("rigl", "moving"):
+        paths = [tmp_path / number / name for number in ("one", "two")]
+        check_equal_states(*(checkpoint.read(path / "checkpoints" / "last.pt") for path in paths))
+        rows = [read_metrics(path / "metrics.jsonl") for path in paths]
+        check_equal_rows(*rows)
+        kinds = [row["of"] for row in rows[0] if row["kind"] == "harden"]
+        assert kinds.count("permutation") == 2 and kinds.count("selection") == (name == "moving")
+
+
+def check_equal_states(one: Mapping[str, Any], two: Mapping[str, Any]) -> None:
     for part in ("model", "average"):
-        for name, tensor in first[part].items():
+        assert one[part].keys() == two[part].keys()
+        for name, tensor in one[part].items():
             if tensor.is_floating_point():
-                torch.testing.assert_close(second[part][name], tensor, rtol=0, atol=1e-9)
+                torch.testing.assert_close(two[part][name], tensor, rtol=0, atol=1e-9)
             else:
-                assert torch.equal(second[part][name], tensor), name
-    assert first["topology"]["replaced"] == second["topology"]["replaced"]
-    rows = [timeless(read_metrics(path / "metrics.jsonl")) for path in (one, two)]
-    assert [(row["kind"], row["step"]) for row in rows[0]] == [
-        (row["kind"], row["step"]) for row in rows[1]
+                assert torch.equal(two[part][name], tensor), name
+    assert one["topology"]["replaced"] == two["topology"]["replaced"]
+    assert sum(one["topology"]["replaced"].values()) > 0
+    assert len(one["random"]) == 1 and len(two["random"]) == 2
+
+
+def check_equal_rows(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+    assert [(row["kind"], row["step"]) for row in one] == [
+        (row["kind"], row["step"]) for row in two
     ]
-    for row, other in zip(*rows, strict=True):
-        for key in row.keys() & {"loss", "accuracy", "loss_before", "loss_after", "grad_norm"}:
+    compared = {"loss", "accuracy", "loss_before", "loss_after", "grad_norm", "penalty", "density"}
+    for row, other in zip(one, two, strict=True):
+        for key in row.keys() & compared:
             assert other[key] == pytest.approx(row[key], abs=1e-9), row
-    assert len(second["random"]) == 2
 
 
 def test_alone_nothing_is_communicated() -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from from_yaml import from_yaml
 from padst_exp.engine import progress
-from padst_exp.engine.loggers import NoLogger, Wandb
+from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.progress import Progress
 
 
@@ -18,7 +19,7 @@ class FailingRun:
 def test_a_failing_service_costs_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logger = Wandb()
+    logger = from_yaml("logger/wandb")
     monkeypatch.setattr(logger, "_init", lambda *_: FailingRun())
     logger.start(tmp_path, {})
     for step in range(3):
@@ -31,7 +32,7 @@ def test_a_failing_service_costs_one_line(
 def test_a_service_that_does_not_start_is_survived(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logger = Wandb()
+    logger = from_yaml("logger/wandb")
     monkeypatch.setattr(logger, "_init", lambda *_: 1 / 0)
     logger.start(tmp_path, {})
     logger.log(1, {"loss": 1.0})
@@ -43,8 +44,8 @@ def test_a_service_that_does_not_start_is_survived(
 def test_offline_needs_no_account(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from padst_exp.engine.loggers import Wandb
-logger = Wandb(tags=("t",), group="g")
+from from_yaml import from_yaml
+logger = from_yaml("logger/wandb", tags=["t"], group="g")
 logger.start(Path({str(tmp_path)!r}), {{"seed": 0}})
 assert logger._run is not None
 logger.log(1, {{"loss": 0.5}})
@@ -57,7 +58,7 @@ logger.finish({{"best": {{"loss": 0.5}}, "none": None, "events": [{{"x": 1}}]}})
         text=True,
         timeout=120,
         env={
-            "PYTHONPATH": f"{root / 'src'}:{root / 'kernels'}",
+            "PYTHONPATH": f"{root / 'src'}:{root / 'kernels'}:{root / 'tests'}",
             "HOME": str(tmp_path),
             "PATH": "/usr/bin:/bin",
         },

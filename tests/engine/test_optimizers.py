@@ -1,18 +1,25 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from engine.toy import toy_learner, toy_model
-from padst_exp.engine.optimizers import SGD, AdamW, AgeAwareAdamW, birth_dtype, parameter_roles
+from engine.moving import Moving
+from engine.toy import toy_experiment
+from from_yaml import from_yaml
+from padst_exp.engine.optimizers import AgeAwareAdamW, birth_dtype, parameter_roles
 from padst_exp.errors import UserError
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 0.05}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_a_grown_entry_moves_as_under_a_fresh_adamw(dtype: torch.dtype, tolerance: float) -> None:
+def test_a_grown_entry_moves_as_under_a_fresh_adamw() -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        check_grown_entry(dtype, tolerance)
+
+
+def check_grown_entry(dtype: torch.dtype, tolerance: float) -> None:
     birth, steps = 57, 40
     gradients = torch.randn(birth + steps, 2, 3, dtype=dtype)
     old = nn.Parameter(torch.randn(2, 3, dtype=dtype))
@@ -62,7 +69,8 @@ def test_more_births_than_two_bytes_can_tell_apart() -> None:
 
 
 def test_roles_and_groups() -> None:
-    model, _ = toy_model(toy_learner())
+    model = toy_experiment(algorithm=Moving()).model
+    assert isinstance(model, nn.Sequential)
     model.append(nn.Embedding(3, 4))
     model.token = nn.Parameter(torch.zeros(1, 1, 4))
     roles = {name: role for name, (role, _) in parameter_roles(model).items()}
@@ -78,7 +86,7 @@ def test_roles_and_groups() -> None:
         "6.bias": "bias",
         "7.weight": "embedding",
     }
-    optimizer, _ = AdamW(lr=0.1, weight_decay=0.3).create(model, 10)
+    optimizer, _ = from_yaml("optimizer/adamw", lr=0.1, weight_decay=0.3).create(model, 10)
     decays = {group["role"]: group["weight_decay"] for group in optimizer.param_groups}
     assert decays == {"packed": 0.3, "weight": 0.3, "bias": 0, "norm": 0, "embedding": 0}
 
@@ -89,33 +97,34 @@ def test_a_tied_weight_is_one_embedding() -> None:
     assert [role for role, _ in parameter_roles(model).values()] == ["embedding"]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "middle", "final"),
-    [("cosine", 0.055, 0.01), ("linear", 0.055, 0.01), ("constant", 0.1, 0.1)],
-)
-def test_schedules(schedule: str, middle: float, final: float) -> None:
-    model = nn.Linear(2, 2)
-    builder = SGD(lr=0.1, warmup=0.2, schedule=schedule, min_lr=0.01)
-    optimizer, scheduler = builder.create(model, 100)
-    rates = []
-    for step in range(1, 101):
+def test_schedules() -> None:
+    ends: list[tuple[Any, float, float]] = [
+        ("cosine", 0.055, 0.01),
+        ("linear", 0.055, 0.01),
+        ("constant", 0.1, 0.1),
+        ([[0.5, 0.3], [0.8, 0.05]], 0.03, 0.005),
+    ]
+    for schedule, middle, final in ends:
+        builder = from_yaml("optimizer/sgd", lr=0.1, warmup=0.2, schedule=schedule, min_lr=0.01)
+        optimizer, scheduler = builder.create(nn.Linear(2, 2), 100)
+        rates = []
+        for step in range(1, 101):
+            rates.append(optimizer.param_groups[0]["lr"])
+            scheduler.step_update(step)
         rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step_update(step)
-    rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(0.005) and rates[10] == pytest.approx(0.0525)
-    assert rates[20] == pytest.approx(0.1) and rates[60] == pytest.approx(middle)
-    assert rates[100] == pytest.approx(final)
+        assert rates[0] == pytest.approx(0.005) and rates[10] == pytest.approx(0.0525)
+        assert rates[20] == pytest.approx(0.1) and rates[60] == pytest.approx(middle), schedule
+        assert rates[100] == pytest.approx(final), schedule
 
 
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"lr": 0.0}, "lr"),
-        ({"lr": 0.1, "warmup": 1.0}, "warmup"),
-        ({"lr": 0.1, "min_lr": 0.2}, "min_lr"),
-        ({"lr": 0.1, "betas": (0.9, 1.0)}, "betas"),
-    ],
-)
-def test_mistakes_name_the_key(settings: dict[str, float], key: str) -> None:
-    with pytest.raises(UserError, match=rf"^optimizer\.{key}: expected .*, got"):
-        AdamW(**settings)
+def test_mistakes_name_the_key() -> None:
+    mistakes = {
+        "lr": 0.0,
+        "warmup": 1.0,
+        "min_lr": 0.2,
+        "betas": (0.9, 1.0),
+        "schedule": [[1.5, 0.1]],
+    }
+    for key, value in mistakes.items():
+        with pytest.raises(UserError, match=rf"^optimizer\.{key}: expected .*, got"):
+            from_yaml("optimizer/adamw", **{"lr": 0.1, key: value})

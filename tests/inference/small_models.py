@@ -1,16 +1,20 @@
-"""Trained-looking small models: every structure, permutations in every phase of their life."""
+"""Small models as a training leaves them: every structure, choices in every phase of their life."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.layers import permutations
+from padst_exp.inference import pack
+from padst_exp.inference.files import write
+from padst_exp.inference.packing import harden
 from padst_exp.models.language import gpt2
 from padst_exp.models.vision import vit
-from padst_exp.permutations import DoublyStochastic, RandomPermutation
-from padst_exp.sparsify import Report, Rule, sparsify
+from padst_exp.permutations import RandomPermutation
+from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import Storage
+from permutation_cases import learned
 from structure_cases import STRUCTURES
 
 Life = Literal["none", "random", "hardened", "soft"]
@@ -28,7 +32,7 @@ RULES = {
 TILED = [
     name
     for name, structure in STRUCTURES.items()
-    if structure.layout(64, 64, 0.3).tile_shape is not None
+    if structure.geometry(64, 64, 0.3).tiling() is not None
 ]
 TARGETS = {"vit": "padst_exp.models.vision.vit", "gpt2": "padst_exp.models.language.gpt2"}
 ARGUMENTS = {
@@ -44,7 +48,7 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def dense_model(family: Family, dim: int, heads: int) -> nn.Module:
+def dense_model(family: Family, dim: int = 64, heads: int = 2) -> nn.Module:
     """A model with nothing at its initial value that would hide a mistake."""
     torch.manual_seed(0)
     build = {"vit": vit, "gpt2": gpt2}[family]
@@ -55,7 +59,7 @@ def dense_model(family: Family, dim: int, heads: int) -> nn.Module:
     return model.eval()
 
 
-def constructor(family: Family, dim: int, heads: int) -> dict[str, object]:
+def constructor(family: Family, dim: int = 64, heads: int = 2) -> dict[str, object]:
     return {
         "_target_": TARGETS[family],
         "arguments": {"dim": dim, "heads": heads, **ARGUMENTS[family]},
@@ -71,26 +75,41 @@ def sparse_model(
     heads: int = 2,
     storage: Storage = "packed",
     density: float = 0.3,
-) -> tuple[nn.Module, Report]:
+    low_rank: int = 0,
+) -> nn.Module:
     """A sparse model in eval mode, as a training would leave it."""
     model = dense_model(family, dim, heads)
     learner = {
         "none": None,
         "random": RandomPermutation(side="both"),
-        "hardened": DoublyStochastic(side="both"),
-        "soft": DoublyStochastic(side="both"),
+        "hardened": learned(),
+        "soft": learned(),
     }[life]
-    report = sparsify(
+    sparsify(
         model, RULES[family], structure=STRUCTURES[structure], density=density, learner=learner,
-        storage=storage,
+        storage=storage, low_rank=low_rank,
     )  # fmt: skip
     if life == "hardened":
-        for permutation in permutations(model).values():
-            permutation.harden()
-    return model.eval(), report
+        harden(model)
+    return model.eval()
 
 
 def example(family: Family, batch: int = 3) -> Tensor:
     if family == "vit":
         return torch.randn(batch, 1, 12, 12)
     return torch.randint(13, (batch, 9))
+
+
+def exported(folder: Path, model: nn.Module, constructor: object = "") -> Path:
+    """Harden, pack and write `model`, as the entry point does."""
+    harden(model)
+    description = {"model": constructor, "layers": pack(model), "config": ""}
+    write(folder, model.state_dict(), description, extra={}, overwrite=False)
+    return folder
+
+
+def assert_equal(found: Tensor, expected: Tensor, case: object, tolerance: float = 1e-5) -> None:
+    """Equal up to rounding; `case` names what was tried."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype, case
+    error = (found - expected).detach().float().norm()
+    assert error <= tolerance * expected.detach().float().norm(), (case, float(error))

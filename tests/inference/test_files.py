@@ -4,35 +4,28 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from inference.small_models import constructor, dense_model, example, sparse_model
-from inference.test_packing import exported
+from inference.small_models import (
+    assert_equal,
+    constructor,
+    dense_model,
+    example,
+    exported,
+    sparse_model,
+)
 from padst_exp.errors import UserError
 from padst_exp.inference import files, load
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    model, _ = sparse_model("vit", "nm-16", "random")
-    return exported(tmp_path / "export", model, "vit")
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = folder / "model.json"
-    description = json.loads(path.read_text())
-    change(description)
-    path.write_text(json.dumps(description))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors")
+    model = sparse_model("vit", "nm-16", "random", low_rank=2)
+    return exported(tmp_path / "export", model, constructor("vit"))
 
 
 def test_an_export_is_not_replaced_unasked(folder: Path) -> None:
@@ -47,18 +40,14 @@ def test_an_export_is_not_replaced_unasked(folder: Path) -> None:
     assert os.listdir(folder.parent) == ["export"]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_foreign_folder_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
+def test_what_is_no_export_or_more_than_one_is_never_touched(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"^out: .*home exists and is no export"):
-        files.write(tmp_path / "home", {}, {}, extra={}, overwrite=overwrite)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"^out: .*file exists and is no export"):
-        files.write(tmp_path / "file", {}, {}, extra={}, overwrite=overwrite)
-
-
-def test_what_else_lies_in_an_export_is_not_lost(folder: Path) -> None:
+    for overwrite in (False, True):
+        for name in ("home", "file"):
+            with pytest.raises(UserError, match=rf"^out: .*{name} exists and is no export"):
+                files.write(tmp_path / name, {}, {}, extra={}, overwrite=overwrite)
     (folder / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"^out: .* also holds notes.txt, which would be lost"):
         files.write(folder, {}, {}, extra={}, overwrite=True)
@@ -73,39 +62,38 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "model.json").exists()
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sync", "_replace"])
-def test_a_full_disk_changes_nothing(
-    folder: Path, failing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fails_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any step: writing, syncing, moving the old export out of the way, or the new one in."""
+    replace = os.replace
+
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(files, failing, full)
-    with pytest.raises(UserError, match=r"^out: cannot write .*No space left.*nothing was changed"):
-        files.write(folder, {"w": torch.ones(2)}, {}, extra={}, overwrite=True)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert os.listdir(folder.parent) == ["export"]
+    def failing(call: int) -> Callable[[Path, Path], None]:
+        calls: list[Path] = []
 
+        def one_fails(source: Path, target: Path) -> None:
+            calls.append(target)
+            if len(calls) == call:
+                full()
+            replace(source, target)
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_an_export_that_cannot_take_its_place_leaves_the_old_one(
-    folder: Path, failing: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replace, calls = os.replace, []
-
-    def one_fails(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) == failing:
-            raise OSError(5, "Input/output error")
-        replace(source, target)
+        return one_fails
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(os, "replace", one_fails)
-    with pytest.raises(UserError, match="nothing was changed"):
-        files.write(folder, {"w": torch.ones(2)}, {}, extra={}, overwrite=True)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert os.listdir(folder.parent) == ["export"]
+    for owner, name, wrong in (
+        (files, "save_file", full),
+        (files, "sync", full),
+        (files, "_replace", full),
+        (os, "replace", failing(1)),
+        (os, "replace", failing(2)),
+    ):
+        wanted = r"^out: cannot write .*No space left.*nothing was changed"
+        with monkeypatch.context() as context, pytest.raises(UserError, match=wanted):
+            context.setattr(owner, name, wrong)
+            files.write(folder, {"w": torch.ones(2)}, {}, extra={}, overwrite=True)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, name
+        assert os.listdir(folder.parent) == ["export"], name
 
 
 def test_a_link_stays_and_leads_to_the_new_export(folder: Path, tmp_path: Path) -> None:
@@ -122,131 +110,92 @@ def test_a_link_stays_and_leads_to_the_new_export(folder: Path, tmp_path: Path) 
     assert sorted(os.listdir(tmp_path)) == ["export", "links"]
 
 
-def set_format(description: dict[str, Any]) -> None:
-    description["format"] = 99
+FC1 = ("layers", "blocks.0.mlp.fc1")
+DELETED, LIKE_FC1 = object(), object()
 
 
-def set_target(description: dict[str, Any]) -> None:
-    description["model"]["_target_"] = "os.system"
+def test_a_damaged_description_is_one_line(folder: Path) -> None:
+    at = r"model.safetensors: damaged at layer"
+    cases: list[tuple[tuple[str, ...], object, str]] = [
+        (("format",), 99, "model.json: export format 99, this version reads 2"),
+        (("model", "_target_"), "os.system", "model.json: its model 'os.system' is none of padst_"),
+        (
+            ("model", "arguments", "colour"),
+            "red",
+            "its model cannot be built: .*colour",
+        ),
+        (("model", "arguments", "mlp_ratio"), -1.0, "model.json: its model cannot be built: "),
+        (("model", "arguments", "heads"), 3, "model.json: its model cannot be built: model.heads"),
+        (("model", "arguments", "depth"), 3, "does not fit its model.json: Missing key"),
+        (("model",), "x", "model.json: damaged, model: Input should be a valid dictionary"),
+        (("layers",), DELETED, "model.json: damaged, layers: Field required"),
+        (("layers",), [], "model.json: damaged, layers: Input should be a valid dictionary"),
+        (("config",), DELETED, "model.json: damaged, config: Field required"),
+        (("shared",), [], "model.json: damaged, shared: Input should be a valid dictionary"),
+        ((*FC1, "parts"), DELETED, r"model.json: damaged, layers\.\S+\.parts: Field required"),
+        ((*FC1, "parts"), [], rf"{at} \S+: 0x64 is not \(96, 64\)"),
+        ((*FC1, "in_features"), 3, rf"{at} \S+: columns has features beyond 3"),
+        ((*FC1, "in_features"), 65, rf"{at} \S+: 96x65 is not \(96, 64\)"),
+        ((*FC1, "rank"), -1, rf"{at} blocks\.0\.mlp\.fc1: "),
+        ((*FC1, "rank"), 0, "does not fit its model.json: Unexpected key"),
+        ((*FC1, "rank"), 3, "does not fit its model.json: size mismatch"),
+        (("layers", "blocks.7.fc"), LIKE_FC1, rf"{at} blocks\.7\.fc: "),
+        (("layers", "norm"), LIKE_FC1, rf"{at} norm: "),
+    ]
+    text = (folder / "model.json").read_text()
+    for path, value, message in cases:
+        description = json.loads(text)
+        node = description
+        for part in path[:-1]:
+            node = node[part]
+        node[path[-1]] = node[FC1[1]] if value is LIKE_FC1 else value
+        if value is DELETED:
+            del node[path[-1]]
+        (folder / "model.json").write_text(json.dumps(description))
+        with pytest.raises(UserError, match=rf"^.*{message}[^\n]*$"):
+            load(folder)
 
 
-def set_argument(description: dict[str, Any]) -> None:
-    description["model"]["arguments"]["colour"] = "red"
+def shifted(tensor: Tensor) -> Tensor:
+    return (tensor.int() + 7).to(tensor.dtype)
 
 
-def remove_layers(description: dict[str, Any]) -> None:
-    del description["layers"]
+def shortened(tensor: Tensor) -> Tensor:
+    return tensor[:-1].contiguous()
 
 
-def set_heads(description: dict[str, Any]) -> None:
-    description["model"]["arguments"]["heads"] = 3
-
-
-def rename_layer(description: dict[str, Any]) -> None:
-    description["layers"]["blocks.7.fc"] = description["layers"].pop("blocks.0.mlp.fc1")
-
-
-def set_features(description: dict[str, Any]) -> None:
-    description["layers"]["blocks.0.mlp.fc1"]["in_features"] = 3
-
-
-def remove_config(description: dict[str, Any]) -> None:
-    del description["config"]
-
-
-def list_layers(description: dict[str, Any]) -> None:
-    description["layers"] = []
-
-
-def list_shared(description: dict[str, Any]) -> None:
-    description["shared"] = []
-
-
-def set_model(description: dict[str, Any]) -> None:
-    description["model"] = "x"
-
-
-def remove_parts(description: dict[str, Any]) -> None:
-    del description["layers"]["blocks.0.mlp.fc1"]["parts"]
-
-
-def set_ratio(description: dict[str, Any]) -> None:
-    description["model"]["arguments"]["mlp_ratio"] = -1.0
-
-
-def deepen(description: dict[str, Any]) -> None:
-    description["model"]["arguments"]["depth"] = 3
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (set_format, "model.json: export format 99, this version reads 1"),
-        (set_target, r"model.json: its model 'os.system' is none of padst_exp.models"),
-        (set_argument, "model.json: its model cannot be built: .*colour"),
-        (remove_layers, "model.json: damaged, layers: Field required"),
-        (remove_config, "model.json: damaged, config: Field required"),
-        (list_layers, "model.json: damaged, layers: Input should be a valid dictionary"),
-        (list_shared, "model.json: damaged, shared: Input should be a valid dictionary"),
-        (set_model, "model.json: damaged, model: Input should be a valid dictionary"),
-        (remove_parts, r"model.json: damaged, layers\.blocks\.0\.mlp\.fc1\.parts: Field required"),
-        (set_ratio, "model.json: its model cannot be built: "),
-        (set_heads, r"model.json: its model cannot be built: model.heads"),
-        (rename_layer, r"model.safetensors: damaged at layer blocks\.7\.fc"),
-        (set_features, r"model.safetensors: damaged at layer blocks\.0\.mlp\.fc1: columns has"),
-        (deepen, r"model.safetensors: does not fit its model.json: Missing key"),
-    ],
-)
-def test_a_damaged_description_is_one_line(
-    folder: Path, change: Callable[[dict[str, Any]], None], message: str
-) -> None:
-    edit(folder, change)
-    with pytest.raises(UserError, match=rf"^.*{message}[^\n]*$"):
-        load(folder)
-
-
-def columns_beyond(state: dict[str, torch.Tensor]) -> None:
-    state["blocks.0.mlp.fc1.columns"][0, 0] = 9999
-
-
-def rows_twice(state: dict[str, torch.Tensor]) -> None:
-    state["blocks.0.mlp.fc1.rows"][1] = state["blocks.0.mlp.fc1.rows"][0]
-
-
-def fewer_columns(state: dict[str, torch.Tensor]) -> None:
-    key = "blocks.0.mlp.fc1.columns"
-    state[key] = state[key][:-1].contiguous()
-
-
-def no_weight(state: dict[str, torch.Tensor]) -> None:
-    del state["blocks.0.mlp.fc1.weight"]
-
-
-def no_head(state: dict[str, torch.Tensor]) -> None:
-    del state["head.weight"]
-
-
-def wrong_head(state: dict[str, torch.Tensor]) -> None:
-    state["head.weight"] = state["head.weight"][:-1].contiguous()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (columns_beyond, r"damaged at layer blocks\.0\.mlp\.fc1: columns has features beyond 64"),
-        (rows_twice, "damaged at layer .* rows do not name every feature once"),
-        (fewer_columns, "damaged at layer .* columns is"),
-        (no_weight, "damaged at layer .*weight"),
-        (no_head, "does not fit its model.json: Missing key.*head.weight"),
-        (wrong_head, "does not fit its model.json: size mismatch for head.weight"),
-    ],
-)
-def test_damaged_weights_are_one_line(
-    folder: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
-) -> None:
-    edit_weights(folder, change)
-    with pytest.raises(UserError, match=rf"^.*model.safetensors: {message}[^\n]*$"):
-        load(folder)
+def test_damaged_weights_are_one_line(folder: Path, tmp_path: Path) -> None:
+    single = exported(tmp_path / "s", sparse_model("vit", "unstructured"), constructor("vit"))
+    at = "damaged at layer"
+    tiles = "blocks.0.mlp.fc1.parts.0."
+    entries = "blocks.1.attn.proj.parts.0."
+    cases: list[tuple[Path, str, Callable[[Tensor], Tensor | None], str]] = [
+        (folder, f"{tiles}columns", shifted, f"{at} blocks.0.mlp.fc1: columns has features beyond"),
+        (folder, f"{tiles}columns", shortened, f"{at} .* columns is"),
+        (folder, f"{tiles}rows", torch.zeros_like, f"{at} .* rows do not name every feature once"),
+        (folder, f"{tiles}rows", shortened, f"{at} .* rows is"),
+        (folder, f"{tiles}values", lambda _: None, f"{at} .*values"),
+        (folder, "blocks.0.mlp.fc1.companion.up", shortened, "does not fit .* size mismatch"),
+        (folder, "blocks.0.mlp.fc1.companion.up", lambda _: None, "does not fit .* Missing key"),
+        (folder, "head.weight", lambda _: None, "does not fit .* Missing key.*head.weight"),
+        (folder, "head.weight", shortened, "does not fit .* size mismatch for head.weight"),
+        (single, f"{entries}columns", shifted, rf"{at} blocks\.1\.attn\.proj: columns "),
+        (single, f"{entries}rows", shifted, f"{at} .*: rows "),
+        (single, f"{entries}rows", lambda t: t.flip(0), f"{at} .*: rows do not ascend"),
+        (single, f"{entries}row_pointer", shifted, f"{at} .*: row_pointer does not lead"),
+        (single, f"{entries}row_pointer", lambda _: None, f"{at} .*row_pointer"),
+    ]
+    for path, name, change, message in cases:
+        file = path / "model.safetensors"
+        state = whole = load_file(file)
+        damaged = change(state[name])
+        state = {n: t for n, t in whole.items() if n != name}
+        if damaged is not None:
+            state[name] = damaged.contiguous()
+        save_file(state, file)
+        with pytest.raises(UserError, match=rf"^.*model.safetensors: {message}[^\n]*$"):
+            load(path)
+        save_file(whole, file)
 
 
 def test_other_damage_is_one_line(folder: Path, tmp_path: Path) -> None:
@@ -268,38 +217,9 @@ def test_other_damage_is_one_line(folder: Path, tmp_path: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("key", ["columns", "rows", "row_pointer"])
-def test_damaged_indices_of_single_entries_are_refused(key: str, tmp_path: Path) -> None:
-    model, _ = sparse_model("vit", "unstructured")
-    folder = exported(tmp_path / "export", model, "vit")
-
-    def change(state: dict[str, torch.Tensor]) -> None:
-        tensor = state[f"blocks.1.attn.proj.{key}"]
-        state[f"blocks.1.attn.proj.{key}"] = (tensor.int() + 7).to(tensor.dtype)
-
-    edit_weights(folder, change)
-    with pytest.raises(UserError, match=rf"damaged at layer blocks\.1\.attn\.proj: {key} "):
-        load(folder)
-
-
 def test_a_dense_export_loads_too(tmp_path: Path) -> None:
-    plain = dense_model("vit", 64, 2)
-    description = {"model": constructor("vit", 64, 2), "layers": {}, "config": ""}
+    plain = dense_model("vit")
+    description = {"model": constructor("vit"), "layers": {}, "config": ""}
     files.write(tmp_path / "e", plain.state_dict(), description, extra={}, overwrite=False)
     inputs = example("vit")
-    torch.testing.assert_close(load(tmp_path / "e")(inputs), plain(inputs).detach())
-
-
-def test_loading_needs_no_hydra(folder: Path) -> None:
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; from padst_exp.inference import load; load(sys.argv[1]); "
-        "print('hydra' in sys.modules or 'omegaconf' in sys.modules)"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment
-    )
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert_equal(load(tmp_path / "e")(inputs), plain(inputs).detach(), "dense")

@@ -1,250 +1,255 @@
 import copy
-from typing import Literal
+from collections.abc import Iterator
+from itertools import islice
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from padst_exp.dst import DropGrow, Gradient, Magnitude
+from dst_cases import rigl
+from layers.layer_cases import LIVES, Life, linear, sparse_layer
+from layers.reference import assert_close, expected, run
+from padst_exp.dst import Change
 from padst_exp.errors import UserError
-from padst_exp.layers import SparseLinear, permutations, sparse_weights
-from padst_exp.permutations import DoublyStochastic, RandomPermutation
-from padst_exp.sparsify import Rule, sparsify
-from padst_exp.structures import Backend, Storage, gather_entries
-from structure_cases import CASE_IDS, CASES, STRUCTURES
+from padst_exp.layers import SparseLinear, SparseWeight, sparse_weights
+from padst_exp.structures import NM, Block, Diagonal, Structure, Unstructured, random_units
+from permutation_cases import learned
+from structure_cases import STRUCTURES, shapes
 
-Life = Literal["none", "random", "soft", "hardened"]
-RIGL = DropGrow(
-    drop=Magnitude(), grow=Gradient(), fraction=0.6, interval=1, stop=1.0, moments="age"
-)
+CPU = torch.device("cpu")
 
 
-def layer(
-    name: str,
-    shape: tuple[int, int],
-    storage: Storage,
-    life: Life,
-    dtype: torch.dtype,
-    split: int = 1,
-) -> SparseLinear:
-    """The same layer for the same arguments, whatever the storage."""
-    torch.manual_seed(0)
-    rows, columns = shape
-    model = nn.Sequential(nn.Linear(columns, rows))
-    learner = {
-        "none": None,
-        "random": RandomPermutation(side="both"),
-        "soft": DoublyStochastic(side="both"),
-        "hardened": DoublyStochastic(side="both"),
-    }[life]
-    sparsify(
-        model,
-        [Rule("0", split)],
-        structure=STRUCTURES[name],
-        density=0.25,
-        learner=learner,
-        storage=storage,
-    )
-    model.to(dtype)
-    sparse = model[0]
-    assert isinstance(sparse, SparseLinear)
-    if life == "hardened":
-        for permutation in permutations(sparse).values():
-            permutation.harden()
-    return sparse
+def variants(structure: Structure, shape: tuple[int, int]) -> Iterator[tuple[str, SparseLinear]]:
+    """Layers of one structure: every life, alone and fused, packed and masked, with extras."""
+    for number, life in enumerate(LIVES):
+        for split, storage in ((1, "packed"), (3, "packed"), (1 + 2 * (number % 2), "masked")):
+            layer = sparse_layer(
+                linear(shape, split),
+                structure,
+                life=life,
+                storage=storage,
+                split=split,
+                low_rank=2 if split == 3 and life in ("soft", "none") else 0,
+                selected=split == 1 and life in ("soft", "random"),
+            )
+            yield f"{shape} {life} split={split} {storage}", layer
 
 
-def explicit_product(sparse: SparseLinear, x: Tensor, weight: Tensor) -> Tensor:
-    """P_out S P_in x + b, step by step."""
-    if sparse.input_permutation is not None:
-        x = x @ sparse.input_permutation.matrix().to(x.dtype).T
-    y = x @ weight.T
-    output = sparse.output_permutations[0]
-    if not isinstance(output, nn.Identity):
-        y = y @ output.matrix().to(y.dtype).T  # type: ignore[operator]
-    assert sparse.bias is not None
-    return y + sparse.bias
+def every_backend(layer: SparseLinear) -> Iterator[str]:
+    """Have each backend compute the layer in turn."""
+    for backend in layer.backends(CPU):
+        layer.use_backend(backend)
+        yield backend
 
 
-def run(sparse: SparseLinear, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Outputs and every gradient, those of values per active entry."""
-    x = x.clone().requires_grad_()
-    weight = sparse_weights(sparse)["weights.0"]
-    weight.collect_dense_gradient = True
-    y = sparse(x)
-    y.backward(dy)
-    assert weight.values.grad is not None and weight.dense_gradient is not None
-    entries = weight.layout.entries(weight.active.long())
-    values_grad = weight.values.grad
-    if weight.storage == "masked":
-        values_grad = gather_entries(values_grad, entries)
-    grads = {
-        name: parameter.grad
-        for name, parameter in sparse.named_parameters()
-        if not name.endswith("values") and parameter.grad is not None
-    }
-    assert x.grad is not None
-    return {
-        "y": y.detach(),
-        "x": x.grad,
-        "values": values_grad,
-        "dense": weight.dense_gradient,
-        "dense at entries": gather_entries(weight.dense_gradient, entries),
-        **grads,
-    }
+def check(layer: SparseLinear, tokens: tuple[int, ...], where: str) -> None:
+    """The layer is what its definition says, by every backend."""
+    x, dy = torch.randn(*tokens, layer.in_features), torch.randn(*tokens, layer.out_features)
+    wanted = expected(layer, x, dy)
+    for backend in every_backend(layer):
+        assert_close(run(layer, x, dy), wanted, f"{where} {backend}")
+    # Parents that read the weight instead of calling the layer compute the same.
+    weight = layer.weight
+    y = nn.functional.linear(x, weight, layer.bias)
+    torch.testing.assert_close(y.double(), wanted["y"], atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("life", ["none", "random", "soft", "hardened"])
-@pytest.mark.parametrize(("name", "shape"), CASES, ids=CASE_IDS)
-def test_packed_equals_masked_and_the_explicit_product(
-    name: str, shape: tuple[int, int], life: Life
-) -> None:
-    packed = layer(name, shape, "packed", life, torch.float32)
-    masked = layer(name, shape, "masked", life, torch.float32)
-    for tokens in (5, 50):
-        x, dy = torch.randn(tokens, shape[1]), torch.randn(tokens, shape[0])
-        for sparse in (packed, masked):
-            sparse.zero_grad()
-            sparse_weights(sparse)["weights.0"].dense_gradient = None
-        ours, theirs = run(packed, x, dy), run(masked, x, dy)
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            # Relative to the size of each quantity, since gradients sum over tokens.
-            scale = float(theirs[key].abs().max().clamp(min=1.0))
-            torch.testing.assert_close(ours[key], theirs[key], atol=1e-5 * scale, rtol=0)
-        torch.testing.assert_close(ours["values"], ours["dense at entries"], atol=1e-4, rtol=1e-4)
-        dense = sparse_weights(packed)["weights.0"].dense()
-        expected = explicit_product(packed, x, dense).detach()
-        torch.testing.assert_close(ours["y"], expected, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["torch", "dense"])
-@pytest.mark.parametrize("life", ["none", "random", "soft", "hardened"])
-@pytest.mark.parametrize(("name", "shape"), CASES, ids=CASE_IDS)
-def test_fused_projections_equal_masked_ones_before_and_after_a_rewiring(
-    name: str, shape: tuple[int, int], life: Life, backend: Backend
-) -> None:
-    """Q, K and V as one product, in whatever way it is computed."""
-    rows, columns = shape
-    layers = [
-        layer(name, (3 * rows, columns), storage, life, torch.float64, split=3)
-        for storage in ("packed", "masked")
+def of_kind(tiled: bool) -> list[str]:
+    """The structures whose units multiply as tiles, or entry by entry."""
+    return [
+        n for n, s in STRUCTURES.items() if (s.geometry(64, 64, 0.25).tiling() is None) != tiled
     ]
-    (product,) = layers[0].parts()
-    possible = product.backends(torch.device("cpu"))
-    layers[0].use_backends([backend if backend in possible else possible[0]])
-    x, dy = torch.randn(5, columns).double(), torch.randn(5, 3 * rows).double()
-    for _ in range(2):
-        results = []
-        for sparse in layers:
-            for weight in sparse_weights(sparse).values():
-                weight.collect_dense_gradient = True
-            inputs = x.clone().requires_grad_()
-            y = sparse(inputs)
-            y.backward(dy)
-            weights = list(sparse_weights(sparse).values())
-            gradients = [weight.dense_gradient for weight in weights]
-            assert inputs.grad is not None and all(g is not None for g in gradients)
-            results.append([y.detach(), inputs.grad, *(g for g in gradients if g is not None)])
-            for weight, gradient in zip(weights, gradients, strict=True):
-                assert weight.values.grad is not None and gradient is not None
-                entries = weight.layout.entries(weight.active.long())
-                ours = weight.values.grad
-                if weight.storage == "masked":
-                    ours = gather_entries(ours, entries)
-                torch.testing.assert_close(ours, gather_entries(gradient, entries))
-                relayout = weight.rewire(
-                    RIGL, step=1, total=10, generator=torch.Generator().manual_seed(1)
-                )
-                weight.relayout_(relayout)
-                weight.dense_gradient = None
-            sparse.zero_grad()
-        for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("storage", ["packed", "masked"])
-@pytest.mark.parametrize(("name", "shape"), CASES, ids=CASE_IDS)
-def test_relayout_moves_values_and_grows_zeros(
-    name: str, shape: tuple[int, int], storage: Storage
-) -> None:
-    sparse = layer(name, shape, storage, "random", torch.float64)
-    weight = sparse_weights(sparse)["weights.0"]
-    run(sparse, torch.randn(5, shape[1]).double(), torch.randn(5, shape[0]).double())
-    before, entries = weight.dense(), weight.layout.num_entries
-    moments = torch.rand_like(weight.values)
-    if storage == "masked":
-        moments = moments * (before != 0)
-    relayout = weight.rewire(RIGL, step=1, total=10, generator=torch.Generator())
-    moved = weight.move(moments, relayout)
-    births = weight.move(torch.zeros_like(moments), relayout, fill=7.0)
-    kept, grown = relayout.active[relayout.source >= 0], relayout.active[relayout.source < 0]
-    weight.relayout_(relayout)
-    after = weight.dense()
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "entries"])
+def test_every_backend_equals_the_dense_reference_in_all_gradients(tiled: bool) -> None:
+    for name in of_kind(tiled):
+        for number, shape in enumerate(shapes(name)):
+            # Each in three or two of the shapes.
+            for where, layer in islice(variants(STRUCTURES[name], shape), number % 2, None, 2):
+                check(layer, [(5,), (2, 9), (50,)][number % 3], f"{name} {where}")
 
-    kept_entries = weight.layout.entries(kept)
-    grown_entries = weight.layout.entries(grown)
-    inside = grown_entries < before.numel()
-    torch.testing.assert_close(
-        gather_entries(after, kept_entries), gather_entries(before, kept_entries)
-    )
-    assert not gather_entries(after, grown_entries).any()
-    assert int((after != 0).sum()) == int((gather_entries(before, kept_entries) != 0).sum())
-    assert weight.layout.num_entries == entries
-    if storage == "packed":
-        torch.testing.assert_close(
-            moved[relayout.source >= 0], moments[relayout.source[relayout.source >= 0]]
-        )
-        assert not moved[relayout.source < 0].any()
-        assert bool((births[relayout.source < 0] == 7).all())
-    else:
-        torch.testing.assert_close(
-            gather_entries(moved, kept_entries), gather_entries(moments, kept_entries)
-        )
-        assert bool((gather_entries(births, grown_entries)[inside] == 7).all())
+
+def other_counts(weight: SparseWeight) -> Change:
+    """Units drawn anew: as many as before in all, but not in each pool; some pools are empty."""
+    geometry, topology = weight.geometry, weight.topology()
+    counts = torch.zeros_like(geometry.candidates)
+    left = len(topology.active)
+    for pool in range(len(counts) - 1, -1, -1):
+        counts[pool] = min(left, int(geometry.candidates[pool]))
+        left -= int(counts[pool])
+    return Change(random_units(geometry, counts, torch.Generator().manual_seed(3)))
+
+
+def fewer(weight: SparseWeight) -> Change:
+    return Change(weight.active.long()[:: 2 if len(weight.active) > 2 else 1])
+
+
+def more(weight: SparseWeight) -> Change:
+    grown = weight.geometry.unit_ids()[::3]
+    return Change(torch.cat([weight.active.long(), grown]).unique())
+
+
+def reordered(weight: SparseWeight) -> Change:
+    order = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(4))
+    return Change(weight.active.long(), row_order=order)
+
+
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "entries"])
+def test_every_backend_follows_every_kind_of_change(tiled: bool) -> None:
+    """Q, K and V: rewired, other counts per pool, fewer and more entries, rows in another order."""
+    for name in of_kind(tiled):
+        for shape, life, storage in zip(
+            shapes(name)[1:4],
+            ("random", "soft", "soft"),
+            ("packed", "masked", "packed"),
+            strict=False,
+        ):
+            layer = sparse_layer(
+                linear(shape, 3), STRUCTURES[name], life=life, storage=storage, split=3
+            )
+            for change in (other_counts, fewer, reordered, more, other_counts):
+                for weight in layer.parts():
+                    weight.adopt(change(weight))
+                    torch.nn.init.normal_(weight.values)
+                    if storage == "masked":
+                        weight.values.data.mul_(weight.matrix() != 0)
+                check(layer, (7,), f"{name} {shape} {life} {storage} {change.__name__}")
+            for weight in layer.parts():  # the last run collected dense gradients
+                generator = torch.Generator().manual_seed(1)
+                weight.adopt(weight.decide(rigl(), step=1, total=10, generator=generator))
+            check(layer, (7,), f"{name} {shape} {life} {storage} rewired")
+
+
+def test_weights_of_unequal_shapes_and_structures_share_a_layer() -> None:
+    parts: list[tuple[Structure, int]] = [
+        (NM(n=1, m=None, group=16), 40),
+        (NM(n=1, m=None, group=16), 64),
+        (Block(size=16, balanced=False), 24),
+        (Unstructured(), 5),
+        (Diagonal(bundle=1, stride=1, width=1), 30),
+    ]
+    for life in LIVES:
+        weights, outputs = [], []
+        for structure, rows in parts:
+            generator = torch.Generator().manual_seed(rows)
+            geometry = structure.geometry(rows, 48, 0.3)
+            counts = structure.initial_counts(geometry, 0.3)
+            active = random_units(geometry, counts, generator)
+            weights.append(SparseWeight(geometry, active, torch.randn(rows, 48), "packed"))
+            outputs.append(permutation(rows, life))
+        rows = sum(rows for _, rows in parts)
+        layer = SparseLinear(weights, torch.randn(rows), permutation(48, life), outputs)
+        assert layer.out_features == rows
+        check(layer, (6,), f"mixed {life}")
+
+
+def permutation(size: int, life: Life) -> object:
+    generator = torch.Generator().manual_seed(size)
+    if life == "none":
+        return None
+    made = learned().create(size, generator)
+    assert made is not None
+    if life != "soft":
+        made.harden()
+    return made
+
+
+def test_the_output_has_the_dtype_of_the_input_or_of_autocast() -> None:
+    for name in STRUCTURES:
+        for life in LIVES:
+            layer = sparse_layer(linear((64, 64)), STRUCTURES[name], life=life, low_rank=2)
+            x = torch.randn(4, 64)
+            for backend in every_backend(layer):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    y = layer(x)
+                y.float().sum().backward()
+                assert y.dtype == torch.bfloat16, (name, life, backend)
+                error = (y.float() - layer(x)).norm() / layer(x).norm()
+                assert error < 0.03, (name, life, backend)
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+            assert layer.double()(x.double()).dtype == torch.float64
 
 
 def test_the_dense_gradient_sums_over_micro_batches_in_float32_under_bfloat16() -> None:
-    sparse = layer("nm-16", (64, 96), "packed", "none", torch.float32)
-    weight = sparse_weights(sparse)["weights.0"]
+    layer = sparse_layer(linear((64, 96)), STRUCTURES["nm-16"])
+    (weight,) = layer.parts()
     weight.collect_dense_gradient = True
     x, dy = torch.randn(8, 96), torch.randn(8, 64)
     for part in range(2):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = sparse(x[part * 4 : part * 4 + 4])
-        assert y.dtype == torch.bfloat16
+            y = layer(x[part * 4 : part * 4 + 4])
         y.backward(dy[part * 4 : part * 4 + 4].bfloat16())
     assert weight.dense_gradient is not None and weight.dense_gradient.dtype == torch.float32
-    expected = dy.bfloat16().float().T @ x.bfloat16().float()
-    torch.testing.assert_close(weight.dense_gradient, expected, atol=1e-4, rtol=1e-4)
+    wanted = dy.bfloat16().float().T @ x.bfloat16().float()
+    torch.testing.assert_close(weight.dense_gradient, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_no_dense_gradient_unless_asked_for() -> None:
-    sparse = layer("block-8", (64, 64), "packed", "none", torch.float32)
-    sparse(torch.randn(3, 64)).sum().backward()
-    assert sparse_weights(sparse)["weights.0"].dense_gradient is None
+    layer = sparse_layer(linear((64, 64)), STRUCTURES["block-8"])
+    layer(torch.randn(3, 64)).sum().backward()
+    with torch.no_grad():
+        layer.parts()[0].collect_dense_gradient = True
+        layer(torch.randn(3, 64))
+    assert layer.parts()[0].dense_gradient is None
 
 
-def test_state_round_trip_restores_topology_and_hard_permutations() -> None:
-    trained = layer("nm-16", (64, 96), "packed", "hardened", torch.float64)
-    x = torch.randn(5, 96).double()
-    run(trained, x, torch.randn(5, 64).double())
-    weight = sparse_weights(trained)["weights.0"]
-    weight.relayout_(weight.rewire(RIGL, step=1, total=10, generator=torch.Generator()))
-    fresh = layer("nm-16", (64, 96), "packed", "soft", torch.float64)
-    fresh.load_state_dict(copy.deepcopy(trained.state_dict()))
-    torch.testing.assert_close(fresh(x), trained(x))
+def test_a_state_restores_topologies_sizes_row_orders_and_hard_permutations() -> None:
+    for name in STRUCTURES:
+        for storage in ("packed", "masked"):
+            for change in (other_counts, fewer, more, reordered):
+                source = sparse_layer(
+                    linear((64, 96)), STRUCTURES[name], life="hardened", storage=storage
+                )
+                source.parts()[0].adopt(change(source.parts()[0]))
+                fresh = sparse_layer(
+                    linear((64, 96)), STRUCTURES[name], life="soft", storage=storage
+                )
+                fresh.load_state_dict(copy.deepcopy(source.state_dict()))
+                x = torch.randn(5, 96)
+                torch.testing.assert_close(fresh(x), source(x))
+                # And back to where no row is moved, nor any entry missing.
+                plain = sparse_layer(
+                    linear((64, 96)), STRUCTURES[name], life="hardened", storage=storage
+                )
+                fresh.load_state_dict(plain.state_dict())
+                torch.testing.assert_close(fresh(x), plain(x))
+
+
+def test_a_state_restores_soft_choices_and_settled_selections() -> None:
+    for name in STRUCTURES:
+        source, fresh, settled = (
+            sparse_layer(linear((64, 96)), STRUCTURES[name], life="soft", selected=True)
+            for _ in range(3)
+        )
+        selection = source.parts()[0].selection
+        assert selection is not None and selection.logits is not None
+        nn.init.normal_(selection.logits)
+        selection.temperature.fill_(0.5)
+        fresh.load_state_dict(copy.deepcopy(source.state_dict()))
+        x = torch.randn(5, 96)
+        torch.testing.assert_close(fresh(x), source(x))
+        selection.harden()
+        change = source.parts()[0].settle()
+        assert change is not None
+        source.parts()[0].adopt(change)
+        settled.load_state_dict(source.state_dict())
+        assert settled.parts()[0].selection is None
+        torch.testing.assert_close(settled(x), source(x))
 
 
 def test_a_foreign_topology_is_refused_on_loading() -> None:
-    sparse = layer("nm-16", (64, 96), "packed", "none", torch.float32)
-    state = sparse.state_dict()
-    state["weights.0.active"] = state["weights.0.active"].flip(0)
-    with pytest.raises(UserError, match=r"^checkpoint: "):
-        sparse.load_state_dict(state)
+    layer = sparse_layer(linear((64, 96)), STRUCTURES["nm-16"])
+    good = layer.state_dict()["weights.0.active"].clone()
+    for active in (good.flip(0), good + 10**6, good - 10**6):
+        state = copy.deepcopy(layer.state_dict()) | {"weights.0.active": active}
+        with pytest.raises(UserError, match=r"^checkpoint: [^\n]*$"):
+            layer.load_state_dict(state)
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()) | {"weights.0.active": good})
 
 
 def test_packed_storage_shrinks_with_density() -> None:
-    sparse = layer("nm-16", (64, 96), "packed", "none", torch.float32)
-    values = sparse_weights(sparse)["weights.0"].values
-    assert values.numel() == 64 * 96 // 4
+    layer = sparse_layer(linear((64, 96)), STRUCTURES["nm-16"])
+    assert sparse_weights(layer)["weights.0"].values.numel() == 64 * 96 // 4
+    masked = sparse_layer(linear((64, 96)), STRUCTURES["nm-16"], storage="masked")
+    assert sparse_weights(masked)["weights.0"].values.numel() == 64 * 96

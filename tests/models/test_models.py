@@ -1,24 +1,22 @@
 """Models have the published sizes, map tiny inputs to logits, and say what does not fit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
 
-from padst_exp.config import build, config_dir
+from from_yaml import leaf
+from padst_exp.config import build
 from padst_exp.errors import UserError
 
-IMAGES = {"image_size": 224, "channels": 3, "num_classes": 1000}
-SMALL_IMAGES = {"image_size": 8, "channels": 1, "num_classes": 3}
-TEXT = {"vocab_size": 50257, "context_length": 1024}
-SMALL_TEXT = {"vocab_size": 11, "context_length": 8}
-
-
-def model_config(model: str, /, **changes: Any) -> DictConfig:
-    node = OmegaConf.load(config_dir() / "model" / f"{model}.yaml").model
-    return OmegaConf.merge(node, changes)
+IMAGES: dict[str, object] = {"image_size": 224, "channels": 3, "num_classes": 1000}
+SMALL_IMAGES: dict[str, object] = {"image_size": 8, "channels": 1, "num_classes": 3}
+TEXT: dict[str, object] = {"vocab_size": 50257, "context_length": 1024}
+SMALL_TEXT: dict[str, object] = {"vocab_size": 11, "context_length": 8}
 
 
 def small(model: str, /, **changes: Any) -> DictConfig:
@@ -27,36 +25,30 @@ def small(model: str, /, **changes: Any) -> DictConfig:
         sizes["heads"] = 2
     if model in ("vit", "mixer"):
         sizes["patch_size"] = 4
-    return model_config(model, **{**sizes, **changes})
+    return leaf(f"model/{model}", **{**sizes, **changes})
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "parameters"),
-    [
+def test_published_sizes() -> None:
+    for name, shape, parameters in (
         ("vit", IMAGES, 86_567_656),
         ("deit_tiny", IMAGES, 5_717_416),
         ("vit_large", IMAGES, 304_326_632),
         ("mixer", IMAGES, 18_528_264),
         ("gpt2", TEXT, 124_439_808),
         ("gpt2_medium", TEXT, 354_823_168),
-    ],
-)
-def test_published_sizes(name: str, shape: dict[str, object], parameters: int) -> None:
-    with torch.device("meta"):
-        model = build(model_config(name), "model", shape)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    names = {module for module, _ in model.named_modules()}
-    for rule in OmegaConf.load(config_dir() / "model" / f"{name}.yaml").sparse:
-        assert rule.pattern.replace("*", "1") in names
+    ):
+        with torch.device("meta"):
+            model = build(leaf(f"model/{name}"), "model", shape)
+        assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", ["vit", "mixer"])
-def test_images_to_logits(name: str) -> None:
-    model = build(small(name, drop_path=0.1), "model", SMALL_IMAGES)
-    logits = model(torch.randn(2, 1, 8, 8))
-    assert logits.shape == (2, 3)
-    logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+def test_images_to_logits() -> None:
+    for name in ("vit", "mixer"):
+        model = build(small(name, drop_path=0.1), "model", SMALL_IMAGES)
+        logits = model(torch.randn(2, 1, 8, 8))
+        assert logits.shape == (2, 3)
+        logits.sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_tokens_to_logits() -> None:
@@ -77,8 +69,12 @@ def test_layer_scale_starts_where_it_is_told() -> None:
     assert torch.equal(model.blocks[0].ls1.gamma, torch.full((16,), 1e-4))
 
 
-@pytest.mark.parametrize("name", ["vit", "mixer"])
-def test_weights_from_a_file(name: str, tmp_path: Path) -> None:
+def test_weights_from_a_file(tmp_path: Path) -> None:
+    for name, body in (("vit", "mlp.fc1"), ("mixer", "mlp_tokens.fc1")):
+        check_weights_from_a_file(name, f"blocks.1.{body}.weight", tmp_path)
+
+
+def check_weights_from_a_file(name: str, body: str, tmp_path: Path) -> None:
     trained = build(small(name), "model", SMALL_IMAGES)
     torch.save(trained.state_dict(), tmp_path / "weights.pth")
     node = small(name, checkpoint=str(tmp_path / "weights.pth"))
@@ -87,7 +83,6 @@ def test_weights_from_a_file(name: str, tmp_path: Path) -> None:
 
     more_classes = build(node, "model", {**SMALL_IMAGES, "num_classes": 5}).state_dict()
     assert more_classes["head.weight"].shape == (5, 16)
-    body = "blocks.1.mlp.fc1.weight" if name == "vit" else "blocks.1.mlp_tokens.fc1.weight"
     assert torch.equal(more_classes[body], state[body])
 
 
@@ -103,33 +98,43 @@ def test_gpt2_weights_from_a_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(model(tokens), lm(tokens).logits)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "shape", "message"),
-    [
-        ("gpt2", {}, SMALL_IMAGES, "model: .* does not fit the data set, which gives image_size"),
-        ("vit", {}, SMALL_TEXT, "model: .* does not fit the data set, which gives vocab_size"),
-        ("vit", {"patch_size": 3}, SMALL_IMAGES, r"model\.patch_size: expected a divisor of .* 8"),
-        ("mixer", {"patch_size": 16}, SMALL_IMAGES, r"model\.patch_size: expected a divisor"),
-        ("mixer", {"mlp_ratio": [1.0]}, SMALL_IMAGES, r"model\.mlp_ratio: expected two numbers"),
-        ("vit", {"heads": 3}, SMALL_IMAGES, r"model\.heads: expected a divisor of dim=16, got 3"),
-        ("gpt2", {"heads": 3}, SMALL_TEXT, r"model\.heads: expected a divisor of dim=16, got 3"),
-        ("vit", {"checkpoint": "/nowhere"}, SMALL_IMAGES, r"model\.checkpoint: no file /nowhere"),
-        ("gpt2", {"checkpoint": "/nowhere"}, SMALL_TEXT, r"model\.checkpoint: no folder /nowhere"),
-        ("gpt2", {"pretrained": True, "checkpoint": "x"}, SMALL_TEXT, r"model\.checkpoint: set ei"),
-        ("vit", {"pretrained": True, "name": "resnet"}, SMALL_IMAGES, r"model\.name: timm has no"),
-    ],
-)
-def test_what_does_not_fit_is_one_line(
-    name: str, changes: dict[str, Any], shape: dict[str, object], message: str
-) -> None:
-    with pytest.raises(UserError, match=rf"^{message}[^\n]*$"):
-        build(small(name, **changes), "model", shape)
+def mistake(node: DictConfig, shape: dict[str, object]) -> str:
+    with pytest.raises(UserError) as error:
+        build(node, "model", shape)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_one_line() -> None:
+    images: dict[str, dict[str, Any]] = {
+        "model.patch_size: expected a divisor of the image size 8, got 3": {"patch_size": 3},
+        "model.heads: expected a divisor of model.dim=16, got 3": {"heads": 3},
+        "model.checkpoint: expected an existing file, got /no": {"checkpoint": "/no"},
+        "model.name: expected a name that timm has ": {"pretrained": True, "name": "resnet"},
+    }
+    text: dict[str, dict[str, Any]] = {
+        "model.heads: expected a divisor of model.dim=16, got 3": {"heads": 3},
+        "model.checkpoint: expected an existing folder, got /no": {"checkpoint": "/no"},
+        "model.checkpoint: expected null beside ": {"pretrained": True, "checkpoint": "x"},
+    }
+    for message, changes in images.items():
+        assert mistake(small("vit", **changes), SMALL_IMAGES).startswith(message)
+    for message, changes in text.items():
+        assert mistake(small("gpt2", **changes), SMALL_TEXT).startswith(message)
+    assert mistake(small("mixer", patch_size=16), SMALL_IMAGES).startswith("model.patch_size: ")
+    assert mistake(small("mixer", mlp_ratio=[1.0]), SMALL_IMAGES).startswith("model.mlp_ratio: ")
+    assert "does not fit the data set, which gives image_size" in mistake(
+        small("gpt2"), SMALL_IMAGES
+    )
+    assert "does not fit the data set, which gives vocab_size" in mistake(small("vit"), SMALL_TEXT)
 
 
 def test_wrong_weights_are_one_line(tmp_path: Path) -> None:
     torch.save(build(small("vit"), "model", SMALL_IMAGES).state_dict(), tmp_path / "weights.pth")
     node = small("vit", dim=32, checkpoint=str(tmp_path / "weights.pth"))
-    with pytest.raises(UserError, match=r"^model\.checkpoint: .*cannot be loaded \([^\n]+\)$"):
+    with pytest.raises(
+        UserError, match=r"^model\.checkpoint: expected weights to load, got .* \([^\n]+\)$"
+    ):
         build(node, "model", SMALL_IMAGES)
 
 
@@ -141,6 +146,95 @@ def test_gpt2_weights_load_in_float32_and_must_be_complete(tmp_path: Path) -> No
     same = small("gpt2", depth=1, checkpoint=str(tmp_path))
     loaded = build(same, "model", SMALL_TEXT)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-    deeper = small("gpt2", depth=2, checkpoint=str(tmp_path))
-    with pytest.raises(UserError, match=r"^model\.checkpoint: \S+ has no \S+, expected weights"):
-        build(deeper, "model", SMALL_TEXT)
+    for key, value in (("depth", 2), ("heads", 1)):
+        other = small("gpt2", **{"depth": 1, key: value}, checkpoint=str(tmp_path))
+        with pytest.raises(UserError, match=rf"^model\.{key}: expected \d as in .*, got {value}$"):
+            build(other, "model", SMALL_TEXT)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["transformer.h.0.attn.c_attn.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"^model\.checkpoint: expected weights of .* without \S+$"):
+        build(same, "model", SMALL_TEXT)
+
+
+def test_a_gpt2_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    node = small("gpt2", depth=1, checkpoint=str(tmp_path))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in (
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-3),
+        ("n_inner", 32),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+        ("model_type", "llama"),
+    ):
+        path.write_text(json.dumps({**config, name: value}))
+        line = mistake(node, SMALL_TEXT)
+        assert line.startswith(f"model.checkpoint: expected a model with {name}=")
+        assert line.endswith(f"with {name}={value}")
+    path.write_text(json.dumps({**config, "n_inner": 64, "resid_pdrop": 0.5}))
+    build(node, "model", SMALL_TEXT)
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    state = build(small("vit"), "model", SMALL_IMAGES).state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    save_file(state, tmp_path / "a.safetensors")
+    nan = {key: torch.full_like(value, torch.nan) for key, value in state.items()}
+    torch.save(nan, tmp_path / "nan.pth")
+    for name in ("a.pth", "a.safetensors", "model.safetensors", "config.json"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        for content in (b"", pointer, whole[: len(whole) // 2], whole[:9], b"\xff" * 99, b"[1]"):
+            path.write_bytes(content)
+            if name.startswith("a."):
+                line = mistake(small("vit", checkpoint=str(path)), SMALL_IMAGES)
+                assert ("Git LFS" in line) == (content == pointer)
+            else:
+                line = mistake(small("gpt2", depth=1, checkpoint=str(tmp_path)), SMALL_TEXT)
+            assert line.startswith("model.checkpoint: expected weights to load, got ")
+            assert str(path.parent) in line
+            assert len(line) < 500
+        path.write_bytes(whole)
+    for content in (None, [1], {"model": 3}, {"head.bias": 3}, {1: 2}):
+        torch.save(content, tmp_path / "odd.pth")
+        line = mistake(small("vit", checkpoint=str(tmp_path / "odd.pth")), SMALL_IMAGES)
+        assert line.startswith("model.checkpoint: expected weights to load, got ")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["transformer.ln_f.bias"][0] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    line = mistake(small("gpt2", depth=1, checkpoint=str(tmp_path)), SMALL_TEXT)
+    assert line.startswith("model.checkpoint: expected weights that are finite")
+    line = mistake(small("vit", checkpoint=str(tmp_path / "nan.pth")), SMALL_IMAGES)
+    assert line.endswith("(a weight is not finite)")
+
+
+def test_a_backbone_without_a_head_leaves_it_fresh(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, head in (("vit", "head"), ("mixer", "head")):
+        state = build(small(name), "model", SMALL_IMAGES).state_dict()
+        bare = {key: value for key, value in state.items() if not key.startswith(head)}
+        mae = {"decoder_embed.weight": torch.ones(3), "mask_token": torch.ones(1)}
+        for content in (bare, {"model": {**bare, **mae}}, {**bare, f"{head}.bias": torch.ones(3)}):
+            torch.save(content, tmp_path / "weights.pth")
+            node = small(name, checkpoint=str(tmp_path / "weights.pth"))
+            capsys.readouterr()
+            loaded = build(node, "model", SMALL_IMAGES).state_dict()
+            assert all(torch.equal(loaded[key], value) for key, value in bare.items())
+            assert not torch.equal(loaded[f"{head}.bias"], torch.ones(3))
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("model.checkpoint: the classifier in ")
+            assert line.endswith("it starts fresh")

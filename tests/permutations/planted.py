@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from padst_exp.dst import DropGrow, Gradient, Magnitude
+from dst_cases import rigl
 from padst_exp.layers import SparseLinear, SparseWeight
-from padst_exp.permutations import Learner
-from padst_exp.structures import Layout, Structure
+from padst_exp.permutations import PermutationLearner
+from padst_exp.structures import Geometry, Structure, random_units
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Outcome:
 
 def learn_planted(
     structure: Structure,
-    learner: Learner,
+    learner: PermutationLearner,
     *,
     seed: int,
     size: int = 64,
@@ -42,59 +42,56 @@ def learn_planted(
 ) -> Outcome:
     """Train one student; the permutation is on the input side."""
     generator = torch.Generator().manual_seed(seed)
-    layout = structure.layout(size, size, density)
-    teacher = _weight(layout, 1.0, generator).dense()[:, torch.randperm(size, generator=generator)]
-    weight = _weight(layout, 0.5 / math.sqrt(density * size), generator)
+    geometry = structure.geometry(size, size, density)
+    counts = structure.initial_counts(geometry, density)
+    teacher = _weight(geometry, counts, 1.0, generator).matrix().detach()
+    teacher = teacher[:, torch.randperm(size, generator=generator)]
+    weight = _weight(geometry, counts, 0.5 / math.sqrt(density * size), generator)
     permutation = learner.create(size, generator)
     student = SparseLinear([weight], None, permutation, [None])
-    soft = [] if permutation is None or not permutation.soft else [permutation]
+    soft = permutation is not None and permutation.soft
+    learner.start({"p": permutation} if permutation is not None and soft else {})
 
     optimizer = torch.optim.Adam([weight.values], lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
-    soft_optimizer = learner.optimizer([p.logits for p in soft]) if soft else None
-    rigl = DropGrow(
-        drop=Magnitude(),
-        grow=Gradient(),
-        fraction=0.3,
-        interval=interval,
-        stop=0.75,
-        moments="zero",
-    )
+    algorithm = rigl(fraction=0.3, interval=interval, stop=0.75)
     hardened = None
     for step in range(1, steps + 1):
-        weight.collect_dense_gradient = rigl.is_due(step, steps)
+        weight.collect_dense_gradient = algorithm.is_due(step, steps)
         x = torch.randn(batch, size, generator=generator)
         loss = (student(x) - x @ teacher.T).square().mean()
         student.zero_grad()
         loss.backward()
-        learner.regularize(soft, (step - 1) / steps)
         optimizer.step()
         schedule.step()
-        if soft_optimizer is not None and soft:
-            soft_optimizer.step()
-            learner.project(soft)
+        learner.step((step - 1) / steps)
         if weight.collect_dense_gradient:
-            relayout = weight.rewire(rigl, step=step, total=steps, generator=generator)
+            change = weight.decide(algorithm, step=step, total=steps, generator=generator)
+            move = weight.adopt(change)
+            moments = optimizer.state[weight.values]
             for name in ("exp_avg", "exp_avg_sq"):
-                moments = optimizer.state[weight.values]
-                moments[name] = weight.move(moments[name], relayout)
-            weight.relayout_(relayout)
+                moments[name] = move(moments[name])
             weight.dense_gradient = None
-        if soft and step % interval == 0:
-            why = learner.ready(soft[0], step / steps)
+        for name, choice in list(learner.choices.items()):
+            why = learner.ready(choice, step / steps) if step % interval == 0 else None
             if why is not None:
-                soft.pop().harden()
+                logits = choice.logits
+                assert logits is not None
+                choice.harden()
+                learner.release(name, logits)
                 hardened = (why, step / steps)
     with torch.no_grad():
         found = student(torch.eye(size)).T
     return Outcome(float((found - teacher).square().sum() / teacher.square().sum()), hardened)
 
 
-def _weight(layout: Layout, scale: float, generator: torch.Generator) -> SparseWeight:
-    dense = scale * torch.randn(layout.shape, generator=generator)
-    return SparseWeight(layout, layout.random_units(generator), dense, "packed")
+def _weight(
+    geometry: Geometry, counts: torch.Tensor, scale: float, generator: torch.Generator
+) -> SparseWeight:
+    dense = scale * torch.randn(geometry.shape, generator=generator)
+    return SparseWeight(geometry, random_units(geometry, counts, generator), dense, "packed")
 
 
 def mean_error(outcomes: list[Outcome]) -> float:

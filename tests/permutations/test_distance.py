@@ -6,42 +6,32 @@ from padst_exp.permutations import partition_distance, shift_distance
 BLOCKS = torch.arange(12) // 4
 
 
-def test_identity_is_at_distance_zero() -> None:
+def test_what_a_structure_cannot_see_is_at_distance_zero() -> None:
     assert partition_distance(torch.arange(12), BLOCKS) == 0
-    assert shift_distance(torch.arange(12)) == 0
-
-
-def test_permuting_blocks_and_inputs_within_blocks_is_a_symmetry() -> None:
+    # Whole blocks, and inputs within blocks.
     index = torch.cat([8 + torch.randperm(4), torch.randperm(4), 4 + torch.randperm(4)])
     assert partition_distance(index, BLOCKS) == 0
+    # All inputs are alike.
+    assert partition_distance(torch.randperm(12), torch.zeros(12, dtype=torch.int64)) == 0
+    # Cyclic shifts of cyclic diagonals.
+    assert shift_distance(torch.arange(12)) == shift_distance(torch.arange(12).roll(5)) == 0
 
 
-def test_inputs_that_change_block_count() -> None:
+def test_inputs_that_change_class_are_counted() -> None:
     index = torch.arange(12)
     index[[0, 4]] = index[[4, 0]]
     assert partition_distance(index, BLOCKS) == pytest.approx(2 / 12)
-
-
-def test_spreading_every_block_over_all_blocks_is_as_far_as_possible() -> None:
+    # Spread over all blocks: as far as possible.
     spread = torch.arange(9).view(3, 3).T.flatten()
     assert partition_distance(spread, torch.arange(9) // 3) == pytest.approx(2 / 3)
-
-
-def test_classes_of_unequal_size_cannot_be_swapped() -> None:
+    # Classes of unequal size cannot be swapped.
     labels = torch.tensor([5, 5, 5, 7])
     assert partition_distance(torch.tensor([3, 1, 2, 0]), labels) == pytest.approx(2 / 4)
 
 
-def test_interchangeable_inputs_make_every_permutation_the_identity() -> None:
-    assert partition_distance(torch.randperm(12), torch.zeros(12, dtype=torch.int64)) == 0
-
-
-def test_cyclic_shifts_are_symmetries_of_diagonals() -> None:
-    assert shift_distance(torch.arange(12).roll(5)) == 0
+def test_inputs_off_the_best_shift_are_counted() -> None:
     index = torch.arange(12).roll(5)
     index[[0, 1]] = index[[1, 0]]
     assert shift_distance(index) == pytest.approx(2 / 12)
-
-
-def test_reversal_is_far_from_every_shift() -> None:
+    # A reversal is far from every shift.
     assert shift_distance(torch.arange(9).flip(0)) == pytest.approx(8 / 9)

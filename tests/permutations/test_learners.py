@@ -1,38 +1,37 @@
-import inspect
-from pathlib import Path
+import copy
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from padst_exp.errors import UserError
 from padst_exp.permutations import (
     DoublyStochastic,
-    Learner,
     NoPermutation,
     Permutation,
+    PermutationLearner,
     RandomPermutation,
 )
-from padst_exp.permutations import learners as module
-
-PROJECTED = DoublyStochastic(
-    parametrization="projected",
-    init="noise",
-    scale=0.1,
-    lr=0.01,
-    weight=10.0,
-    ramp_start=0.1,
-    ramp_end=0.5,
-)
-FORMS = pytest.mark.parametrize(
-    "learner", [DoublyStochastic(), PROJECTED], ids=["logits", "projected"]
-)
+from permutation_cases import learned
 
 
-def fresh(learner: Learner, size: int, seed: int = 0) -> Permutation:
+def forms() -> list[DoublyStochastic]:
+    """Through Sinkhorn, and the paper's projected entries with the settings that suit them."""
+    projected = learned(
+        parametrization="projected", init="noise", scale=0.1, lr=0.01, weight=10.0, ramp_start=0.1,
+        ramp_end=0.5,
+    )  # fmt: skip
+    return [learned(), projected]
+
+
+def fresh(learner: PermutationLearner, size: int, seed: int = 0) -> Permutation:
     permutation = learner.create(size, torch.Generator().manual_seed(seed))
     assert permutation is not None
     return permutation
+
+
+def started(learner: DoublyStochastic, *permutations: Permutation) -> DoublyStochastic:
+    learner.start({str(i): permutation for i, permutation in enumerate(permutations)})
+    return learner
 
 
 def gradient(permutation: Permutation) -> torch.Tensor:
@@ -46,77 +45,64 @@ def penalty_gradient(permutation: Permutation) -> torch.Tensor:
     return grad
 
 
-def test_no_permutation_creates_nothing() -> None:
+def test_creation_follows_the_generator() -> None:
+    for learner in (RandomPermutation(side="in"), *forms()):
+        first, again, other = fresh(learner, 33), fresh(learner, 33), fresh(learner, 33, seed=1)
+        assert torch.equal(first.matrix(), again.matrix()) and first.agreement() == 1
+        assert not torch.equal(first.matrix(), other.matrix())
+        assert first.soft == isinstance(learner, DoublyStochastic)
     assert NoPermutation().create(8, torch.Generator()) is None
-
-
-def test_random_permutation_follows_the_generator() -> None:
-    learner = RandomPermutation(side="in")
-    first, again, other = fresh(learner, 33), fresh(learner, 33), fresh(learner, 33, seed=1)
-    assert not first.soft and first.agreement() == 1
-    assert torch.equal(first.index, again.index) and not torch.equal(first.index, other.index)
-
-
-@FORMS
-def test_creation_follows_the_generator(learner: DoublyStochastic) -> None:
-    first, again, other = fresh(learner, 33), fresh(learner, 33), fresh(learner, 33, seed=1)
-    assert torch.equal(first.matrix(), again.matrix())
-    assert not torch.equal(first.matrix(), other.matrix())
+    # One feature needs no learning.
+    assert not fresh(learned(), 1).soft
 
 
 def test_noise_starts_near_uniform_and_lognormal_does_not() -> None:
-    noise = fresh(DoublyStochastic(init="noise", scale=0.1), 64)
-    assert noise.penalty() > 0.99 > 0.95 > fresh(DoublyStochastic(), 64).penalty()
+    noise = fresh(learned(init="noise", scale=0.1), 64)
+    assert noise.penalty() > 0.99 > 0.95 > fresh(learned(), 64).penalty()
 
 
-def test_one_feature_needs_no_learning() -> None:
-    assert not fresh(DoublyStochastic(), 1).soft
-
-
-@FORMS
-@pytest.mark.parametrize("size", [5, 33])
-def test_a_planted_permutation_is_learned(learner: DoublyStochastic, size: int) -> None:
+def test_a_planted_permutation_is_learned() -> None:
     """The whole life: soft, sharpened, hard under delta; and it finds what was there."""
-    steps, planted = 200, torch.randperm(size)
-    permutation = fresh(learner, size)
-    assert permutation.logits is not None
-    optimizer = learner.optimizer([permutation.logits])
-    for step in range(1, steps + 1):
-        x = torch.randn(64, size)
-        optimizer.zero_grad()
-        (permutation(x) - x[:, planted]).square().mean().backward()
-        learner.regularize([permutation], (step - 1) / steps)
-        optimizer.step()
-        learner.project([permutation])
-        why = learner.ready(permutation, step / steps)
-        if why is not None:
-            break
-    assert why == "delta" and permutation.penalty() < learner.delta
-    assert permutation.agreement() < 0.9
-    permutation.harden()
-    assert (permutation.index == planted).double().mean() > 0.9
-    learner.regularize([permutation], 1.0)
-    learner.project([permutation])
-    assert learner.ready(permutation, 1.0) is None
+    for learner in forms():
+        for size in (5, 33):
+            torch.manual_seed(0)
+            steps, planted = 200, torch.randperm(size)
+            permutation = fresh(learner, size)
+            started(learner, permutation)
+            for step in range(1, steps + 1):
+                x = torch.randn(64, size)
+                learner.zero_grad()
+                (permutation(x) - x[:, planted]).square().mean().backward()
+                learner.step((step - 1) / steps)
+                why = learner.ready(permutation, step / steps)
+                if why is not None:
+                    break
+            assert why == "delta" and permutation.penalty() < learner.delta
+            assert permutation.agreement() < 0.9
+            logits = permutation.logits
+            assert logits is not None
+            permutation.harden()
+            learner.release("0", logits)
+            assert (permutation.index == planted).double().mean() > 0.9
+            learner.step(1.0)  # nobody is left to train
+            assert not learner.choices and learner.state_dict()["optimizer"] is None
 
 
-@FORMS
-def test_the_penalty_alone_hardens(learner: DoublyStochastic) -> None:
+def test_the_penalty_alone_hardens() -> None:
     """A matrix that feeds dead weights only gets no task gradient, none at all or zeros."""
-    for absent in (True, False):
-        permutation = fresh(learner, 33)
-        assert permutation.logits is not None
-        optimizer = learner.optimizer([permutation.logits])
-        for step in range(200):
-            permutation.logits.grad = None if absent else torch.zeros(33, 33)
-            learner.regularize([permutation], step / 200)
-            optimizer.step()
-            learner.project([permutation])
-        assert learner.ready(permutation, 0.5) == "delta"
+    for learner in forms():
+        for absent in (True, False):
+            permutation = fresh(learner, 33)
+            started(learner, permutation)
+            for step in range(200):
+                assert permutation.logits is not None
+                permutation.logits.grad = None if absent else torch.zeros(33, 33)
+                learner.step(step / 200)
+            assert learner.ready(permutation, 0.5) == "delta"
 
 
-def test_deadline_forces() -> None:
-    learner = DoublyStochastic(deadline=0.6)
+def test_a_deadline_forces() -> None:
+    learner = learned(deadline=0.6)
     permutation = fresh(learner, 33)
     assert learner.ready(permutation, 0.59) is None
     assert learner.ready(permutation, 0.6) == "deadline"
@@ -124,95 +110,102 @@ def test_deadline_forces() -> None:
     assert learner.ready(sharp, 0.6) == "delta"
 
 
-@pytest.mark.parametrize("task_scale", [1e-6, 1.0, 1e4])
-def test_adaptive_penalty_is_a_fixed_multiple_of_the_task(task_scale: float) -> None:
-    learner = DoublyStochastic(weight=3.0, ramp_start=0.1, ramp_end=0.5)
-    permutation = fresh(learner, 33)
-    task = task_scale * torch.randn(33, 33)
-    assert permutation.logits is not None
-    permutation.logits.grad = task.clone()
-    learner.regularize([permutation], 0.2)
-    added = gradient(permutation) - task
-
+def test_an_adaptive_penalty_is_a_fixed_multiple_of_the_task() -> None:
     def tangent_norm(x: torch.Tensor) -> torch.Tensor:
         centre = torch.eye(33) - 1 / 33
         return (centre @ x @ centre).norm()
 
-    # A quarter of the way up the ramp c = 0.75.
-    torch.testing.assert_close(tangent_norm(added), 0.75 * tangent_norm(task), rtol=1e-3, atol=0)
-    cosine = torch.cosine_similarity(added.flatten(), penalty_gradient(permutation).flatten(), 0)
-    assert cosine > 0.999
+    learner = learned(weight=3.0, ramp_start=0.1, ramp_end=0.5)
+    for task_scale in (1e-6, 1.0, 1e4):
+        permutation = fresh(learner, 33)
+        started(learner, permutation)
+        task = task_scale * torch.randn(33, 33)
+        assert permutation.logits is not None
+        permutation.logits.grad = task.clone()
+        learner.regularize(0.2)
+        added = gradient(permutation) - task
+        # A quarter of the way up the ramp c = 0.75.
+        torch.testing.assert_close(
+            tangent_norm(added), 0.75 * tangent_norm(task), rtol=1e-3, atol=0
+        )
+        wanted = penalty_gradient(permutation).flatten()
+        assert torch.cosine_similarity(added.flatten(), wanted, 0) > 0.999
 
 
-def test_fixed_penalty_is_added_as_it_is() -> None:
-    learner = DoublyStochastic(weighting="fixed", weight=2.0, ramp_start=0.1, ramp_end=0.5)
+def test_a_fixed_penalty_is_added_as_it_is_and_not_before_the_ramp() -> None:
+    learner = learned(weighting="fixed", weight=2.0, ramp_start=0.1, ramp_end=0.5)
     permutation = fresh(learner, 33)
-    learner.regularize([permutation], 0.3)
+    started(learner, permutation).regularize(0.05)
+    assert permutation.logits is not None and permutation.logits.grad is None
+    learner.regularize(0.3)
     torch.testing.assert_close(gradient(permutation), penalty_gradient(permutation))
 
 
-def test_nothing_is_added_before_the_ramp() -> None:
-    permutation = fresh(DoublyStochastic(), 33)
-    assert permutation.logits is not None
-    DoublyStochastic().regularize([permutation], 0.05)
-    assert permutation.logits.grad is None
-
-
 def test_matrices_are_clipped_one_by_one() -> None:
-    permutations = [fresh(DoublyStochastic(), 33, seed=seed) for seed in range(2)]
+    learner = learned(clip=1.0)
+    permutations = [fresh(learner, 33, seed=seed) for seed in range(2)]
     for permutation, scale in zip(permutations, (1e-3, 10.0), strict=True):
         assert permutation.logits is not None
         permutation.logits.grad = scale * torch.ones(33, 33)
-    DoublyStochastic(clip=1.0).regularize(permutations, 0.0)
+    started(learner, *permutations).regularize(0.0)
     small, large = (float(gradient(permutation).norm()) for permutation in permutations)
     assert small == pytest.approx(33e-3) and large == pytest.approx(1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("side", "left"),
-        ("parametrization", "soft"),
-        ("iterations", 0),
-        ("init", "uniform"),
-        ("scale", 0.0),
-        ("lr", 0.0),
-        ("betas", (0.9, 1.0)),
-        ("weighting", "none"),
-        ("weight", -1.0),
-        ("ramp_start", -0.1),
-        ("ramp_end", 0.01),
-        ("ramp_end", 1.1),
-        ("delta", 0.0),
-        ("delta", 1.0),
-        ("deadline", 0.0),
-        ("clip", 0.0),
-        ("lr", float("nan")),
-    ],
-)
-def test_bad_hyper_parameters_are_named(key: str, value: object) -> None:
-    with pytest.raises(UserError) as error:
-        DoublyStochastic(**{key: value})  # type: ignore[arg-type]
-    message = str(error.value)
-    assert message.startswith(f"permutation.{key}: expected ") and message.endswith(f"got {value}")
-    assert "\n" not in message
+def test_a_learner_lets_go_of_one_and_keeps_the_state_of_the_others() -> None:
+    torch.manual_seed(0)
+    learner = learned()
+    permutations = [fresh(learner, 9, seed=seed) for seed in range(2)]
+    alone, twin = learned(), copy.deepcopy(permutations[1])
+    started(learner, *permutations), started(alone, twin)
+    for step in range(6):
+        x = torch.randn(16, 9)
+        for each in (learner, alone):
+            each.zero_grad()
+            sum(choice(x).square().sum() for choice in each.choices.values()).backward()
+            each.step(step / 10)
+        if step == 2:
+            logits = permutations[0].logits
+            assert logits is not None
+            permutations[0].harden()
+            learner.release("0", logits)
+    assert torch.equal(permutations[1].matrix(), twin.matrix())
 
 
-def test_bad_side_of_a_random_permutation_is_named() -> None:
-    with pytest.raises(
-        UserError, match=r"^permutation\.side: expected in, out, both or auto, got left"
-    ):
+def test_a_learner_goes_on_from_its_state_as_if_nothing_had_happened() -> None:
+    for learner in forms():
+        torch.manual_seed(0)
+        permutation = fresh(learner, 9)
+        started(learner, permutation)
+        inputs = torch.randn(8, 16, 9)
+        for step, x in enumerate(inputs):
+            if step == 4:
+                other = copy.deepcopy(learner)
+                twin = copy.deepcopy(permutation)
+                other.start({"0": twin})
+                other.load_state_dict(copy.deepcopy(learner.state_dict()))
+            learners = [(learner, permutation)] + ([(other, twin)] if step >= 4 else [])
+            for each, choice in learners:
+                each.zero_grad()
+                choice(x).pow(4).sum().backward()
+                each.step(step / 10)
+        assert torch.equal(permutation.matrix(), twin.matrix())
+        with pytest.raises(ValueError, match="another number of soft choices"):
+            other.load_state_dict({"optimizer": None})
+
+
+def test_bad_hyper_parameters_are_named() -> None:
+    cases: list[tuple[str, object]] = [
+        ("side", "left"), ("iterations", 0), ("scale", 0.0), ("lr", 0.0), ("betas", (0.9, 1.0)),
+        ("weight", -1.0), ("ramp_start", -0.1), ("ramp_end", 0.01), ("ramp_end", 1.1),
+        ("delta", 0.0), ("delta", 1.0), ("deadline", 0.0), ("clip", 0.0), ("lr", float("nan")),
+        ("interval", 0),
+    ]  # fmt: skip
+    for key, value in cases:
+        with pytest.raises(UserError) as error:
+            learned(**{key: value})
+        message = str(error.value)
+        assert message.startswith(f"permutation.{key}: expected ")
+        assert message.endswith(f"got {value}") and "\n" not in message
+    with pytest.raises(UserError, match=r"^permutation\.side: expected in, out, both or auto, got"):
         RandomPermutation(side="left")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["none", "random", "doubly_stochastic"])
-def test_yaml_shows_every_default(name: str) -> None:
-    folder = Path(__file__).parents[2] / "conf" / "permutation"
-    knobs = OmegaConf.to_object(OmegaConf.load(folder / f"{name}.yaml"))
-    assert isinstance(knobs, dict)
-    target = getattr(module, knobs.pop("_target_").removeprefix("padst_exp.permutations."))
-    parameters = inspect.signature(target).parameters
-    defaults = {key: parameter.default for key, parameter in parameters.items()}
-    if "betas" in knobs:
-        knobs["betas"] = tuple(knobs["betas"])
-    assert knobs == defaults

@@ -1,5 +1,5 @@
 """How fast sparse layers and models are beside dense ones: `python -m padst_exp.bench suite=...`.
 
-One file for each suite; what they share is in `timing`, `environment`, `roofline`, `dense`,
-`peers`, `configurations`, `accuracy`, `report` and `plots`.
+`choices` reads from conf/ what is measured, `contenders` and `models` build what takes turns,
+`session` times it and makes rows, `tables` turns rows into CSV, figures and a README.
 """

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from padst_exp.bench.keys import Keys
 from padst_exp.cli import command_line
-from padst_exp.config import bench_settings
+from padst_exp.config import read_keys
 
 
 @command_line("bench")
 def main(cfg: DictConfig) -> None:
-    """Run one suite, write its table, its plot and the README of all tables."""
-    settings = bench_settings(cfg)
+    """Run one suite; write its table, its figure and the README of all tables."""
+    keys = read_keys(cfg, Keys)
 
     from padst_exp.bench import suites
     from padst_exp.engine.progress import say
 
-    for path in suites.run(settings, say):
+    for path in suites.run(keys, say):
         say(f"wrote {path}")
 
 

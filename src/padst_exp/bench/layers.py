@@ -2,287 +2,158 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from padst_exp.bench import configurations
-from padst_exp.bench.configurations import Shape, describe
-from padst_exp.bench.report import Line, Row, timing_rows
-from padst_exp.bench.roofline import BytesTwin
-from padst_exp.bench.session import Session
-from padst_exp.bench.sides import (
-    Side,
-    dense_sides,
-    masked_sides,
-    packed_dense_side,
-    permuted_sides,
-    semi_structured_sides,
-    sparse_sides,
-)
+from padst_exp.bench import choices, contenders
+from padst_exp.bench.choices import Layer, Sparsity
+from padst_exp.bench.floors import bytes_twin
+from padst_exp.bench.keys import Keys
+from padst_exp.bench.session import Contender, Row, Samples, Session
 from padst_exp.bench.timing import Call, captured
-from padst_exp.bench.topology import is_permuted, topology
-from padst_exp.config import BenchSchema
-from padst_exp.dispatch.backends import training_decision
-from padst_exp.errors import UserError
-from padst_exp.structures import Product, Structure
-from padst_kernels.entries import condense
+from padst_exp.inference.packing import packed_layer
 
-SUITE = "layers"
-ROUNDS = {"cpu": 11, "cuda": 7}
-TOKENS = {"cpu": [1, 8, 197, 788], "cuda": [1, 197, 50432]}
-SHAPES = {"cpu": ["vit_b"], "cuda": ["vit_b", "vit_l", "gpt2", "gpt2_medium", "gpt2_xl"]}
 # Up to here a GPU waits for Python, and CUDA graphs help.
 GRAPH_TOKENS = 1024
-MAX_GRAPHED = 16
-GRAPH = ", CUDA graph"
-FORWARD, BOTH, APART = "forward", "forward+backward", ("dX", "dW")
-TWIN = "bytes twin"
-TWINS = {FORWARD: (FORWARD,), BOTH: (FORWARD, *APART), "dX": ("dX",), "dW": ("dW",)}
+PASSES = {"forward": ("forward",), "forward+backward": ("forward", "dX", "dW")}
 
 
-def run(settings: BenchSchema, session: Session) -> Iterator[list[Row]]:
-    """Time every layer at every density and token count; all sides of a cell in turn.
+def run(keys: Keys, session: Session) -> Iterator[list[Row]]:
+    """Time every layer at every density and number of tokens.
 
     Raises:
         UserError: an unknown shape or structure.
     """
-    kind = session.device.type
-    shapes = configurations.shapes(settings.shapes or SHAPES[kind])
-    names = settings.structures or configurations.LAYER_STRUCTURES
-    structures = [configurations.structure(name) for name in names]
-    tokens = settings.tokens or TOKENS[kind]
-    densities = [round(1 - sparsity, 6) for sparsity in settings.sparsities]
-    cells = [
-        (density, shape, num_tokens, what)
-        for density, shape in itertools.product(densities, shapes)
-        for num_tokens in tokens
-        for what in _passes(kind, num_tokens)
-    ]
-    # The sides of a layer are made once, for all that is done with them.
-    groups = itertools.groupby(session.affordable(SUITE, cells), key=lambda cell: cell[:2])
-    for (density, shape), group in groups:
-        legal = _legal(session, shape, structures, density)
-        if not legal:
-            # Dense sides alone are nothing to compare.
-            continue
-        sides = _sides(session, shape, legal, density, first=density == densities[0])
-        for _, _, num_tokens, what in group:
-            name = f"{shape}, {num_tokens} tokens, {what}"
-            yield session.tried(name, partial(_cell, session, shape, sides, num_tokens, what))
-        for structure in legal:
-            name = f"conversions of {describe(structure)}"
-            yield session.tried(name, partial(_conversions, session, shape, structure, density))
-        session.say(f"{SUITE}: {shape} at density {density:g}")
+    kinds = [choices.sparsity(entry) for entry in keys.structures or ()]
+    densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities or ()]
+    layers, tokens = choices.layers(keys.shapes or ()), keys.tokens or ()
+    cells = list(itertools.product(densities, layers, tokens, PASSES))
+    # Contenders of a layer are made once, for all that is done with them.
+    groups = itertools.groupby(session.affordable("layers", cells), key=lambda cell: cell[:2])
+    for (density, layer), group in groups:
+        made = _contenders(session, layer, kinds, density, first=density == densities[0])
+        if not _trained(made):
+            continue  # dense layers alone are nothing to compare
+        for _, _, count, what in group:
+            name = f"{layer.label}, {count} tokens, {what}"
+            yield from session.tried(name, partial(_cell, session, layer, made, count, what))
+        yield from session.tried("conversions", partial(_conversions, session, layer, made))
+        session.say(f"layers: {layer.label} at density {density:g}")
 
 
-def _passes(kind: str, num_tokens: int) -> tuple[str, ...]:
-    """What is timed. On a GPU enough tokens leave the gradients to be told apart."""
-    apart = kind == "cuda" and num_tokens > GRAPH_TOKENS
-    return (FORWARD, BOTH, *(APART if apart else ()))
+def _contenders(
+    session: Session, layer: Layer, kinds: Sequence[Sparsity], density: float, *, first: bool
+) -> list[Contender]:
+    """All contenders of a layer; at the first density also what permutations cost, and 2:4."""
+    made = contenders.dense(session, layer, session.dtype)
 
+    def ours(kind: Sparsity, permutation: str) -> list[Contender]:
+        one = contenders.sparse(session, layer, kind, density, permutation)
+        return list(contenders.by_backend(session, one))
 
-def _legal(
-    session: Session, shape: Shape, structures: Sequence[Structure], density: float
-) -> list[Structure]:
-    """Those that can hold a density in a layer; names the others."""
-    legal = []
-    for structure in structures:
-        try:
-            structure.layout(shape.out_features // shape.split, shape.in_features, density)
-            legal.append(structure)
-        except UserError as error:
-            session.say(f"{describe(structure)} in {shape}: skipped, {error}")
-    return legal
+    def peers(kind: Sparsity) -> list[Contender]:
+        one = contenders.sparse(session, layer, kind, density, "none")
+        return list(contenders.peers(session, one, {other.form for other in made}))
 
-
-def _sides(
-    session: Session, shape: Shape, structures: Sequence[Structure], density: float, *, first: bool
-) -> list[Side]:
-    """All sides of a layer; at the first density also what permutations cost, and 2:4."""
-    plain = dense_sides(session, shape)
-    sides = list(plain)
-    for structure in structures:
-        make = partial(sparse_sides, session, shape, structure, density, plain=first)
-        sides += session.tried(describe(structure), make)
-    layer = session, shape, structures[0], density
-    sides += session.tried("masked dense", partial(masked_sides, *layer, plain[0]))
+    for kind in kinds:
+        states = [kind.phases[0]]
+        if first:
+            # The others say what a permutation costs: none, and, for one structure, a soft one.
+            states = [*kind.phases[: 2 if kind is kinds[0] else 1], "none"]
+        makes = [partial(ours, kind, state) for state in dict.fromkeys(states)]
+        for make in (*makes, partial(peers, kind)):
+            made += itertools.chain(*session.tried(f"{kind.label} in {layer.label}", make))
     if first:
-        if is_permuted(structures[0]):
-            sides += session.tried("permutations", partial(permuted_sides, *layer))
-        sides += session.tried("torch 2:4", partial(semi_structured_sides, session, shape))
-    return sides
+        made += session.tried("2:4", partial(contenders.two_of_four, session, layer))
+    return made
+
+
+def _trained(sides: Sequence[Contender]) -> dict[str, Contender]:
+    """The layer that training ends with, for each structure."""
+    found: dict[str, Contender] = {}
+    for one in sides:
+        if one.form.startswith("packed") and one.permutation != "soft":
+            found.setdefault(one.structure, one)
+    return found
 
 
 def _cell(
-    session: Session, shape: Shape, sides: Sequence[Side], num_tokens: int, what: str
+    session: Session, layer: Layer, made: Sequence[Contender], tokens: int, what: str
 ) -> list[Row]:
-    """One kind of pass of all sides over so many tokens."""
+    """One kind of pass of all contenders over so many tokens."""
     torch.compiler.reset()  # every cell is a variant, and the number of variants is limited
-    device = session.device
-    backward = what != FORWARD
-    sides = [
-        side
-        for side in sides
-        if (side.trained is not None or not backward) and num_tokens <= side.most_tokens
-    ]
-    if not backward and any(side.kind == "strong" for side in sides):
-        sides.append(packed_dense_side(session, sides[0], num_tokens))
-    x = session.random(num_tokens, shape.in_features)
-    dy = session.random(num_tokens, shape.out_features)
-    graphs = device.type == "cuda" and num_tokens <= GRAPH_TOKENS
-    calls: dict[str, Call] = {}
-    forms: dict[str, tuple[Side, str]] = {}
-    passes: dict[str, int] = {}
-    refused: dict[str, str] = {}
-    with torch.set_grad_enabled(backward):
-        for side in sides:
-            reason = side.kernel and session.refusal(side.kernel, side.structure, backward=backward)
-            forms[side.name] = side, ""
-            if reason:
-                refused[side.name] = reason
-                continue
-            calls[side.name] = _pass(side, x, dy, what)
-            if graphs:
-                name = f"{side.name}{GRAPH}"
-                passes[name] = min(len(side.weights), MAX_GRAPHED)
-                calls[name] = captured(calls[side.name], device, passes[name])
-                forms[name] = side, GRAPH
-        # First, since nothing has a floor without them.
-        calls = {**_twins(session, shape, sides, num_tokens, what, graphs), **calls}
-        samples, failed = session.alternate(calls, rounds=ROUNDS[device.type], passes=passes)
-    lines = {
-        name: Line(
-            case=str(shape),
-            tokens=num_tokens,
-            what=what,
-            structure=side.structure,
-            form=side.form + suffix,
-            scope="all",
-            permutation=side.permutation,
-            density_asked=side.density_asked,
-            density=side.density,
-            side=side.kind,
-            floor=_floor(session, side, num_tokens, what, samples),
-            dispatcher=_choice(session, side, num_tokens),
-        )
-        for name, (side, suffix) in forms.items()
-    }
-    return timing_rows(session, SUITE, lines, samples, {**failed, **refused})
+    forward, passes, size = what == "forward", PASSES[what], session.dtype.itemsize
+    sides = [one for one in made if one.trained or forward]
+    if forward and any(one.kind == "strong" for one in made):
+        sides.append(contenders.onednn(made[0], layer, tokens))
+    x = torch.randn(tokens, layer.in_features).to(session.device, session.dtype)
+    dy = torch.randn(tokens, layer.out_features).to(session.device, session.dtype)
+    graphs = session.device.type == "cuda" and tokens <= GRAPH_TOKENS
+    entries = layer.in_features * layer.out_features
+
+    def twin(density: float) -> Call:
+        weight = round(density * entries) * size
+        call = bytes_twin(x.nbytes, dy.nbytes, weight, passes, session.device)
+        return captured(call, 1) if graphs else call
+
+    twins = {f"bytes twin {d:g}": twin(d) for d in {one.density_asked for one in sides}}
+
+    def floor(one: Contender, samples: Samples) -> float:
+        moved = float(np.median(samples[f"bytes twin {one.density_asked:g}"]))
+        return max(moved, 2 * tokens * one.density * entries * len(passes) / session.ceilings.rate)
+
+    about: Row = {"suite": "layers", "case": layer.label, "tokens": tokens, "pass": what}
+    with torch.set_grad_enabled(not forward):
+        calls = [(one, _pass(one, x, dy, forward)) for one in sides]
+        rows = session.compare(about, calls, floor=floor, twins=twins, graphs=graphs)
+    for structure, one in _trained(sides).items():
+        chosen = _trained_by(session, one, tokens)
+        for row in rows:
+            if row["structure"] == structure and row["form"].startswith("packed"):
+                row["dispatcher"] = chosen
+    return rows
 
 
-def _pass(side: Side, x: Tensor, dy: Tensor, what: str) -> Call:
-    """One pass over the next weight in turn."""
-    product, trained = side.product, side.trained
-    if what == FORWARD:
-        rotation = itertools.cycle(side.weights)
-        return lambda: product(x, next(rotation))
-    assert trained is not None
-    leaf = x.detach().requires_grad_(what != "dW")
-    for weight in side.weights:
-        for tensor in trained(weight):
-            tensor.requires_grad_(what != "dX")
-    if what in APART:
-        graphs: list[tuple[Tensor, list[Tensor]]] = []
-        turns = itertools.cycle(range(2))
+def _pass(one: Contender, x: Tensor, dy: Tensor, forward: bool) -> Call:
+    """One pass by the next module in turn."""
+    turns = itertools.cycle(one.modules)
+    if forward:
+        return lambda: next(turns)(x)
+    leaf = x.detach().requires_grad_()
 
-        def apart() -> Sequence[Tensor]:
-            if not graphs:
-                # So many tokens leave nothing of a weight in the cache; two are enough.
-                for weight in side.weights[:2]:
-                    wanted = [leaf] if what == "dX" else list(trained(weight))
-                    graphs.append((product(leaf, weight), wanted))
-            y, wanted = graphs[next(turns)]
-            return torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    def call() -> Sequence[Tensor]:
+        module = next(turns)
+        return torch.autograd.grad(module(leaf), (leaf, *module.parameters()), dy)
 
-        return apart
-    rotation = itertools.cycle(side.weights)
-
-    def both() -> Sequence[Tensor]:
-        weight = next(rotation)
-        return torch.autograd.grad(product(leaf, weight), (leaf, *trained(weight)), dy)
-
-    return both
+    return call
 
 
-def _twins(
-    session: Session,
-    shape: Shape,
-    sides: Sequence[Side],
-    num_tokens: int,
-    what: str,
-    graphs: bool,
-) -> dict[str, Call]:
-    """What reads and writes as many bytes as a dense weight, and as the sparse ones, need."""
-    size = session.dtype.itemsize
-    weight = size * shape.in_features * shape.out_features
-    activations = size * num_tokens * shape.in_features, size * num_tokens * shape.out_features
-    twins: dict[str, Call] = {}
-    for density in {round(side.density_asked, 6) for side in sides}:
-        twin = BytesTwin(
-            *activations, round(density * weight), passes=TWINS[what], device=session.device
-        )
-        twins[f"{TWIN} {density}"] = captured(twin, session.device) if graphs else twin
-    return twins
-
-
-def _floor(
-    session: Session, side: Side, num_tokens: int, what: str, samples: Mapping[str, list[float]]
-) -> float | None:
-    """Seconds of the bytes twin, or of the arithmetic at the rate of the fastest dense product."""
-    twin = samples.get(f"{TWIN} {round(side.density_asked, 6)}")
-    if twin is None:
-        return None
-    moved = float(np.median(twin))
-    operations = 2 * num_tokens * side.entries * len(TWINS[what])
-    return max(moved, operations / session.ceilings.rate)
-
-
-def _choice(session: Session, side: Side, num_tokens: int) -> str:
-    """What the dispatcher takes for training such a product."""
-    found = side.topology
-    if found is None or session.budget.left < 0:
+def _trained_by(session: Session, one: Contender, tokens: int) -> str:
+    """What the dispatcher would train a layer with so many tokens by."""
+    if session.timer.left < 0:
         return ""
-    allowed = session.backends(side.structure)
-    possible = Product(found.layouts, "packed").backends(session.device)
-    possible = [backend for backend in possible if backend in allowed]
-    if not possible:
-        return ""
-    permuted = found.input_index is not None, found.output_index() is not None
-    decide = partial(
-        training_decision,
-        found.layouts, possible, num_tokens, session.dtype, session.device, False, permuted,
-    )  # fmt: skip
-    return "".join(session.tried("the dispatcher", lambda: [decide().choice]))
+    alone = replace(one, modules=[copy.deepcopy(one.modules[0])])
+    sample = next(alone.modules[0].parameters()).new_ones(
+        1, contenders.sparse_layer(one).in_features
+    )
+    example = partial(alone.modules[0], sample)
+    choose = partial(contenders.choose, session, alone, example, tokens)
+    return "".join(session.tried("the dispatcher", choose))
 
 
-def _conversions(session: Session, shape: Shape, structure: Structure, density: float) -> list[Row]:
-    """What follows a rewiring: deriving the indices anew; and condensing, once, for inference."""
-    found = topology(session, shape, structure, density)
-    layout = found.layouts[0]
-    product = Product(found.layouts, "packed")
-    calls: dict[str, Call] = {"fold": lambda: found.fold(product)}
-    if layout.tile_shape is None:
-        entries = found.entries()
-        values = session.random(len(entries))
-        calls["condense"] = lambda: condense(values, entries, *found.shape)
-    samples, failed = session.alternate(calls, rounds=ROUNDS[session.device.type])
-    lines = {
-        name: Line(
-            case=str(shape),
-            tokens=0,
-            what="conversion",
-            structure=describe(structure),
-            form=name,
-            scope="all",
-            permutation=found.permutation,
-            density_asked=density,
-            density=layout.density,
-        )
-        for name in calls
-    }
-    return timing_rows(session, SUITE, lines, samples, failed)
+def _conversions(session: Session, layer: Layer, made: Sequence[Contender]) -> list[Row]:
+    """What follows a rewiring: deriving the indices anew; and packing, once, for inference."""
+    sides: list[tuple[Contender, Call]] = []
+    for one in _trained(made).values():
+        sparse = contenders.sparse_layer(one)
+        sides.append((replace(one, form="index"), sparse.index))
+        sides.append((replace(one, form="export"), partial(packed_layer, sparse)))
+    about: Row = {"suite": "layers", "case": layer.label, "tokens": 0, "pass": "conversion"}
+    return session.compare(about, sides)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from padst_exp.data.seeding import mixed
 from padst_exp.data.task import Address, Batch
+from padst_exp.seeds import mixed
 
 
 class TensorImages(Dataset[Batch]):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from padst_exp.data.task import Address, Batch, Classification, LanguageModeling
-from padst_exp.errors import UserError
+from padst_exp.errors import require
 
 
 class Pool(Dataset[Batch]):
@@ -49,13 +49,13 @@ class SyntheticImages(Classification):
     def __init__(
         self,
         *,
-        image_size: int = 224,
-        channels: int = 3,
-        num_classes: int = 1000,
-        samples: int = 100_000,
-        validation_samples: int = 1_000,
-        pool: int = 256,
-        seed: int = 0,
+        image_size: int,
+        channels: int,
+        num_classes: int,
+        samples: int,
+        validation_samples: int,
+        pool: int,
+        seed: int,
     ) -> None:
         super().__init__(image_size=image_size, channels=channels, num_classes=num_classes)
         _require_positive(samples=samples, validation_samples=validation_samples, pool=pool)
@@ -78,12 +78,12 @@ class SyntheticTokens(LanguageModeling):
     def __init__(
         self,
         *,
-        vocab_size: int = 50_257,
-        context_length: int = 1024,
-        samples: int = 100_000,
-        validation_samples: int = 1_000,
-        pool: int = 1_024,
-        seed: int = 0,
+        vocab_size: int,
+        context_length: int,
+        samples: int,
+        validation_samples: int,
+        pool: int,
+        seed: int,
     ) -> None:
         _require_positive(
             vocab_size=vocab_size,
@@ -101,5 +101,4 @@ class SyntheticTokens(LanguageModeling):
 
 def _require_positive(**sizes: int) -> None:
     for key, value in sizes.items():
-        if value < 1:
-            raise UserError(f"dataset.{key}={value}: must be at least 1")
+        require(value >= 1, f"dataset.{key}", value, "at least 1")

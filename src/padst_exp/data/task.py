@@ -2,14 +2,14 @@
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from padst_exp.errors import UserError
+from padst_exp.errors import require
 
 Batch = tuple[Tensor, Tensor]
 """(inputs, targets)."""
@@ -25,7 +25,8 @@ class Task(abc.ABC):
     """A data set with its loss and metrics.
 
     Attributes:
-        model_shape: keyword arguments that the data set fixes for every model it can feed.
+        gives: names of what the data set fixes for every model it can feed.
+        model_shape: these, as keyword arguments of the model.
         items_per_sample: images (1) or tokens per sample, the unit of throughput.
         monitor: name of the summary entry to watch, and whether more or less is better.
         repeats: times each drawn training sample enters a batch (repeated augmentation).
@@ -35,19 +36,13 @@ class Task(abc.ABC):
     """
 
     kind: ClassVar[Literal["classification", "language_modeling"]]
+    gives: ClassVar[tuple[str, ...]] = ()
     monitor: ClassVar[tuple[str, Literal["min", "max"]]]
     model_shape: dict[str, int]
     items_per_sample: int
     repeats: int = 1
     train: Any
     validation: Any
-
-    def collate(self, items: Batch | Sequence[Batch]) -> Batch:
-        """Stacks samples; a whole batch out of `__getitems__` passes through."""
-        if isinstance(items, tuple):
-            return items
-        inputs, targets = zip(*items, strict=True)
-        return torch.stack(inputs), torch.stack(targets)
 
     def augment(self, inputs: Tensor, targets: Tensor, seed: int) -> Batch:
         """Augments a training batch on its device, reproducibly from `seed`. Identity here."""
@@ -84,6 +79,7 @@ class Classification(Task):
     """
 
     kind = "classification"
+    gives = ("image_size", "channels", "num_classes")
     monitor = ("top1", "max")
     items_per_sample = 1
 
@@ -98,15 +94,11 @@ class Classification(Task):
         mixup: float = 0.0,
         cutmix: float = 0.0,
     ) -> None:
-        if image_size < 1:
-            raise UserError(f"dataset.image_size={image_size}: must be at least 1 pixel")
-        if num_classes < 2:
-            raise UserError(f"dataset.num_classes={num_classes}: must be at least 2")
-        if not 0 <= smoothing < 1:
-            raise UserError(f"dataset.smoothing={smoothing}: must be in [0, 1)")
+        require(image_size >= 1, "dataset.image_size", image_size, "at least 1 pixel")
+        require(num_classes >= 2, "dataset.num_classes", num_classes, "at least 2")
+        require(0 <= smoothing < 1, "dataset.smoothing", smoothing, "a number in [0, 1)")
         for key, value in (("mixup", mixup), ("cutmix", cutmix)):
-            if value < 0:
-                raise UserError(f"dataset.{key}={value}: must be 0 (off) or a positive alpha")
+            require(value >= 0, f"dataset.{key}", value, "a positive alpha, or 0 for off")
         self.model_shape = {
             "image_size": image_size,
             "channels": channels,
@@ -126,13 +118,11 @@ class Classification(Task):
             return inputs, targets
         from timm.data.mixup import Mixup
 
-        from padst_exp.data.seeding import preserved_rng
+        from padst_exp.seeds import preserved_rng
 
-        if len(inputs) % 2:
-            raise UserError(
-                f"trainer.batch_size leaves micro-batches of {len(inputs)} images on a rank: "
-                "dataset.mixup and dataset.cutmix need an even number"
-            )
+        found = f"{len(inputs)} images in a micro-batch of one process"
+        wanted = "an even number for dataset.mixup and dataset.cutmix"
+        require(len(inputs) % 2 == 0, "trainer.batch_size", found, wanted)
         mix = Mixup(
             mixup_alpha=self.mixup,
             cutmix_alpha=self.cutmix,
@@ -186,19 +176,25 @@ class LanguageModeling(Task):
     Args:
         vocab_size: number of token ids.
         context_length: tokens of one sample.
-        tokens_per_word: tokens of the validation text over its words, or None where words have
-            no agreed count; turns the token loss into a perplexity per word.
+
+    Attributes:
+        words: of the validation text, or None where words have no agreed count; turns the token
+            losses into a perplexity per word.
+
+    Raises:
+        UserError: a size is below 1.
     """
 
     kind = "language_modeling"
+    gives = ("vocab_size", "context_length")
     monitor = ("perplexity", "min")
+    words: int | None = None
 
-    def __init__(
-        self, *, vocab_size: int, context_length: int, tokens_per_word: float | None = None
-    ) -> None:
+    def __init__(self, *, vocab_size: int, context_length: int) -> None:
+        require(vocab_size >= 1, "dataset.vocab_size", vocab_size, "at least 1")
+        require(context_length >= 1, "dataset.context_length", context_length, "at least 1")
         self.model_shape = {"vocab_size": vocab_size, "context_length": context_length}
         self.items_per_sample = context_length
-        self.tokens_per_word = tokens_per_word
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits `[B, T, V]`, targets int64 `[B, T]` (`IGNORED` skipped) -> mean nats a token."""
@@ -224,8 +220,9 @@ class LanguageModeling(Task):
         """Mean "loss" in nats per token, "perplexity" per token and, if defined, per word."""
         loss = float(sums["nll"]) / float(sums["tokens"])
         summary = {"loss": loss, "perplexity": _exp(loss)}
-        if self.tokens_per_word is not None:
-            summary["word_perplexity"] = _exp(loss * self.tokens_per_word)
+        if self.words is not None:
+            # All losses over all words: no token without a target is given the mean loss.
+            summary["word_perplexity"] = _exp(float(sums["nll"]) / self.words)
         return summary
 
 

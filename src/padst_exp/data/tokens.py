@@ -7,38 +7,35 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from padst_exp.data.seeding import seed_of
 from padst_exp.data.task import IGNORED, Address, Batch
-from padst_exp.errors import UserError
+from padst_exp.errors import require
+from padst_exp.seeds import seed_of
 
 
 class TokenStream:
-    """The concatenation of arrays of token ids, which may be memory-mapped and is never copied."""
+    """One-dimensional token ids, which may be mapped into memory and are never copied."""
 
-    def __init__(self, chunks: Sequence[NDArray[np.integer]]) -> None:
-        self.chunks = [chunk for chunk in chunks if len(chunk)]
-        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
+    def __init__(self, tokens: NDArray[np.integer]) -> None:
+        self.tokens = tokens
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return len(self.tokens)
 
     def windows(self, starts: Sequence[int], length: int) -> NDArray[np.int64]:
         """Tokens [start, start + length) for each start, `[len(starts), length]`."""
         assert min(starts) >= 0 and max(starts) + length <= len(self)
-        if len(self.chunks) == 1:
-            places = np.array(starts)[:, None] + np.arange(length)
-            return self.chunks[0][places].astype(np.int64)
-        return np.stack([self._window(start, length) for start in starts])
+        places = np.array(starts)[:, None] + np.arange(length)
+        return self.tokens[places].astype(np.int64)
 
-    def _window(self, start: int, length: int) -> NDArray[np.int64]:
-        number = int(np.searchsorted(self.starts, start, side="right")) - 1
-        pieces = []
-        while length > 0:
-            first = start - int(self.starts[number])
-            piece = self.chunks[number][first : first + length]
-            pieces.append(piece)
-            start, length, number = start + len(piece), length - len(piece), number + 1
-        return np.concatenate(pieces, dtype=np.int64)
+    def __reduce__(self) -> tuple[object, ...]:
+        # A data worker that is not forked maps the file again instead of receiving all of it.
+        if isinstance(self.tokens, np.memmap) and self.tokens.filename is not None:
+            return _remapped, (str(self.tokens.filename), self.tokens.dtype, self.tokens.shape)
+        return TokenStream, (self.tokens,)
+
+
+def _remapped(path: str, dtype: "np.dtype[np.integer]", shape: tuple[int, ...]) -> TokenStream:
+    return TokenStream(np.memmap(path, dtype, "r", shape=shape))
 
 
 class TrainBlocks(Dataset[Batch]):
@@ -54,11 +51,7 @@ class TrainBlocks(Dataset[Batch]):
         self.seed = 0
         usable = len(stream) - 1 - (context_length - 1 if moving else 0)
         self.length = usable // context_length
-        if self.length < 1:
-            raise UserError(
-                f"dataset.context_length={context_length}: the training text has only "
-                f"{len(stream)} tokens"
-            )
+        _require_block(self.length >= 1, context_length, f"{len(stream)} tokens of training text")
 
     def __len__(self) -> int:
         return self.length
@@ -88,11 +81,8 @@ class ValidationBlocks(Dataset[Batch]):
 
     def __init__(self, stream: TokenStream, context_length: int) -> None:
         self.stream, self.context_length = stream, context_length
-        if len(stream) <= context_length:
-            raise UserError(
-                f"dataset.context_length={context_length}: the validation text has only "
-                f"{len(stream)} tokens"
-            )
+        fits = len(stream) > context_length
+        _require_block(fits, context_length, f"{len(stream)} tokens of validation text")
 
     def __len__(self) -> int:
         return -((1 - len(self.stream)) // self.context_length)
@@ -104,3 +94,7 @@ class ValidationBlocks(Dataset[Batch]):
         targets = tokens[1:].clone()
         targets[: index * size - start] = IGNORED
         return tokens[:-1], targets
+
+
+def _require_block(valid: bool, context_length: int, text: str) -> None:
+    require(valid, "dataset.context_length", context_length, f"a length that fits into the {text}")

@@ -1,30 +1,30 @@
-"""Which kernel computes each sparse layer: measured once on each machine, remembered."""
+"""Which kernel computes each sparse layer: measured once on each machine, remembered.
 
-from padst_exp.dispatch.agreement import agrees, difference
-from padst_exp.dispatch.backends import (
-    Choice,
-    choose,
-    forced,
-    require_device,
-    restore,
-    reuse,
-    save,
-)
-from padst_exp.dispatch.decision import Decision, device_name, fastest, is_recording, measure
+A kernel is right when it agrees with plain PyTorch through a dense weight, forward and in every
+gradient. What does not is not chosen, whichever backend it is and however fast.
+"""
+
+from padst_exp.dispatch.agreement import agrees, difference, fastest_right
+from padst_exp.dispatch.backends import Pick, choose, forced, require_device, restore, reuse, save
+from padst_exp.dispatch.inputs import Input, inputs_of
+from padst_exp.dispatch.timing import device_name, is_recording, timings
+from padst_kernels import Backend
 
 __all__ = [
-    "Choice",
-    "Decision",
+    "Backend",
+    "Input",
+    "Pick",
     "agrees",
     "choose",
     "device_name",
     "difference",
-    "fastest",
+    "fastest_right",
     "forced",
+    "inputs_of",
     "is_recording",
-    "measure",
     "require_device",
     "restore",
     "reuse",
     "save",
+    "timings",
 ]

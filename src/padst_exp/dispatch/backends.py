@@ -1,51 +1,50 @@
-"""Measured, forced or remembered: the backend of every sparse product of a model in training."""
+"""Measured, forced or remembered: the backend of every sparse layer of a model in training."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dispatch.agreement import agrees
-from padst_exp.dispatch.decision import Decision, device_name, fastest
-from padst_exp.errors import UserError
-from padst_exp.layers import SparseLinear
-from padst_exp.permutations import Permutation
-from padst_exp.structures import Backend, Product
+from padst_exp.dispatch.agreement import Call, fastest_right
+from padst_exp.dispatch.inputs import Input, inputs_of, random
+from padst_exp.dispatch.timing import device_name
+from padst_exp.errors import UserError, require
+from padst_exp.layers import SparseConv2d, SparseLinear, sparse_layers
+from padst_exp.soft import choices
+from padst_exp.structures import tile_shape
+from padst_kernels import Backend
 
 # Ratios no longer change with more tokens, but measuring takes longer.
 MAX_TOKENS = {"cpu": 1024, "cuda": 1 << 16}
 
 
-# Whether inputs and outputs are permuted.
-Permuted = tuple[bool, bool]
-
-
 @dataclass(frozen=True)
-class Choice:
-    """How one product is computed.
+class Pick:
+    """How one layer is computed, and the times that spoke for it.
 
     Args:
-        backend: see `structures.Product`.
+        backend: see `SparseLinear`; "dense" where a dense layer took its place (`inference.tune`).
         tokens: that were measured with, about those of a forward pass; 0 where nothing was.
-        dtype: of activations, e.g. "bfloat16".
-        seconds: of forward and backward by each backend, and of a dense layer ("reference").
+        dtype: of the product, e.g. "bfloat16".
+        seconds: of each backend that computes the right thing, and of a dense layer ("dense").
     """
 
-    backend: Backend
-    tokens: int
-    dtype: str
-    seconds: dict[str, float]
+    backend: Backend | Literal["dense"]
+    tokens: int = 0
+    dtype: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float | None:
         """Time of a dense layer over the time of this one, as measured; None if never."""
-        if not {"reference", self.backend} <= self.seconds.keys():
+        if not {"dense", self.backend} <= self.seconds.keys():
             return None
-        return self.seconds["reference"] / self.seconds[self.backend]
+        return self.seconds["dense"] / self.seconds[self.backend]
 
 
 def choose(
@@ -56,246 +55,207 @@ def choose(
     device: torch.device,
     compiled: bool,
     allowed: Collection[Backend] = get_args(Backend),
-) -> dict[str, Choice]:
-    """Measure every kind of sparse product of `model` and let each use its fastest backend.
+) -> dict[str, Pick]:
+    """Measure every kind of sparse layer of `model` and let each use its fastest right backend.
 
-    Forward and backward together. A kernel that disagrees with plain PyTorch is not chosen.
+    Forward and backward together. A kernel that disagrees with a dense weight in plain PyTorch is
+    not picked, whichever it is. Times are kept on disk, but the truth is asked anew each time.
 
     Args:
         model: on `device`; only its backends change.
         example: runs `model` on one sample, as training will.
         samples: in one forward pass of training.
         device: of the model.
-        compiled: whether `torch.compile` will compile it; part of what decisions are kept under.
-        allowed: backends that may run.
+        compiled: whether `torch.compile` will compile it; part of what timings are kept under.
+        allowed: backends that may be picked.
 
     Raises:
-        ValueError: a product has none of the `allowed` backends.
-
-    Returns:
-        The choice for each product by its module name.
+        ValueError: a layer has none of the `allowed` backends.
+        UserError: none of them computes what a dense weight does.
     """
-    seen = _inputs(model, example)
-    choices: dict[str, Choice] = {}
-    for name, layer in _layers(model).items():
-        tokens, dtype = seen.get(name, (0, torch.float32))
-        # Soft permutations act outside of the product, but only for a small part of training.
-        outputs = any(isinstance(m, Permutation) for m in layer.output_permutations)
-        permuted = layer.input_permutation is not None, outputs
-        for part, product in enumerate(layer.parts()):
-            choices[f"{name}.products.{part}"] = _measured(
-                product, tokens * samples, dtype, device, compiled, permuted, allowed
-            )
-    reuse(model, choices)
-    return choices
+    # Nothing that is not proven yet runs in the example.
+    forced(model, "torch", device)
+    layers = sparse_layers(model)
+    inputs = inputs_of(example, layers)
+    picks: dict[str, Pick] = {}
+    alike: dict[str, Pick] = {}
+    for name, layer in layers.items():
+        possible = [backend for backend in layer.backends(device) if backend in allowed]
+        if not possible:
+            raise ValueError(f"no backend is left of {layer.backends(device)}")
+        if layer.storage == "masked" or name not in inputs:
+            picks[name] = Pick("torch" if "torch" in possible else possible[0])
+            continue
+        given = _measured(layer, inputs[name][-1], samples, MAX_TOKENS[device.type])
+        what = _description(layer, possible, given, compiled)
+        if repr(what) not in alike:
+            alike[repr(what)] = _fastest(what, layer, possible, given, device)
+        picks[name] = alike[repr(what)]
+    reuse(model, picks)
+    return picks
 
 
-def forced(model: nn.Module, backend: Backend, device: torch.device) -> dict[str, Choice]:
-    """Use `backend` wherever a product has it, what it has where not. Measures nothing.
+def forced(model: nn.Module, backend: Backend, device: torch.device) -> dict[str, Pick]:
+    """Use `backend` wherever a layer has it, what it usually has where not. Measures nothing.
 
     Raises:
         UserError: see `require_device`.
     """
     require_device(backend, device)
-    choices = {}
-    for name, layer in _layers(model).items():
-        for part, product in enumerate(layer.parts()):
-            possible = product.backends(device)
-            # What only some products have in CUDA, the others have in Triton.
-            wanted = (backend, "triton") if backend == "cuda" else (backend,)
-            taken = next((name for name in wanted if name in possible), possible[0])
-            choices[f"{name}.products.{part}"] = Choice(taken, 0, "", {})
-    reuse(model, choices)
-    return choices
+    picks = {}
+    for name, layer in sparse_layers(model).items():
+        possible = layer.backends(device)
+        # What only some layers have in CUDA, the others have in Triton.
+        wanted = (backend, "triton") if backend == "cuda" else (backend,)
+        picks[name] = Pick(next((one for one in wanted if one in possible), possible[0]))
+    reuse(model, picks)
+    return picks
 
 
 def require_device(backend: str, device: torch.device) -> None:
-    """Raise a UserError where `backend` is "triton" or "cuda" and `device` is no GPU."""
-    if backend in ("triton", "cuda") and device.type != "cuda":
-        raise UserError(
-            f"backend: {backend} needs a GPU, this is {device.type}; use auto, torch or dense"
-        )
+    """Raise a UserError where `backend` runs on another kind of device only."""
+    on = {"triton": "cuda", "cuda": "cuda", "native": "cpu"}.get(backend, device.type)
+    what = "one for this device, a " + ("GPU" if device.type == "cuda" else "CPU")
+    require(on == device.type, "backend", backend, f"{what} (auto, torch or scatter)")
 
 
-def reuse(model: nn.Module, choices: Mapping[str, Choice]) -> None:
-    """Let the products of `model` use `choices`, by their module names."""
-    for name, layer in _layers(model).items():
-        layer.use_backends(
-            [choices[f"{name}.products.{part}"].backend for part in range(len(layer.products))]
-        )
+def reuse(model: nn.Module, picks: Mapping[str, Pick]) -> None:
+    """Let the layers of `model` use what was picked for them, by their module names."""
+    for name, layer in sparse_layers(model).items():
+        backend = picks[name].backend
+        assert backend != "dense", name
+        layer.use_backend(backend)
 
 
-def save(choices: Mapping[str, Choice], device: torch.device) -> dict[str, Any]:
+def save(picks: Mapping[str, Pick], device: torch.device) -> dict[str, Any]:
     """Plain data for a checkpoint."""
     return {
         "device": device_name(device),
-        "choices": {name: asdict(choice) for name, choice in choices.items()},
+        "picks": {name: asdict(pick) for name, pick in picks.items()},
     }
 
 
-def restore(saved: object, model: nn.Module, device: torch.device) -> dict[str, Choice] | None:
-    """The choices that `save` stored.
+def restore(saved: object, model: nn.Module, device: torch.device) -> dict[str, Pick] | None:
+    """The picks that `save` stored.
 
     Returns:
         By module name; None when they were made on a device of another model, or are not those of
-        the products of `model` on `device`.
+        the layers of `model` on `device`.
     """
     if not isinstance(saved, Mapping) or saved.get("device") != device_name(device):
         return None
     try:
-        choices = {name: Choice(**choice) for name, choice in saved["choices"].items()}
+        picks = {name: Pick(**pick) for name, pick in saved["picks"].items()}
     except (AttributeError, KeyError, TypeError):
         return None
-    possible = {
-        f"{name}.products.{part}": product.backends(device)
-        for name, layer in _layers(model).items()
-        for part, product in enumerate(layer.parts())
-    }
-    fits = choices.keys() == possible.keys() and all(
-        choice.backend in possible[name] for name, choice in choices.items()
+    layers = sparse_layers(model)
+    fits = picks.keys() == layers.keys() and all(
+        pick.backend in layers[name].backends(device) for name, pick in picks.items()
     )
-    return choices if fits else None
+    return picks if fits else None
 
 
-def _layers(model: nn.Module) -> dict[str, SparseLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+def _measured(layer: SparseLinear, sample: Input, samples: int, most: int) -> Input:
+    """What to measure with: about a batch, in few different sizes, of at most so many tokens."""
+    if isinstance(layer, SparseConv2d):
+        number = min(_power_of_two(samples), max(1, most // sample.tokens))
+        shape, tokens = (number, *sample.shape[1:]), number * sample.tokens
+    else:
+        tokens = min(_power_of_two(sample.tokens * samples), most)
+        shape = tokens, layer.in_features
+    return Input(shape, tuple(range(len(shape))), tokens, sample.dtype)
 
 
-def _inputs(model: nn.Module, example: Callable[[], object]) -> dict[str, tuple[int, torch.dtype]]:
-    """Tokens of one sample and dtype at every sparse layer that `example` reaches."""
-    seen: dict[str, tuple[int, torch.dtype]] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
-            (x,) = (*inputs, *named.values())
-            cast = torch.is_autocast_enabled(x.device.type)
-            dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
-            seen[name] = (x.numel() // x.shape[-1], dtype)
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(watch(name), with_kwargs=True)
-        for name, layer in _layers(model).items()
-    ]
-    try:
-        example()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
-def _measured(
-    product: Product,
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    compiled: bool,
-    permuted: Permuted,
-    allowed: Collection[Backend],
-) -> Choice:
-    possible = [backend for backend in product.backends(device) if backend in allowed]
-    if not possible:
-        raise ValueError(f"no backend is left of {product.backends(device)}")
-    if product.storage == "masked" or tokens == 0:
-        return Choice(possible[0], 0, "", {})
-    name = str(dtype).removeprefix("torch.")
-    decision = training_decision(
-        product.layouts, possible, tokens, dtype, device, compiled, permuted
-    )
-    measured = bucket(tokens, device)
-    return Choice(decision.choice, measured, name, decision.seconds)  # type: ignore[arg-type]
-
-
-def bucket(tokens: int, device: torch.device) -> int:
-    """Tokens that a decision for `tokens` is measured with."""
-    return min(1 << (tokens - 1).bit_length(), MAX_TOKENS[device.type])
-
-
-def training_decision(
-    layouts: Sequence[Any],
-    backends: Sequence[Backend],
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    compiled: bool,
-    permuted: Permuted = (False, False),
-) -> Decision:
-    """The fastest of `backends` for forward and backward of one product.
-
-    Args:
-        layouts: of its weights.
-        backends: the usual one first; others must agree with it.
-        tokens: rows of x; decisions are shared by a `bucket` of them.
-        dtype: of activations and values.
-        device: where to measure.
-        compiled: part of what the decision is kept under. Measured eagerly all the same: compiled
-            code calls these very kernels.
-        permuted: which sides have a hard permutation folded in.
-    """
-    what = {
-        "weights": [
-            (type(layout).__name__, *layout.shape, *layout.frame, layout.num_active)
-            for layout in layouts
-        ],
-        "backends": list(backends),
-        "tokens": bucket(tokens, device),
-        "dtype": str(dtype),
-        "compiled": compiled,
-        "permuted": permuted,
+def _description(
+    layer: SparseLinear, backends: Sequence[Backend], given: Input, compiled: bool
+) -> dict[str, object]:
+    """All that the times of a layer depend on, in plain values."""
+    return {
         "pass": "forward and backward",
+        "layer": repr(layer.window) if isinstance(layer, SparseConv2d) else "linear",
+        "weights": [
+            [
+                type(weight.geometry).__name__,
+                *(weight.shape, weight.geometry.frame, len(weight.active)),
+                # What units merge to, and whether their rows are scattered.
+                tile_shape(weight.geometry, weight.active.long()),
+                weight.row_order is not None,
+            ]
+            for weight in layer.parts()
+        ],
+        "permuted": sorted({side for side, _ in layer.permutations()}),
+        "backends": list(backends),
+        "input": repr(given),
+        # Measured eagerly all the same: compiled code calls these very kernels.
+        "compiled": compiled,
     }
-    return fastest(
-        what,
-        lambda: _passes(layouts, backends, bucket(tokens, device), dtype, device, permuted),
-        device=device,
-    )
 
 
-def _passes(
-    layouts: Sequence[Any],
+def _fastest(
+    what: Mapping[str, object],
+    layer: SparseLinear,
     backends: Sequence[Backend],
-    tokens: int,
-    dtype: torch.dtype,
+    given: Input,
     device: torch.device,
-    permuted: Permuted,
-) -> dict[str, Callable[[], Sequence[Tensor]]]:
+) -> Pick:
+    """The fastest right backend for forward and backward of layers like `layer`."""
     generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        # Drawn in float32: not every device draws every dtype.
-        x = torch.randn(*shape, generator=generator, device=device)
-        return x.to(dtype).requires_grad_()
-
-    def permutation(size: int, wanted: bool) -> Tensor | None:
-        return torch.randperm(size, generator=generator, device=device) if wanted else None
-
-    on_cpu = torch.Generator().manual_seed(0)
-    units = [layout.random_units(on_cpu).to(device) for layout in layouts]
-    values = [random(layout.num_active, layout.unit_size) for layout in layouts]
-    rows, columns = sum(layout.shape[0] for layout in layouts), layouts[0].shape[1]
-    x, weight, dy = random(tokens, columns), random(rows, columns), random(tokens, rows).detach()
-    inputs = permutation(columns, permuted[0])
-    outputs = [permutation(layout.shape[0], permuted[1]) for layout in layouts]
-
-    def sparse(backend: Backend) -> Callable[[], Sequence[Tensor]]:
-        product = Product(layouts, "packed", backend)
-        product.fold(units, inputs, outputs)
-
-        def call() -> Sequence[Tensor]:
-            y = product(x, values)
-            return (y.detach(), *torch.autograd.grad(y, (x, *values), dy))
-
-        return call
+    example = _example_of(layer, given.dtype, generator)
+    x = given.random(generator).requires_grad_()
+    y = example.dense_forward(x, example.weight)
+    dy = random(y.shape, given.dtype, generator)
+    values = [weight.values for weight in example.parts()]
+    truth = (y.detach(), *torch.autograd.grad(y, (x, *values), dy))
+    weight = example.weight.detach().clone().requires_grad_()
 
     def dense() -> Sequence[Tensor]:
-        return torch.autograd.grad(nn.functional.linear(x, weight), (x, weight), dy)
+        return torch.autograd.grad(example.dense_forward(x, weight), (x, weight), dy)
 
-    usual, *others = (sparse(backend) for backend in backends)
-    passes: dict[str, Callable[[], Sequence[Tensor]]] = {backends[0]: usual}
-    expected = usual()
-    for backend, call in zip(backends[1:], others, strict=True):
-        if agrees(backend, call, expected):
-            passes[backend] = call
-    return {**passes, "reference": dense}
+    candidates = {backend: _pass(example, backend, x, dy) for backend in backends}
+    fastest, seconds = fastest_right(what, candidates, dense, truth, device=device)
+    if fastest is None:
+        raise UserError(
+            f"backend: none of {', '.join(backends)} computes what a dense weight does, "
+            "expected at least plain PyTorch; this is a fault of the installation"
+        )
+    return Pick(fastest, given.tokens, str(given.dtype).removeprefix("torch."), seconds)
+
+
+def _pass(layer: SparseLinear, backend: Backend, x: Tensor, dy: Tensor) -> Call:
+    """Forward and backward by one backend: y and the gradients of x and of all values."""
+    own = copy.deepcopy(layer)
+    values = [weight.values for weight in own.parts()]
+
+    def call() -> Sequence[Tensor]:
+        own.use_backend(backend)
+        y = own(x)
+        return (y.detach(), *torch.autograd.grad(y, (x, *values), dy))
+
+    return call
+
+
+@torch.no_grad()
+def _example_of(
+    layer: SparseLinear, dtype: torch.dtype, generator: torch.Generator
+) -> SparseLinear:
+    """A copy of `layer` with random values and permutations that are hard already."""
+    example = copy.deepcopy(layer)
+    example.bias, example.companion = None, None
+    example.to(dtype)
+    for weight in example.parts():
+        weight.select(None)
+        weight.collect_dense_gradient = False
+        weight.requires_grad_()
+        values, (rows, columns) = weight.values, weight.shape
+        # New ones where all are zero, and zero where a frame reaches over the edge.
+        inside = weight.entries() < rows * columns
+        values.copy_(random(values.shape, dtype, generator) * inside)
+    for choice in choices(example).values():
+        if choice.soft:
+            choice.harden()
+    example.index()
+    return example

@@ -8,70 +8,124 @@ from typing import Literal
 
 import torch
 
+from padst_exp.dst.counts import Counts
 from padst_exp.dst.scores import DropScore, GrowScore
-from padst_exp.dst.topology import Relayout, Signals, Topology
-from padst_exp.errors import UserError
-from padst_exp.pools import best_of_each
+from padst_exp.dst.selection import Gate
+from padst_exp.dst.topology import Change, Signal, Signals, Topology
+from padst_exp.errors import require
+from padst_exp.pools import Trait, best_of_each
+from padst_exp.soft import Learner
+
+# With fewer active units a share of them is not a meaningful choice; such layers stay as drawn.
+MIN_DYNAMIC_UNITS = 8
 
 
 class Algorithm(abc.ABC):
-    """Decides when and how the topology of a layer changes.
+    """Decides when and how topologies change. By itself it never changes one.
 
-    Args:
-        interval: optimizer steps between updates; ready permutations harden at these steps too.
+    Attributes:
+        needs: which signals `decide` reads besides magnitudes.
+        requires: what the units and pools of a structure must be for it to make sense.
+        moments: `"age"`: bias corrections of a grown entry count from its birth; `"zero"`: from
+            the start of training, as in the papers' code (its first steps are then up to 3.2
+            times the learning rate at beta2 = 0.999).
+        silences_rows: whether a row without active units is silent altogether, its bias too.
+        selection_learner: trains the `selection` of each weight; None where topologies are hard
+            from the start.
     """
 
+    needs: frozenset[Signal] = frozenset()
+    requires: frozenset[Trait] = frozenset()
     moments: Literal["age", "zero"] = "age"
-    needs_dense_gradient = False
+    silences_rows: bool = False
+    selection_learner: Learner | None = None
 
-    def __init__(self, *, interval: int) -> None:
-        if interval < 1:
-            raise UserError(f"dst.interval: expected at least 1 step, got {interval}")
-        self.interval = interval
+    def initial_density(self, density: float) -> float:
+        """The density a weight starts with whose final one is `density`; by default the same."""
+        return density
+
+    def selection(self, topology: Topology, generator: torch.Generator) -> Gate | None:
+        """What is to choose among the units of a fresh `topology`; None: all of them stay."""
+        return None
+
+    def can_change(self, topology: Topology) -> bool:
+        """Whether `topology` leaves the algorithm anything to decide."""
+        return True
 
     @abc.abstractmethod
     def is_due(self, step: int, total: int) -> bool:
         """Whether topologies change once `step` of `total` optimizer steps are completed."""
 
     @abc.abstractmethod
-    def rewire(
+    def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
-    ) -> tuple[Relayout, float]:
-        """The new topology of one layer and the fraction of a unit to carry to the next update."""
+    ) -> tuple[Change, float]:
+        """The change of one topology, and the fraction of a unit to carry to the next update."""
 
 
 class Static(Algorithm):
     """The initial topology stays."""
 
-    def __init__(self, *, interval: int) -> None:
-        super().__init__(interval=interval)
+    def __init__(self) -> None:
+        """Takes nothing."""
+
+    def can_change(self, topology: Topology) -> bool:
+        return False
 
     def is_due(self, step: int, total: int) -> bool:
         return False
 
-    def rewire(
+    def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
-    ) -> tuple[Relayout, float]:
-        same = torch.arange(len(topology.active), device=topology.active.device)
-        return Relayout(topology.active, same), carry
+    ) -> tuple[Change, float]:
+        return Change(topology.active), carry
 
 
-class DropGrow(Algorithm):
-    """Drop globally, refill locally.
-
-    The lowest-scored active units of the layer leave; each pool grows back as many as it lost, so
-    no budget can drift. A dropped unit is a candidate again, and keeps its values when it returns.
+class Periodic(Algorithm):
+    """Updates at regular intervals, until a share of the training is over.
 
     Args:
-        drop: score of active units.
-        grow: score of all units.
         fraction: alpha; the share of active units replaced at step t is
             alpha / 2 * (1 + cos(pi * t / (stop * total))) (RigL, section 3).
         interval: optimizer steps between updates.
         stop: share of training after which the topology is fixed.
-        moments: `"age"`: bias corrections of a grown entry count from its birth; `"zero"`: from
-            the start of training, as in the papers' code (its first steps are then up to 3.2
-            times the learning rate at beta2 = 0.999).
+        moments: `"age"` or `"zero"`, see `Algorithm`.
+    """
+
+    def __init__(
+        self, *, fraction: float, interval: int, stop: float, moments: Literal["age", "zero"]
+    ) -> None:
+        require(interval >= 1, "dst.interval", interval, "at least 1 step")
+        require(0 <= fraction <= 1, "dst.fraction", fraction, "a share in [0, 1]")
+        require(0 <= stop <= 1, "dst.stop", stop, "a share of training in [0, 1]")
+        self.fraction = fraction
+        self.interval = interval
+        self.stop = stop
+        self.moments = moments
+
+    def is_due(self, step: int, total: int) -> bool:
+        return 0 < step < self.stop * total and step % self.interval == 0
+
+    def drop_fraction(self, step: int, total: int) -> float:
+        """Share of active units that are replaced at `step`."""
+        share = min(step / (self.stop * total), 1.0)
+        return self.fraction / 2 * (1 + math.cos(math.pi * share))
+
+
+class DropGrow(Periodic):
+    """Prune, drop globally, refill locally.
+
+    Pools that have more than `counts` lets them keep are pruned to that. Then the lowest-scored
+    units of the whole layer leave, a share of those that are left; and each pool is filled up to
+    the number that `counts` gives it, by default what it lost, so that no budget can drift. A
+    unit that left is a candidate again, and keeps its values when it returns.
+
+    Args:
+        drop: score of active units.
+        grow: score of all units.
+        counts: how many units each pool has after an update.
+        fraction, interval, stop, moments: see `Periodic`. Where counts change, a last update at
+            `stop` brings them to their target.
     """
 
     def __init__(
@@ -79,54 +133,55 @@ class DropGrow(Algorithm):
         *,
         drop: DropScore,
         grow: GrowScore,
+        counts: Counts,
         fraction: float,
         interval: int,
         stop: float,
         moments: Literal["age", "zero"],
     ) -> None:
-        super().__init__(interval=interval)
-        if not 0 < fraction <= 1:
-            raise UserError(f"dst.fraction: expected a share in (0, 1], got {fraction}")
-        if not 0 <= stop <= 1:
-            raise UserError(f"dst.stop: expected a share of training in [0, 1], got {stop}")
+        super().__init__(fraction=fraction, interval=interval, stop=stop, moments=moments)
+        require(
+            counts.end <= stop, "dst.stop", stop, f"at least dst.counts.end={counts.end}, so that "
+            "the last update reaches the density asked",
+        )  # fmt: skip
         self.drop = drop
         self.grow = grow
-        self.fraction = fraction
-        self.stop = stop
-        self.moments = moments
-        self.needs_dense_gradient = grow.needs_gradient
+        self.counts = counts
+        self.needs = drop.needs | grow.needs
+        self.requires = drop.requires | grow.requires
+
+    def initial_density(self, density: float) -> float:
+        return self.counts.initial_density(density)
 
     def is_due(self, step: int, total: int) -> bool:
-        return 0 < step < self.stop * total and step % self.interval == 0
+        closing = self.counts.end > 0 and step == math.ceil(self.stop * total)
+        return closing or super().is_due(step, total)
 
-    def drop_fraction(self, step: int, total: int) -> float:
-        """Share of active units that are replaced at `step`."""
-        return self.fraction / 2 * (1 + math.cos(math.pi * step / (self.stop * total)))
-
-    def rewire(
-        self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
-    ) -> tuple[Relayout, float]:
+    def can_change(self, topology: Topology) -> bool:
+        shrinks = not torch.equal(topology.counts(), topology.target)
         num_active = len(topology.active)
-        # Few active units would round to zero drops for ever without the carry.
-        wanted = self.drop_fraction(step, total) * num_active + carry
-        num_drop = min(math.floor(wanted), num_active)
+        return shrinks or MIN_DYNAMIC_UNITS <= num_active < int(topology.candidates.sum())
 
-        leaving = best_of_each(
-            -self.drop(topology, signals)[None], torch.tensor([num_drop], device=_device(topology))
-        )[0]
-        survivors = Topology(topology.active[~leaving], topology.candidates, topology.pool_size)
-        lost = topology.counts() - survivors.counts()
+    def decide(
+        self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
+    ) -> tuple[Change, float]:
+        progress = step / total
+        counts, scores = self.counts(topology, progress), self.drop(topology, signals)
+        kept, survivors = self.counts.kept(topology, progress), topology.active
+        if not torch.equal(kept, topology.counts()):
+            table = scores.new_full(topology.exists().shape, -torch.inf)
+            table.view(-1)[topology.active] = scores
+            active = best_of_each(table, kept).view(-1)
+            scores, survivors = scores[active[topology.active]], active.nonzero().squeeze(1)
+
+        # Few active units would round to zero drops for ever without the carry.
+        wanted = self.drop_fraction(step, total) * len(survivors) + carry
+        num_drop = min(math.floor(wanted), len(survivors))
+        leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=scores.device))[0]
+        left = topology.with_active(survivors[~leaving])
 
         open_slots = topology.exists()
-        open_slots.view(-1)[survivors.active] = False
-        scores = self.grow(survivors, signals).masked_fill(~open_slots, -torch.inf)
-        coming = best_of_each(scores, lost).flatten().nonzero().squeeze(1)
-
-        active = torch.cat([survivors.active, coming]).sort().values
-        row_of = torch.full((open_slots.numel(),), -1, device=_device(topology))
-        row_of[topology.active] = torch.arange(num_active, device=_device(topology))
-        return Relayout(active, row_of[active]), wanted - num_drop
-
-
-def _device(topology: Topology) -> torch.device:
-    return topology.active.device
+        open_slots.view(-1)[left.active] = False
+        candidates = self.grow(left, signals).masked_fill(~open_slots, -torch.inf)
+        coming = best_of_each(candidates, counts - left.counts()).flatten().nonzero().squeeze(1)
+        return Change(torch.cat([left.active, coming]).sort().values), wanted - num_drop

@@ -1,66 +1,56 @@
-"""Which backend computes each sparse product of a training, and how to say so."""
+"""Which backend computes each sparse layer of a training, and how to say so."""
 
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 from padst_exp import dispatch
 from padst_exp.data.sampler import validation_loader
-from padst_exp.data.task import Task
-from padst_exp.dispatch import Choice
+from padst_exp.dispatch import Pick
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import forward_context, to_device
-from padst_exp.engine.settings import Trainer
-
-Backend = Literal["auto", "torch", "triton", "cuda", "dense"]
+from padst_exp.engine.experiment import Experiment
 
 
 def choose_backends(
-    model: nn.Module,
-    *,
-    backend: Backend,
-    task: Task,
-    trainer: Trainer,
-    world: World,
-    saved: Mapping[str, Any] | None,
-) -> dict[str, Choice]:
-    """Decide for every product of `model`, the same on every rank, before anything is compiled.
+    experiment: Experiment, *, world: World, saved: Mapping[str, Any] | None
+) -> dict[str, Pick]:
+    """Decide for every sparse layer, the same on every rank, before anything is compiled.
 
     Args:
-        model: on its device and in its dtype; only its backends change.
-        backend: "auto" takes over what the checkpoint holds, else measures; others are forced.
-        task: gives one sample, to see how many tokens each layer gets.
-        trainer: gives batch size, precision and whether blocks are compiled.
+        experiment: its model is on its device and in its dtype; only its backends change.
+            Backend "auto" takes over what the checkpoint holds, else measures on one sample of
+            the data; others are forced.
         world: of this process.
         saved: what the checkpoint holds of the run that is continued; taken over on a device of
             the same model, so that a resumed run computes what it would have computed.
 
     Raises:
-        UserError: `backend` needs another device.
+        UserError: the backend needs another device.
     """
-    dispatch.require_device(backend, world.device)
     # Rank 0 alone decides: the devices of others may differ.
-    choices = None
+    picks = None
     if world.main:
-        if backend != "auto":
-            choices = dispatch.forced(model, backend, world.device)
+        if experiment.backend != "auto":
+            picks = dispatch.forced(experiment.model, experiment.backend, world.device)
         else:
-            choices = dispatch.restore(saved, model, world.device)
-            choices = _measure(model, task, trainer, world) if choices is None else choices
-    choices = world.from_main(choices)
-    assert choices is not None
-    dispatch.reuse(model, choices)
-    return choices
+            picks = dispatch.restore(saved, experiment.model, world.device)
+            picks = _measure(experiment, world) if picks is None else picks
+    picks = world.from_main(picks)
+    assert picks is not None
+    dispatch.reuse(experiment.model, picks)
+    return picks
 
 
-def _measure(model: nn.Module, task: Task, trainer: Trainer, world: World) -> dict[str, Choice]:
+def _measure(experiment: Experiment, world: World) -> dict[str, Pick]:
+    model, trainer = experiment.model, experiment.trainer
+
     @torch.no_grad()
     def one_sample() -> None:
-        batches = validation_loader(task, batch_size=1, rank=0, world_size=1, workers=0)
+        batches = validation_loader(experiment.task, batch_size=1, rank=0, world_size=1, workers=0)
         inputs, _ = to_device(next(iter(batches)), world.device, trainer.precision)
         model.eval()
         with forward_context(trainer.precision, world.device):
@@ -76,30 +66,30 @@ def _measure(model: nn.Module, task: Task, trainer: Trainer, world: World) -> di
     )
 
 
-def describe(choices: Mapping[str, Choice]) -> str:
-    """One line: how many products each backend computes, and how fast beside dense ones."""
-    groups: dict[str, list[Choice]] = defaultdict(list)
-    for choice in choices.values():
-        groups[choice.backend].append(choice)
+def describe(picks: Mapping[str, Pick]) -> str:
+    """One line: how many layers each backend computes, and how fast beside dense ones."""
+    groups: dict[str, list[Pick]] = defaultdict(list)
+    for pick in picks.values():
+        groups[pick.backend].append(pick)
     parts = []
     for backend, group in groups.items():
-        speedups = [choice.speedup for choice in group if choice.speedup is not None]
+        speedups = [pick.speedup for pick in group if pick.speedup is not None]
         measured = f" ({statistics.median(speedups):.2f}x dense)" if speedups else ""
         slower = [speedup for speedup in speedups if speedup < 1]
         if slower:
             measured += f", {len(slower)} of them slower than dense (down to {min(slower):.2f}x)"
         parts.append(f"{len(group)} by {backend}{measured}")
-    return "sparse products, forward and backward: " + ", ".join(parts)
+    return "sparse layers, forward and backward: " + ", ".join(parts)
 
 
-def summarize_backends(choices: Mapping[str, Choice]) -> dict[str, object]:
-    """Plain data for `summary.json`: what computed which product, and how fast beside dense."""
+def summarize_backends(picks: Mapping[str, Pick]) -> dict[str, object]:
+    """Plain data for `summary.json`: what computed which layer, and how fast beside dense."""
     return {
         name: {
-            "backend": choice.backend,
-            "tokens": choice.tokens,
-            "dtype": choice.dtype,
-            "speedup_over_dense": choice.speedup,
+            "backend": pick.backend,
+            "tokens": pick.tokens,
+            "dtype": pick.dtype,
+            "speedup_over_dense": pick.speedup,
         }
-        for name, choice in choices.items()
+        for name, pick in picks.items()
     }

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from padst_exp.atomic import replacing
 from padst_exp.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def random_state() -> dict[str, Any]:
@@ -39,36 +40,22 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def write(payload: Mapping[str, Any], path: Path, *, copy_to: Path | None = None) -> None:
+def write(payload: Mapping[str, Any], path: Path) -> None:
     """Write `payload` (tensors and plain containers) to `path`, atomically and durably.
 
-    Args:
-        payload: is stored with the format version.
-        path: a file in an existing folder; what it held before stays until the new one is whole.
-        copy_to: another name in the same folder that shall hold the same, first.
-
     Raises:
-        UserError: when the disk is full or not writable. All earlier files are then intact.
+        OSError: the disk is full or not writable. What `path` held is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save({"format": FORMAT, **payload}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if copy_to is not None:
-            _replace_by_copy(temporary, copy_to)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = _os_error(error)
-        if reason is None:
+    except RuntimeError as error:  # torch hides what the disk said
+        hidden: BaseException | None = error
+        while hidden is not None and not isinstance(hidden, OSError):
+            hidden = hidden.__cause__ or hidden.__context__
+        if hidden is None:
             raise
-        raise UserError(
-            f"cannot write {path}: {reason.strerror}; earlier checkpoints are intact, make room "
-            "and start again with resume=auto"
-        ) from error
+        raise hidden from error
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -125,23 +112,40 @@ class Checkpoints:
 
     Args:
         folder: existing folder.
-        keep_last: how many of the latest to keep; those before `last.pt` are `step-<n>.pt`.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int = 1) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.keep_last = keep_last
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
         self._last_step: int | None = None
 
-    def save(self, payload: Mapping[str, Any], *, is_best: bool) -> None:
-        """Write `last.pt`, and `best.pt` before it, so that a kill in between loses neither."""
-        if self.keep_last > 1 and self._last_step is not None:
-            _replace_by_copy(self.last, self.folder / f"step-{self._last_step:09d}.pt")
-        write(payload, self.last, copy_to=self.best if is_best else None)
+    def save(self, payload: Mapping[str, Any], *, is_best: bool, keep_last: int = 1) -> None:
+        """Write `last.pt`, and `best.pt` before it, so that a kill in between loses neither.
+
+        Args:
+            payload: contents, with the "step" at which they were taken.
+            is_best: whether this is to be `best.pt` too.
+            keep_last: how many of the latest to keep; those before `last.pt` are `step-<n>.pt`.
+
+        Raises:
+            UserError: the disk is full or not writable. All earlier checkpoints are then intact.
+        """
+        try:
+            for left_by_a_kill in self.folder.glob(".*.tmp"):
+                left_by_a_kill.unlink()
+            if keep_last > 1 and self._last_step is not None:
+                _copy(self.last, self.folder / f"step-{self._last_step:09d}.pt")
+            write(payload, self.best if is_best else self.last)
+            if is_best:
+                _copy(self.best, self.last)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.last}: {error.strerror}; earlier checkpoints are intact, make "
+                "room and start again with resume=auto"
+            ) from error
         self._last_step = int(payload["step"])
-        for path in sorted(self.folder.glob("step-*.pt"))[: -(self.keep_last - 1) or None]:
+        for path in sorted(self.folder.glob("step-*.pt"))[: -(keep_last - 1) or None]:
             path.unlink()
 
     def load(self) -> dict[str, Any] | None:
@@ -161,26 +165,12 @@ def _flatten(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def _replace_by_copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
+def _copy(source: Path, target: Path) -> None:
+    """Let `target` hold what `source` holds, atomically."""
+    link = target.with_name(f".{target.name}.link.tmp")
     try:
-        os.link(source, temporary)
+        os.link(source, link)
+        os.replace(link, target)
     except OSError:  # not every file system has hard links
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """Return the OSError behind `error`, which torch.save hides in a RuntimeError."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+        with open(source, "rb") as original, replacing(target) as copy:
+            shutil.copyfileobj(original, copy)

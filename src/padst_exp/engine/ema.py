@@ -5,7 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from padst_exp.layers import permutations
+from padst_exp.dst import Selection
+from padst_exp.layers import Move, SparseWeight, sparse_weights
+from padst_exp.soft import choices
 
 
 class Average:
@@ -22,14 +24,21 @@ class Average:
     def __init__(self, source: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(source).requires_grad_(False).eval()
-        self.follow(source)
+        self.pair(source)
 
-    def follow(self, source: nn.Module) -> None:
-        """Pair up the tensors with those of `source`; again whenever a permutation hardened."""
-        adopted = permutations(self.model)
-        for name, permutation in permutations(source).items():
-            if adopted[name].soft and not permutation.soft:
-                adopted[name].harden(permutation.index)
+    def follow(self, name: str, weight: SparseWeight, move: Move, step: int) -> None:
+        """Let the averaged values of one weight take the same topology; `pair` comes next."""
+        own = sparse_weights(self.model)[name]
+        own.settle()
+        own.adopt(move.change)
+
+    def harden(self, name: str, choice: Tensor) -> None:
+        """Let one averaged choice harden as that of the source did; `pair` comes next."""
+        own = choices(self.model)[name]
+        own.harden(choice.to(next(own.buffers()).device))
+
+    def pair(self, source: nn.Module) -> None:
+        """Pair up the tensors with those of `source`; again whenever some are other ones."""
         own, other = dict(self.model.named_parameters()), dict(source.named_parameters())
         assert own.keys() == other.keys(), own.keys() ^ other.keys()
         self._own: list[Tensor] = list(own.values())
@@ -39,7 +48,8 @@ class Average:
         self._statistics = [
             (buffer, buffers[f"{prefix}.{name}"])
             for prefix, module in self.model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            # A selection's temperature counts as much as its logits.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm | Selection)
             for name, buffer in module.named_buffers(recurse=False)
         ]
 

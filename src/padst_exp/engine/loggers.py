@@ -38,11 +38,11 @@ class Wandb(NoLogger):
     def __init__(
         self,
         *,
-        project: str = "padst-exp",
-        mode: Literal["offline", "online", "disabled"] = "offline",
-        entity: str | None = None,
-        group: str | None = None,
-        tags: tuple[str, ...] = (),
+        project: str,
+        mode: Literal["offline", "online", "disabled"],
+        entity: str | None,
+        group: str | None,
+        tags: tuple[str, ...],
     ) -> None:
         self.project = project
         self.mode = mode

@@ -1,71 +1,38 @@
-"""The training loop: steps, and what is seen and kept of them."""
+"""The training loop: steps, evaluations, checkpoints, metrics."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from padst_exp import dispatch
 from padst_exp.data.sampler import train_loader, validation_loader
-from padst_exp.data.seeding import seed_of
-from padst_exp.data.task import Batch, Task
-from padst_exp.dst import Algorithm
-from padst_exp.engine.backends import (
-    Backend,
-    choose_backends,
-    describe,
-    summarize_backends,
-)
+from padst_exp.engine.backends import choose_backends, describe, summarize_backends
 from padst_exp.engine.checkpoint import require_same_config
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import evaluate
+from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.interruption import Interrupted, Interruption
-from padst_exp.engine.loggers import NoLogger, flat_values
-from padst_exp.engine.optimizers import OptimizerBuilder
+from padst_exp.engine.loggers import flat_values
 from padst_exp.engine.plots import plot_curves, plot_topologies
-from padst_exp.engine.progress import Progress
+from padst_exp.engine.progress import Progress, say
 from padst_exp.engine.run_directory import RunDirectory, read_metrics
-from padst_exp.engine.settings import Trainer
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import DivergedError, Stepper, eagerly
 from padst_exp.engine.summary import summarize
 from padst_exp.errors import UserError
-from padst_exp.permutations import Learner
-from padst_exp.sparsify import Report
 
 
-def run(
-    *,
-    model: nn.Module,
-    task: Task,
-    algorithm: Algorithm,
-    learner: Learner,
-    optimizer: OptimizerBuilder,
-    trainer: Trainer,
-    report: Report,
-    directory: RunDirectory,
-    logger: NoLogger,
-    world: World,
-    seed: int,
-    backend: Backend,
-) -> dict[str, Any]:
-    """Train `model` to the end, from the last checkpoint in `directory` if there is one.
+def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[str, Any]:
+    """Train to the end, from the last checkpoint in `directory` if there is one.
+
+    A run that is finished already is not repeated.
 
     Args:
-        model: sparsified, with its permutations; the same on every rank.
-        task: data, loss and metrics.
-        algorithm: changes the topologies.
-        learner: trains the permutations.
-        optimizer: builds the optimizer of all else.
-        trainer: how long and in what portions.
-        report: of the sparsification.
-        directory: of the run, already created; the same on every rank.
-        logger: gets the metrics too.
+        experiment: what is trained and how; its model is on the CPU still.
+        directory: of the run; the same on every rank.
         world: from `distributed.start`.
-        seed: of batches, augmentation, dropout and growth.
-        backend: of the sparse products; "auto" measures.
 
     Returns:
         The summary, as in `summary.json`.
@@ -75,83 +42,52 @@ def run(
             of another configuration. The last good checkpoint stays.
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
-    training = _Training(
-        model=model,
-        task=task,
-        algorithm=algorithm,
-        learner=learner,
-        optimizer=optimizer,
-        trainer=trainer,
-        directory=directory,
-        logger=logger,
-        world=world,
-        seed=seed,
-        backend=backend,
-    )
+    if directory.finished:
+        if world.main:
+            say("finished before; resume=never trains again")
+        return directory.summary()
+    if world.main:
+        report = experiment.report
+        say(
+            f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
+            f"entries, {report.density('model'):.2%} of the model's parameters remain; "
+            f"{experiment.total_steps} steps on {world.device}, in {directory.path}"
+        )
+        if (flops := report.flops()) is not None:
+            say(f"a forward pass takes {flops:.4f} of the FLOPs of the model before its transform")
+    training = _Training(experiment, directory, world)
     try:
         with Interruption() as interruption:
             training.train(interruption)
-        return training.finish(report)
+        return training.finish()
     except BaseException as error:
         training.abort(error)
+        if isinstance(error, DivergedError):
+            last = directory.checkpoints.last
+            kept = f"the last good one is {last}" if last.exists() else "there is no checkpoint"
+            raise UserError(
+                f"training diverged: {error}; {kept}; lower optimizer.lr or set trainer.clip_norm"
+            ) from error
         raise
 
 
 class _Training:
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        task: Task,
-        algorithm: Algorithm,
-        learner: Learner,
-        optimizer: OptimizerBuilder,
-        trainer: Trainer,
-        directory: RunDirectory,
-        logger: NoLogger,
-        world: World,
-        seed: int,
-        backend: Backend,
-    ) -> None:
-        self.task, self.trainer, self.directory = task, trainer, directory
-        self.logger, self.world, self.seed = logger, world, seed
-        self.total = trainer.total_steps(len(task.train))
-        self.saved = directory.checkpoints.load()
-        if self.saved is not None:
-            require_same_config(self.saved["config"], directory.config, directory.checkpoints.last)
-        model.to(world.device)
-        if trainer.precision == "float64":
-            model.double()
-        self.choices = choose_backends(
-            model,
-            backend=backend,
-            task=task,
-            trainer=trainer,
-            world=world,
-            saved=None if self.saved is None else self.saved.get("backends"),
-        )
-        self.state = TrainingState(
-            model=model.train(),
-            optimizer=optimizer,
-            learner=learner,
-            ema_decay=trainer.ema_decay,
-            total=self.total,
-            world=world,
-            saved=self.saved,
-            path=directory.checkpoints.last,
-        )
-        self.stepper = Stepper(
-            self.state,
-            task=task,
-            algorithm=algorithm,
-            learner=learner,
-            trainer=trainer,
-            world=world,
-            seed=seed,
-            total=self.total,
-            record=self.record,
-            say=self.say,
-        )
+    """One run: steps, the evaluations and checkpoints between them, and what is logged of both."""
+
+    def __init__(self, experiment: Experiment, directory: RunDirectory, world: World) -> None:
+        self.experiment, self.directory, self.world = experiment, directory, world
+        self.task, self.trainer = experiment.task, experiment.trainer
+        self.logger, self.total = experiment.logger, experiment.total_steps
+        path, saved = directory.checkpoints.last, directory.checkpoints.load()
+        if saved is not None:
+            require_same_config(saved["config"], directory.config, path)
+        experiment.model.to(world.device)
+        if self.trainer.precision == "float64":
+            experiment.model.double()
+        backends = None if saved is None else saved["backends"]
+        self.picks = choose_backends(experiment, world=world, saved=backends)
+        self.state = TrainingState(experiment, world=world, saved=saved, path=path)
+        self.stepper = Stepper(experiment, self.state, record=self.record, say=self.say)
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
         self.watched: float | None = None
         self.baselines: dict[str, float] = {}
@@ -169,21 +105,16 @@ class _Training:
                 micro_batches=trainer.micro_batches,
                 start_step=state.step,
                 total_steps=self.total,
-                seed=self.seed,
+                seed=self.experiment.seed,
                 rank=self.world.rank,
                 world_size=self.world.size,
                 workers=trainer.workers,
             )
         )
-        if self.saved is None:
-            # Dropout differs between ranks, and owes nothing to how the model was initialised.
-            torch.manual_seed(seed_of("dropout", self.seed, self.world.rank))
-        else:
-            state.restore_random_state(self.saved, self.directory.checkpoints.last)
-            self.saved = None
+        state.start_generators(self.experiment.seed)
         self.mark = time.perf_counter()
         while state.step < self.total:
-            self.step(batches)
+            self.stepper.step(batches)
             self.progress.advance()
             at_end = state.step == self.total
             logging = at_end or _due(state.step, trainer.log_interval)
@@ -207,15 +138,15 @@ class _Training:
         self.logger.start(self.directory.path, self.directory.config)
         if self.state.step:
             self.say(f"resumed at step {self.state.step} from {self.directory.checkpoints.last}")
-        if self.choices:
-            self.say(describe(self.choices))
+        if self.picks:
+            self.say(describe(self.picks))
         for name, value in self.baselines.items():
             self.say(f"baseline {name} {value:.4g}")
 
     def log(self) -> None:
         """Record the training metrics since the last time."""
         state = self.state
-        self.settle()
+        self.stepper.settle()
         seconds = time.perf_counter() - self.mark
         speed = (state.step - self.marked_step) * self.trainer.batch_size / seconds
         values = {"loss": sum(state.losses) / len(state.losses), "lr": self.stepper.lr}
@@ -228,8 +159,8 @@ class _Training:
             timing["tokens_per_second"] = speed * self.task.items_per_sample
             shown = f"{timing['tokens_per_second']:,.0f} tokens/s"
         self.record("train", values | timing)
-        if soft := self.stepper.permutation_metrics():
-            self.record("permutation", soft)
+        if soft := self.stepper.soft_metrics():
+            self.record("soft", soft)
         metric = "" if self.watched is None else f"{self.task.monitor[0]} {self.watched:.4g}, "
         self.progress.show(f"loss {values['loss']:.4f}, {metric}{shown}")
         state.losses, state.norms = [], []
@@ -276,41 +207,21 @@ class _Training:
     def save(self, is_best: bool) -> None:
         """Write a checkpoint, if the state is sound."""
         began = time.perf_counter()
-        self.settle()
+        self.stepper.settle()
         if not self.state.is_finite():
-            self.diverge(DivergedError("a weight is not finite", self.state.step))
+            raise DivergedError("a weight is not finite", self.state.step)
         self.world.average_statistics(self.state.model)
         payload = self.state.payload()
         if self.world.main:
             # First the metrics, so that no checkpoint is ever ahead of them.
             self.directory.sync_metrics()
-            payload["backends"] = dispatch.save(self.choices, self.world.device)
+            payload["backends"] = dispatch.save(self.picks, self.world.device)
             payload["config"] = self.directory.config
             payload["config_text"] = self.directory.config_text
-            self.directory.checkpoints.save(payload, is_best=is_best)
+            self.directory.checkpoints.save(
+                payload, is_best=is_best, keep_last=self.trainer.keep_last
+            )
         self.mark += time.perf_counter() - began
-
-    def step(self, batches: Iterator[Batch]) -> None:
-        """Take one optimizer step."""
-        try:
-            self.stepper.step(batches)
-        except DivergedError as error:
-            self.diverge(error)
-
-    def settle(self) -> None:
-        """Fetch the losses that are still on the device."""
-        try:
-            self.stepper.settle()
-        except DivergedError as error:
-            self.diverge(error)
-
-    def diverge(self, error: DivergedError) -> None:
-        """Stop, and say what is left."""
-        last = self.directory.checkpoints.last
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
-        raise UserError(
-            f"training diverged: {error}; {kept}; lower optimizer.lr or set trainer.clip_norm"
-        ) from error
 
     def stop(self, interruption: Interruption) -> None:
         """Leave after a signal, to this rank or another; the state is saved."""
@@ -321,7 +232,7 @@ class _Training:
         )
         raise Interrupted(signum)
 
-    def finish(self, report: Report) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Write the summary and the plots."""
         self.progress.close()
         summary: dict[str, Any] = {}
@@ -330,7 +241,7 @@ class _Training:
             rows = read_metrics(path / "metrics.jsonl")
             summary = summarize(
                 rows,
-                report=report,
+                report=self.experiment.report,
                 model=state.model,
                 tracker=state.tracker,
                 baselines=self.baselines,
@@ -338,7 +249,7 @@ class _Training:
                 world=self.world,
                 seconds=time.perf_counter() - self.started,
             )
-            summary["backends"] = summarize_backends(self.choices)
+            summary["backends"] = summarize_backends(self.picks)
             plot_curves(rows, self.task.monitor[0], self.baselines, path / "curves.png")
             plot_topologies(state.model, state.tracker.initial, path / "topology.png")
             self.directory.finish(summary)
@@ -363,8 +274,8 @@ class _Training:
         if not self.world.main:
             return
         self.directory.append({"kind": kind, "step": self.state.step, **values})
-        # What happens to several permutations in one step must not overwrite each other.
-        prefix = f"{kind}/{values['permutation']}/" if "permutation" in values else f"{kind}/"
+        # What happens to several choices in one step must not overwrite each other.
+        prefix = f"{kind}/{values['choice']}/" if "choice" in values else f"{kind}/"
         flat = flat_values(values, prefix)
         numbers = {key: value for key, value in flat.items() if isinstance(value, int | float)}
         self.logger.log(self.state.step, numbers)

@@ -53,11 +53,11 @@ def plot_curves(rows: Rows, metric: str, baselines: Mapping[str, float], path: P
     """
     of = {
         kind: [row for row in rows if row["kind"] == kind]
-        for kind in ("train", "eval", "rewire", "permutation", "harden")
+        for kind in ("train", "eval", "rewire", "soft", "harden")
     }
     panels = ["loss", "metric"]
     panels += ["topology"] if of["rewire"] else []
-    panels += ["penalty"] if of["permutation"] else []
+    panels += ["penalty"] if of["soft"] else []
     with rc_context(STYLE):
         across = 2 if len(panels) == 4 else len(panels)
         down = len(panels) // across
@@ -69,7 +69,7 @@ def plot_curves(rows: Rows, metric: str, baselines: Mapping[str, float], path: P
         if "topology" in axes:
             _churn(axes["topology"], of["rewire"])
         if "penalty" in axes:
-            _penalties(axes["penalty"], of["permutation"], of["harden"])
+            _penalties(axes["penalty"], of["soft"], of["harden"])
         last = max((row["step"] for row in rows), default=1)
         for axis in axes.values():
             axis.set_xlim(0, last * 1.01)
@@ -119,7 +119,7 @@ def _churn(axis: Axes, rewires: Rows) -> None:
 
 
 def _penalties(axis: Axes, rows: Rows, hardened: Rows) -> None:
-    axis.set_title("Permutation penalty (0: a permutation)")
+    axis.set_title("Penalty of soft choices (0: hard)")
     names = list(rows[0]["penalty"])
     for name in names:
         curve = [(row["step"], row["penalty"][name]) for row in rows if name in row["penalty"]]
@@ -138,7 +138,7 @@ def _penalties(axis: Axes, rows: Rows, hardened: Rows) -> None:
 
 def _mark_hardening(axis: Axes, hardened: Rows, *, labelled: bool) -> None:
     for number, step in enumerate(sorted({row["step"] for row in hardened})):
-        label = "permutations harden" if labelled and number == 0 else None
+        label = "they harden" if labelled and number == 0 else None
         axis.axvline(step, color=INK, alpha=0.5, lw=0.9, ls=":", zorder=1, label=label)
 
 
@@ -167,7 +167,7 @@ def plot_topologies(model: nn.Module, initial: Mapping[str, Tensor], path: Path)
             weight = layer.weights[0]
             assert isinstance(weight, SparseWeight)
             before = initial[f"{name}.weights.0"]
-            rows, columns = weight.layout.shape
+            rows, columns = weight.shape
             title = f"{name}.weights.0" if len(layer.weights) > 1 else name
             cut = ", upper left corner" if max(rows, columns) > MAX_PIXELS else ""
             axes[0].set_ylabel(f"{title}\n{rows} x {columns}{cut}")
@@ -208,8 +208,8 @@ def _mask(axis: Axes, weight: SparseWeight, active: Tensor, before: Tensor | Non
 
 def _image(weight: SparseWeight, active: Tensor) -> NDArray[np.int64]:
     """Return which entries are active; large weights are cut to their upper left corner."""
-    rows, columns = weight.layout.shape
-    entries = weight.layout.entries(active.long()).flatten().cpu()
+    rows, columns = weight.shape
+    entries = weight.geometry.entries(active.long()).flatten().cpu()
     mask = np.zeros(rows * columns + 1, dtype=np.int64)
     mask[entries.numpy()] = 1
     return mask[:-1].reshape(rows, columns)[:MAX_PIXELS, :MAX_PIXELS]

@@ -1,5 +1,7 @@
 """The folder of one run: what was asked, where it ran, what was measured, what came out."""
 
+from __future__ import annotations
+
 import glob
 import json
 import os
@@ -7,7 +9,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -15,7 +17,9 @@ from typing import Any, Literal, TextIO
 import torch
 import yaml
 
+from padst_exp.atomic import replacing
 from padst_exp.engine.checkpoint import Checkpoints, require_same_config
+from padst_exp.engine.distributed import World
 
 # Fields of metrics.jsonl and summary.json that tell of time or of the machine. All others are
 # equal, bit by bit, in a straight run and in one that was killed and resumed.
@@ -32,86 +36,56 @@ class RunDirectory:
 
     Attributes:
         path: the folder.
-        config: the part of the configuration that determines results.
+        config: the part of the configuration that determines results, as plain containers.
         config_text: the whole of it, as YAML.
         checkpoints: of this run.
         finished: whether the run has its summary already.
     """
 
-    def __init__(
-        self, path: Path, *, config: Mapping[str, object], config_text: str, keep_last: int = 1
-    ) -> None:
+    def __init__(self, path: Path, *, config: Mapping[str, object], config_text: str) -> None:
         self.path = path
         self.config = config
         self.config_text = config_text
-        self.checkpoints = Checkpoints(path / "checkpoints", keep_last=keep_last)
+        self.checkpoints = Checkpoints(path / "checkpoints")
         self._metrics: TextIO | None = None
 
     @classmethod
-    def create(
+    def open(
         cls,
         root: Path,
         name: str,
+        world: World,
         *,
         resume: Literal["never", "auto"],
         config: Mapping[str, object],
         config_text: str,
         overrides: list[str],
-        device: str,
-        keep_last: int = 1,
-    ) -> "RunDirectory":
-        """Make the folder of a new run, or find that of the run to continue. On rank 0 only.
+    ) -> RunDirectory:
+        """Make the folder of a new run, or find that of the run to continue. A collective.
 
         Args:
             root: folder of all runs.
-            name: of this run; with `resume="never"` one that exists gets a suffix -2, -3, ...
+            name: of this run; a new folder gets a suffix -2, -3, ... where that exists.
+            world: rank 0 decides and writes, the others learn the folder.
             resume: "auto" continues the newest folder of this name if there is one.
             config: nested plain containers, the part that determines results.
             config_text: the whole configuration as YAML, interpolations resolved.
             overrides: of the command line.
-            device: what the run computes on, for the record.
-            keep_last: how many checkpoints to keep.
 
         Raises:
-            UserError: when the folder to continue was made with another configuration.
+            UserError: the folder to continue was made with another configuration.
         """
-        newest = _newest(root, name) if resume == "auto" else None
-        if newest is not None:
-            return cls._reopen(newest, config, config_text, device, keep_last)
-        path, number = root / name, 1
-        while True:
-            try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
-                path = root / f"{name}-{number}"
-        directory = cls(path, config=config, config_text=config_text, keep_last=keep_last)
-        (path / "checkpoints").mkdir()
-        # A JSON string is a YAML string, whatever it holds.
-        lines = [f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides]
-        (path / "overrides.yaml").write_text("".join(lines) or "[]\n")
-        _write_json(path / "env.json", environment(device))
-        # Last, as the mark of a folder that is complete enough to be continued.
-        _write_atomic(path / "config.yaml", config_text)
-        return directory
-
-    @classmethod
-    def _reopen(
-        cls,
-        path: Path,
-        config: Mapping[str, object],
-        config_text: str,
-        device: str,
-        keep_last: int,
-    ) -> "RunDirectory":
-        directory = cls(path, config=config, config_text=config_text, keep_last=keep_last)
-        stored = yaml.safe_load((path / "config.yaml").read_text())
-        require_same_config({key: stored[key] for key in config if key in stored}, config, path)
-        if not directory.finished:
-            number = len(list(path.glob("env-resume-*.json"))) + 1
-            _write_json(path / f"env-resume-{number}.json", environment(device))
-        return directory
+        path = None
+        if world.main:
+            device = str(world.device)
+            path = _newest(root, name) if resume == "auto" else None
+            if path is None:
+                path = _create(root, name, config_text, overrides, device)
+            else:
+                _reopen(path, config, device)
+        path = world.from_main(path)
+        assert path is not None
+        return cls(path, config=config, config_text=config_text)
 
     @property
     def finished(self) -> bool:
@@ -121,17 +95,16 @@ class RunDirectory:
         """Return the summary of a finished run."""
         return json.loads((self.path / "summary.json").read_text())
 
-    def open_metrics(self, step: int) -> list[dict[str, Any]]:
-        """Open `metrics.jsonl` for rows after `step`; return those up to it, dropping later ones.
+    def open_metrics(self, step: int) -> None:
+        """Open `metrics.jsonl` for rows after `step`, dropping those that are there already.
 
-        Later rows stem from steps after the checkpoint that a killed run is resumed from; they
+        They stem from steps after the checkpoint that a killed run is resumed from; they
         will be computed, and written, again.
         """
         path = self.path / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        _write_atomic(path, "".join(_line(row) for row in kept))
+        _write(path, "".join(_line(row) for row in kept))
         self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
-        return kept
 
     def append(self, row: Mapping[str, object]) -> None:
         """Append one row to `metrics.jsonl`, visible to readers at once."""
@@ -153,6 +126,33 @@ class RunDirectory:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+
+def _create(root: Path, name: str, config_text: str, overrides: Iterable[str], device: str) -> Path:
+    path, number = root / name, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+            path = root / f"{name}-{number}"
+    (path / "checkpoints").mkdir()
+    # A JSON string is a YAML string, whatever it holds.
+    lines = [f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides]
+    (path / "overrides.yaml").write_text("".join(lines) or "[]\n")
+    _write_json(path / "env.json", environment(device))
+    # Last, as the mark of a folder that is complete enough to be continued.
+    _write(path / "config.yaml", config_text)
+    return path
+
+
+def _reopen(path: Path, config: Mapping[str, object], device: str) -> None:
+    stored = yaml.safe_load((path / "config.yaml").read_text())
+    require_same_config({key: stored[key] for key in config if key in stored}, config, path)
+    if not (path / "summary.json").exists():
+        number = len(list(path.glob("env-resume-*.json"))) + 1
+        _write_json(path / f"env-resume-{number}.json", environment(device))
 
 
 def _newest(root: Path, name: str) -> Path | None:
@@ -227,13 +227,9 @@ def _line(row: Mapping[str, object]) -> str:
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    _write_atomic(path, json.dumps(value, indent=2) + "\n")
+    _write(path, json.dumps(value, indent=2) + "\n")
 
 
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())

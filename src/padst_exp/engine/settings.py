@@ -1,19 +1,14 @@
 """How long and in what portions to train: the target of conf/trainer/*.yaml."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from padst_exp.errors import UserError
+from padst_exp.errors import require
 
 Precision = Literal["float32", "bfloat16", "float64"]
-
-
-def require(valid: bool, key: str, value: object, wanted: str) -> None:
-    """Raise a one-line `UserError` naming `key` and `value` unless `valid`."""
-    if not valid:
-        raise UserError(f"{key}: expected {wanted}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,28 +34,27 @@ class Trainer:
         keep_last: how many of the latest checkpoints to keep, `best.pt` aside.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 128
-    micro_batches: int = 1
-    eval_batch_size: int | None = None
-    eval_interval: int | None = None
-    checkpoint_interval: int | None = None
-    log_interval: int = 10
-    precision: Precision = "float32"
-    clip_norm: float | None = None
-    ema_decay: float | None = None
-    compile: bool = False
-    workers: int = 0
-    keep_last: int = 1
+    steps: int | None
+    epochs: float | None
+    batch_size: int
+    micro_batches: int
+    eval_batch_size: int | None
+    eval_interval: int | None
+    checkpoint_interval: int | None
+    log_interval: int
+    precision: Precision
+    clip_norm: float | None
+    ema_decay: float | None
+    compile: bool
+    workers: int
+    keep_last: int
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            both = "both" if self.steps is not None else "neither"
-            raise UserError(f"trainer.steps: expected either this or trainer.epochs, got {both}")
-        self._at_least("steps", self.steps, 1)
-        require(self.epochs is None or self.epochs > 0, "trainer.epochs", self.epochs, "positive")
+        one = (self.steps is None) != (self.epochs is None)
+        found = "neither" if self.steps is None else "both"
+        require(one, "trainer.steps", found, "either this or trainer.epochs")
         for key in (
+            "steps",
             "batch_size",
             "micro_batches",
             "eval_batch_size",
@@ -69,30 +63,16 @@ class Trainer:
             "log_interval",
             "keep_last",
         ):
-            self._at_least(key, getattr(self, key), 1)
-        self._at_least("workers", self.workers, 0)
-        require(
-            self.precision in ("float32", "bfloat16", "float64"),
-            "trainer.precision",
-            self.precision,
-            "float32, bfloat16 or float64",
-        )
-        require(
-            self.clip_norm is None or self.clip_norm > 0,
-            "trainer.clip_norm",
-            self.clip_norm,
-            "positive, or null for no clipping",
-        )
-        require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            "trainer.ema_decay",
-            self.ema_decay,
-            "between 0 and 1, or null for no average",
-        )
+            self._require(key, lambda value: value >= 1, "at least 1")
+        self._require("workers", lambda value: value >= 0, "at least 0")
+        self._require("epochs", lambda value: value > 0, "a positive number")
+        self._require("clip_norm", lambda value: value > 0, "positive, or null for no clipping")
+        wanted = "between 0 and 1, or null for no average"
+        self._require("ema_decay", lambda value: 0 < value < 1, wanted)
 
-    @staticmethod
-    def _at_least(key: str, value: int | None, least: int) -> None:
-        require(value is None or value >= least, f"trainer.{key}", value, f"at least {least}")
+    def _require(self, key: str, valid: Callable[[float], bool], wanted: str) -> None:
+        value = getattr(self, key)
+        require(value is None or valid(value), f"trainer.{key}", value, wanted)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,25 +80,21 @@ class Trainer:
         return torch.float64 if self.precision == "float64" else torch.float32
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Samples in one forward pass of one process."""
-        parts = self.micro_batches * world_size
-        require(
-            self.batch_size % parts == 0,
-            "trainer.batch_size",
-            self.batch_size,
-            f"a multiple of trainer.micro_batches={self.micro_batches} times {world_size} "
-            "processes",
-        )
-        return self.batch_size // parts
+        """Samples in one forward pass of one process.
+
+        Training needs batches that divide evenly, and `data.sampler` refuses others.
+        """
+        return max(1, self.batch_size // (self.micro_batches * world_size))
 
     def total_steps(self, samples: int) -> int:
-        """Optimizer steps of the training on a set of `samples` samples, ragged ends dropped."""
-        require(
-            self.batch_size <= samples,
-            "trainer.batch_size",
-            self.batch_size,
-            f"at most {samples}, the size of the training set",
-        )
+        """Optimizer steps of the training on a set of `samples` samples, ragged ends dropped.
+
+        Raises:
+            UserError: the set is smaller than a batch.
+        """
+        fits = self.batch_size <= samples
+        wanted = f"at most {samples}, the size of the training set"
+        require(fits, "trainer.batch_size", self.batch_size, wanted)
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None

@@ -1,6 +1,6 @@
 """Everything that changes while training, which is what a checkpoint holds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,91 +10,92 @@ from torch import nn
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.ema import Average
-from padst_exp.engine.optimizers import OptimizerBuilder
-from padst_exp.engine.topology import TopologyTracker, soft_permutations
+from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
-from padst_exp.permutations import Learner
+from padst_exp.seeds import seed_generators, seed_of
+from padst_exp.soft import soft_choices
 
 
 class TrainingState:
     """A model in training, fresh or as a checkpoint left it.
 
     Args:
-        model: fresh, on its device and in its dtype.
-        optimizer: builds the optimizer and its schedule.
-        learner: brings the optimizer of soft permutations.
-        ema_decay: of the average; None: no average.
-        total: steps of the whole training.
+        experiment: its model is fresh, on its device and in its dtype.
         world: of this process.
         saved: a checkpoint's contents, or None to start afresh.
         path: of the checkpoint, for messages.
 
     Attributes:
+        world: of this process.
         step: completed steps.
         best: best value of the monitored metric so far, and its step.
         losses: of the steps since the last row of metrics; `norms` of their gradients alike.
+        births: when each active unit was grown; None where the algorithm does not ask.
     """
 
     def __init__(
         self,
+        experiment: Experiment,
         *,
-        model: nn.Module,
-        optimizer: OptimizerBuilder,
-        learner: Learner,
-        ema_decay: float | None,
-        total: int,
         world: World,
         saved: Mapping[str, Any] | None,
         path: Path,
     ) -> None:
-        self.model = model
+        self.model = model = experiment.model.train()
+        self.learners = experiment.learners
         self.world = world
         self.step = 0
         self.best: tuple[float, int] | None = None
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self._random: Sequence[Mapping[str, Any]] | None = None
         # The fresh model has the initial topology, whatever the checkpoint holds.
         self.tracker = TopologyTracker(sparse_weights(model))
         if saved is not None:
             checkpoint.load_weights(model, saved["model"], path)
-        self.average = Average(model, ema_decay) if ema_decay is not None else None
-        # Only now is it known which permutations are still soft.
-        soft = [p.logits for p in soft_permutations(model).values() if p.logits is not None]
-        self.permutation_optimizer = learner.optimizer(soft) if soft else None
-        self.optimizer, self.schedule = optimizer.create(model, total)
+        self.births = None
+        if "age" in experiment.algorithm.needs:
+            self.births = Births(sparse_weights(model))
+        decay = experiment.trainer.ema_decay
+        self.average = None if decay is None else Average(model, decay)
+        # Only now is it known which choices are still soft.
+        for learner in self.learners:
+            soft = soft_choices(model)
+            learner.start({n: c for n, c in soft.items() if isinstance(c, learner.kind)})
+        self.optimizer, self.schedule = experiment.optimizer.create(model, experiment.total_steps)
         if saved is not None:
             self._restore(saved, path)
 
     def payload(self) -> dict[str, Any]:
         """Return the contents of a checkpoint. A collective: all ranks call it."""
-        soft = self.permutation_optimizer
         return {
             "step": self.step,
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "permutation_optimizer": None if soft is None else soft.state_dict(),
+            "learners": [learner.state_dict() for learner in self.learners],
             "topology": self.tracker.state_dict(),
+            "births": None if self.births is None else self.births.state_dict(),
             "best": self.best,
             "losses": self.losses,
             "norms": self.norms,
             "random": self.world.gather(checkpoint.random_state()),
         }
 
-    def restore_random_state(self, saved: Mapping[str, Any], path: Path) -> None:
-        """Set the generators of this rank; the last thing to do before the next step."""
-        ranks = len(saved["random"])
-        if ranks != self.world.size:
-            raise UserError(
-                f"{path}: written by {ranks} processes, resumed by {self.world.size}; "
-                f"start as many as then"
-            )
-        checkpoint.restore_random_state(saved["random"][self.world.rank])
+    def start_generators(self, seed: int) -> None:
+        """Set the global generators of this rank; the last thing to do before the first step."""
+        if self._random is None:
+            # Dropout differs between ranks, and owes nothing to how the model was initialised.
+            seed_generators(seed_of("dropout", seed, self.world.rank))
+        else:
+            checkpoint.restore_random_state(self._random[self.world.rank])
+            self._random = None
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return all parameters but those of soft permutations."""
+        """Return all parameters but those of soft choices."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def is_finite(self) -> bool:
@@ -103,19 +104,27 @@ class TrainingState:
         return bool(torch.stack(norms).isfinite().all())
 
     def _restore(self, saved: Mapping[str, Any], path: Path) -> None:
+        self._random = saved["random"]
+        if len(self._random) != self.world.size:
+            raise UserError(
+                f"{path}: written by {len(self._random)} processes, resumed by {self.world.size}; "
+                f"start as many as then"
+            )
         if (saved["average"] is None) != (self.average is None):
             raise UserError(f"{path}: written with another trainer.ema_decay")
         if self.average is not None:
             checkpoint.load_weights(self.average.model, saved["average"], path)
-            self.average.follow(self.model)
+            self.average.pair(self.model)
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
-            if self.permutation_optimizer is not None:
-                self.permutation_optimizer.load_state_dict(saved["permutation_optimizer"])
+            for learner, state in zip(self.learners, saved["learners"], strict=True):
+                learner.load_state_dict(state)
         except ValueError as error:
             raise UserError(f"{path}: its optimizer state does not fit: {error}") from error
         self.schedule.load_state_dict(saved["schedule"])
         self.tracker.load_state_dict(saved["topology"])
+        if self.births is not None:
+            self.births.load_state_dict(saved["births"])
         self.step = saved["step"]
         self.best = saved["best"]
         self.losses = list(saved["losses"])

@@ -1,43 +1,37 @@
 """One optimizer step, and the changes of topology that follow it."""
 
+import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.data.seeding import seed_of
-from padst_exp.data.task import Task
-from padst_exp.dst import Algorithm
-from padst_exp.engine import topology
-from padst_exp.engine.distributed import World
+from padst_exp.data.task import Batch
+from padst_exp.engine import changes
 from padst_exp.engine.evaluation import forward_context, to_device
-from padst_exp.engine.settings import Trainer
+from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.state import TrainingState
-from padst_exp.layers import permutations, sparse_weights
-from padst_exp.permutations import Learner
-
-Batch = tuple[Tensor, Tensor]
+from padst_exp.layers import Move, SparseWeight, sparse_weights
+from padst_exp.seeds import seed_of
+from padst_exp.soft import Learner, soft_choices
 
 
 class DivergedError(Exception):
-    """The loss or a weight is not a finite number.
-
-    Attributes:
-        step: at which it was first seen.
-    """
+    """The loss or a weight is not a finite number."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} at step {step}")
-        self.step = step
 
 
 class Stepper:
     """Carries a `TrainingState` on by single steps.
 
     Args:
+        experiment: what is trained and how.
+        state: of its training.
         record: takes a kind of event and its values, for the metrics.
         say: takes a line for a person.
 
@@ -47,69 +41,66 @@ class Stepper:
 
     def __init__(
         self,
+        experiment: Experiment,
         state: TrainingState,
         *,
-        task: Task,
-        algorithm: Algorithm,
-        learner: Learner,
-        trainer: Trainer,
-        world: World,
-        seed: int,
-        total: int,
         record: Callable[[str, Mapping[str, Any]], None],
         say: Callable[[str], None],
     ) -> None:
-        self.state, self.task, self.algorithm, self.learner = state, task, algorithm, learner
-        self.trainer, self.world, self.seed, self.total = trainer, world, seed, total
+        self.experiment, self.state = experiment, state
         self.record, self.say = record, say
-        self.model = state.model
-        if trainer.compile:
-            compile_blocks(self.model)
-        self.soft = topology.soft_permutations(self.model)
-        self.forward = world.replicate(self.model, [f"{name}.logits" for name in self.soft])
-        self.dynamic = [w for w in sparse_weights(self.model).values() if not w.static]
-        self.parameters = state.trained_parameters()
+        self.algorithm, self.trainer = experiment.algorithm, experiment.trainer
+        self.model, self.world = state.model, state.world
         self.lr = 0.0
         self._pending: list[tuple[Tensor, Tensor | None]] = []
+        if self.trainer.compile:
+            compile_blocks(self.model)
+        self._take_parameters()
 
     def step(self, batches: Iterator[Batch]) -> None:
         """Take as many micro-batches as one step needs and carry the state on.
 
-        Nothing here waits for the device, but for steps that rewire or harden.
+        Nothing here waits for the device, but for steps that change topologies or harden.
+
+        Raises:
+            DivergedError: before a change, a loss is not finite.
         """
-        state = self.state
-        step, progress = state.step + 1, (state.step + 1) / self.total
-        rewiring = bool(self.dynamic) and self.algorithm.is_due(step, self.total)
+        state, step, total = self.state, self.state.step + 1, self.experiment.total_steps
+        changing = self._changing(step)
 
         state.optimizer.zero_grad(set_to_none=True)
-        if state.permutation_optimizer is not None:
-            state.permutation_optimizer.zero_grad(set_to_none=True)
-        loss, seen = self._accumulate(batches, rewiring and self.algorithm.needs_dense_gradient)
-        soft = list(self.soft.values())
-        if soft:
-            self._average_gradients()
-            self.learner.regularize(soft, progress)
+        for learner in state.learners:
+            learner.zero_grad()
+        loss, seen = self._accumulate(batches, changing)
+        self._average_soft_gradients()
+        self._keep_gradients(changing)
+        for learner in state.learners:
+            learner.regularize_weights()
         norm = None
         if self.trainer.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.clip_norm)
-        self.lr = state.optimizer.param_groups[0]["lr"]
+        group = state.optimizer.param_groups[0]
+        self.lr = group["lr"] / group.get("lr_scale", 1.0)
         state.optimizer.step()
         state.schedule.step_update(step)
-        if state.permutation_optimizer is not None:
-            state.permutation_optimizer.step()
-            self.learner.project(soft)
+        for learner in state.learners:
+            learner.step(step / total)
         if state.average is not None:
             state.average.update(step)
         state.step = step
         self._pending.append((loss, norm))
-        # Together with rewiring, so that compiled code and its inputs change rarely.
-        hardening = bool(soft) and (step % self.algorithm.interval == 0 or step == self.total)
-        if rewiring or hardening:
-            self.settle()  # no topology or permutation is chosen by a gradient that is not finite
-        if rewiring:
-            self._rewire()
-        if hardening:
-            self._harden(seen, progress)
+
+        looking = [
+            learner
+            for learner in state.learners
+            if learner.choices and (step % learner.interval == 0 or step == total)
+        ]
+        if changing or looking:
+            self.settle()  # nothing is chosen by a gradient that is not finite
+        if changing:
+            self._change(changing)
+        if looking:
+            self._harden(looking, seen)
 
     def settle(self) -> None:
         """Fetch losses and norms from the device.
@@ -122,9 +113,9 @@ class Stepper:
         losses = torch.stack([loss for loss, _ in self._pending])
         self.world.mean_([losses])
         first = self.state.step - len(self._pending) + 1
-        for offset, loss in enumerate(losses.tolist()):
+        for step, loss in enumerate(losses.tolist(), first):
             if not math.isfinite(loss):
-                raise DivergedError(f"the loss is {loss}", first + offset)
+                raise DivergedError(f"the loss is {loss}", step)
             self.state.losses.append(loss)
         norms = [norm for _, norm in self._pending if norm is not None]
         if norms:
@@ -132,39 +123,62 @@ class Stepper:
         self._pending = []
 
     @torch.no_grad()
-    def permutation_metrics(self) -> dict[str, dict[str, float]]:
-        """Return penalty and gain of each permutation that still is soft, by name."""
-        if not self.soft:
+    def soft_metrics(self) -> dict[str, dict[str, float]]:
+        """Return penalty and gain of each choice that still is soft, by name."""
+        soft = soft_choices(self.model)
+        if not soft:
             return {}
-        both = torch.stack([p.penalty_and_gain() for p in self.soft.values()]).tolist()
-        rows = dict(zip(self.soft, both, strict=True))
+        both = [torch.stack([choice.penalty(), choice.gain()]) for choice in soft.values()]
+        rows = dict(zip(soft, torch.stack(both).tolist(), strict=True))
         return {
             "penalty": {name: penalty for name, (penalty, _) in rows.items()},
             "gain": {name: gain for name, (_, gain) in rows.items()},
         }
 
-    def _accumulate(self, batches: Iterator[Batch], collect: bool) -> tuple[Tensor, list[Batch]]:
+    def _take_parameters(self) -> None:
+        """Replicate the parameters as they are now, and know them for clipping."""
+        soft = [f"{name}.logits" for name in soft_choices(self.model)]
+        # The replica that was there before lets go of the parameters first.
+        self.forward: nn.Module = self.model
+        self.forward = self.world.replicate(self.model, soft)
+        self.parameters = self.state.trained_parameters()
+
+    def _changing(self, step: int) -> list[SparseWeight]:
+        """The weights whose topology is to be decided after `step`."""
+        if not self.algorithm.is_due(step, self.experiment.total_steps):
+            return []
+        return [
+            weight
+            for weight in sparse_weights(self.model).values()
+            if weight.selection is None and self.algorithm.can_change(weight.topology())
+        ]
+
+    def _accumulate(
+        self, batches: Iterator[Batch], changing: Sequence[SparseWeight]
+    ) -> tuple[Tensor, list[Batch]]:
         """Forward and backward of all micro-batches; return the mean loss and the batches."""
-        trainer, world = self.trainer, self.world
-        for weight in self.dynamic:
+        trainer, world, task = self.trainer, self.world, self.experiment.task
+        collect = bool(changing) and "dense_gradient" in self.algorithm.needs
+        for weight in changing:
             weight.collect_dense_gradient = collect
         # What is rare or passing is not worth another compilation of every block.
+        passing = collect or any(learner.half_hard for learner in self.state.learners)
         losses, seen = [], []
-        with eagerly(trainer.compile and (collect or self._half_hard())):
+        with eagerly(trainer.compile and passing):
             for micro in range(trainer.micro_batches):
                 part = world.rank * trainer.micro_batches + micro
                 inputs, targets = to_device(next(batches), world.device, trainer.precision)
-                inputs, targets = self.task.augment(
-                    inputs, targets, seed_of("mix", self.seed, self.state.step, part)
+                inputs, targets = task.augment(
+                    inputs, targets, seed_of("mix", self.experiment.seed, self.state.step, part)
                 )
                 with self._unsynchronised(micro + 1 < trainer.micro_batches):
                     with forward_context(trainer.precision, world.device):
-                        loss = self.task.loss(self.forward(inputs), targets)
+                        loss = task.loss(self.forward(inputs), targets)
                     loss = loss / trainer.micro_batches
                     loss.backward()
                 losses.append(loss.detach())
                 seen.append((inputs, targets))
-        for weight in self.dynamic:
+        for weight in changing:
             weight.collect_dense_gradient = False
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0], seen
 
@@ -174,56 +188,57 @@ class Stepper:
             return self.forward.no_sync()
         return nullcontext()
 
-    def _average_gradients(self) -> None:
-        """Average the gradients of soft permutations, which are not replicated by torch."""
-        logits = [p.logits for p in self.soft.values()]
+    def _average_soft_gradients(self) -> None:
+        """Average over ranks what the replica leaves out, since it may come and go."""
+        logits = [c.logits for learner in self.state.learners for c in learner.choices.values()]
         self.world.mean_([p.grad for p in logits if p is not None and p.grad is not None])
 
-    def _rewire(self) -> None:
-        state = self.state
-        replaced = topology.rewire(
-            self.model,
-            self.algorithm,
-            state.optimizer,
-            state.average,
-            state.tracker,
-            step=state.step,
-            total=self.total,
-            seed=self.seed,
-            world=self.world,
-        )
-        active = sum(len(weight.active) for weight in self.dynamic)
-        self.record("rewire", {"replaced": replaced, "churn": replaced / active})
+    def _keep_gradients(self, changing: Sequence[SparseWeight]) -> None:
+        """Keep what scores ask for, before clipping."""
+        if "weight_gradient" in self.algorithm.needs:
+            for weight in changing:
+                gradient = weight.values.grad
+                weight.weight_gradient = None if gradient is None else gradient.clone()
 
-    def _harden(self, seen: list[Batch], progress: float) -> None:
-        """Harden the soft permutations that are ready."""
-        state = self.state
-        hardened = topology.harden(
-            self.model,
-            self.learner,
-            state.permutation_optimizer,
-            state.average,
-            lambda: self._loss_of(seen),
-            step=state.step,
-            progress=progress,
-            world=self.world,
+    def _change(self, changing: Sequence[SparseWeight]) -> None:
+        """Let the algorithm decide the topologies of these weights."""
+        moves = changes.update_topologies(self.experiment, self.state, changing)
+        self._follow(moves)
+        replaced = sum(move.num_grown for move in moves)
+        active = sum(len(weight.active) for weight in changing)
+        density = self.experiment.report.density("layers")
+        self.record(
+            "rewire", {"replaced": replaced, "churn": replaced / active, "density": density}
+        )
+
+    def _harden(self, learners: Sequence[Learner], seen: list[Batch]) -> None:
+        """Harden the soft choices that are ready."""
+        hardened, moves = changes.harden(
+            self.experiment, self.state, learners, lambda: self._loss_of(seen)
         )
         if not hardened:
             return
-        self.soft = topology.soft_permutations(self.model)
-        if not self.soft:
-            state.permutation_optimizer = None
+        self._follow(moves)
         for values in hardened:
             self.record("harden", values)
         forced = sum(values["reason"] == "deadline" for values in hardened)
+        kinds = sorted({f"{values['of']}s" for values in hardened})
         self.say(
-            f"step {state.step}: hardened {len(hardened)} permutations ({forced} forced), loss "
-            f"{hardened[0]['loss_before']:.4f} -> {hardened[-1]['loss_after']:.4f}, "
-            f"{len(self.soft)} still soft"
+            f"step {self.state.step}: hardened {len(hardened)} {' and '.join(kinds)} ({forced} "
+            f"forced), loss {hardened[0]['loss_before']:.4f} -> {hardened[-1]['loss_after']:.4f}, "
+            f"{len(soft_choices(self.model))} still soft"
         )
 
-    def _half_hard(self) -> bool:
-        return 0 < len(self.soft) < len(permutations(self.model))
+    def _follow(self, moves: Sequence[Move]) -> None:
+        """Take the parameters anew where a change of the number of entries made other ones."""
+        if all(move.new is move.old for move in moves):
+            return
+        if self.trainer.compile:
+            # Code of shapes that are no more would fill up what torch keeps for each block.
+            torch.compiler.reset()
+        self._take_parameters()
+        if self.world.size > 1:
+            gc.collect()  # the former replica is part of a cycle, and holds room for all gradients
 
     @torch.no_grad()
     def _loss_of(self, seen: list[Batch]) -> float:
@@ -235,7 +250,7 @@ class Stepper:
                 eagerly(self.trainer.compile),
                 forward_context(self.trainer.precision, self.world.device),
             ):
-                losses.append(self.task.loss(self.model(inputs), targets))
+                losses.append(self.experiment.task.loss(self.model(inputs), targets))
         self.model.train()
         mean = torch.stack(losses).mean()
         self.world.mean_([mean])

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from padst_exp.engine.distributed import World
-from padst_exp.engine.topology import TopologyTracker, soft_permutations
-from padst_exp.layers import SparseLinear, SparseWeight, permutations, sparse_weights
+from padst_exp.engine.tracker import TopologyTracker
+from padst_exp.layers import sparse_layers, sparse_weights
 from padst_exp.permutations import partition_distance, shift_distance
+from padst_exp.soft import soft_choices
 from padst_exp.sparsify import Report
 
 Row = Mapping[str, Any]
@@ -68,7 +69,7 @@ def _topology(rows: Sequence[Row], model: nn.Module, tracker: TopologyTracker) -
     weights = sparse_weights(model)
     explored = {name: tracker.explored(name, weight) for name, weight in weights.items()}
     return {
-        "rewires": tracker.rewires,
+        "updates": tracker.updates,
         "units_replaced": sum(tracker.replaced.values()),
         "mean_churn": statistics.fmean(row["churn"] for row in updates) if updates else 0.0,
         "explored": statistics.fmean(explored.values()) if explored else None,
@@ -83,7 +84,7 @@ def _permutations(rows: Sequence[Row], model: nn.Module) -> dict[str, object]:
     return {
         "hardened": len(hardened),
         "forced": sum(row["reason"] == "deadline" for row in hardened),
-        "still_soft": sorted(soft_permutations(model)),
+        "still_soft": sorted(soft_choices(model)),
         "median_loss_jump": statistics.median(jumps) if jumps else None,
         "largest_loss_jump": max(jumps) if jumps else None,
         # Modulo what the structure cannot tell apart; 0 is the identity.
@@ -94,8 +95,8 @@ def _permutations(rows: Sequence[Row], model: nn.Module) -> dict[str, object]:
 
 
 def _penalty_curve(rows: Sequence[Row]) -> list[dict[str, float]]:
-    """Least, mean and largest penalty of the soft permutations, at no more than 100 steps."""
-    logged = list(_of(rows, "permutation"))
+    """Least, mean and largest penalty of the soft choices, at no more than 100 steps."""
+    logged = list(_of(rows, "soft"))
     return [
         {
             "step": row["step"],
@@ -109,23 +110,21 @@ def _penalty_curve(rows: Sequence[Row]) -> list[dict[str, float]]:
 
 def distances(model: nn.Module) -> dict[str, float]:
     """Return, for each hard permutation, its distance to the identity, modulo symmetries."""
+    names = {id(module): name for name, module in model.named_modules()}
     found = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, SparseLinear):
-            continue
-        for full_name, permutation in permutations(layer).items():
+    for layer in sparse_layers(model).values():
+        for (side, part), permutation in layer.permutations().items():
             if permutation.soft:
                 continue
-            # output_permutations.<i> belongs to weight i, input_permutation to all of them.
-            side, _, position = full_name.partition("_permutation")
-            weight = layer.weights[int(position[2:] or 0)]
-            assert isinstance(weight, SparseWeight)
-            classes = weight.layout.symmetry(side.removesuffix("put"))
-            found[f"{name}.{full_name}"] = (
-                shift_distance(permutation.index)
-                if classes is None
-                else partition_distance(permutation.index, classes)
-            )
+            classes = layer.parts()[part].geometry.symmetry(side)
+            if classes is None:
+                distance = shift_distance(permutation.index)
+            else:
+                # Channels of a convolution are alike where they are so at all its taps.
+                at_taps = classes.view(-1, permutation.size).T
+                labels = at_taps.unique(dim=0, return_inverse=True)[1]
+                distance = partition_distance(permutation.index, labels)
+            found[names[id(permutation)]] = distance
     return found
 
 

@@ -1,7 +1,7 @@
 """Exported models: loading them, measuring what is fastest, running them.
 
 model = load("runs/mine/export", device="cuda", dtype=torch.bfloat16)
-print(tune(model, images))          # measured: sparse or dense, layer by layer; which layout
+print(tune(model, images))          # measured: sparse or dense, layer by layer; in which form
 model = torch.compile(model)
 logits = model(images)
 
@@ -10,20 +10,22 @@ For small batches on a GPU, where launches take most of the time, capture the wh
 print(tune(model, images, captured=True))
 model = graphed(model, images)
 
-`load` measures nothing and gives the packed layers as they are, faster than dense or not: tune.
+`load` measures nothing and gives packed layers in plain PyTorch, faster than dense or not: tune.
 """
 
 from padst_exp.inference.graphs import graphed
-from padst_exp.inference.linear import CondensedLinear, PackedLinear, TiledLinear
+from padst_exp.inference.linear import PackedConv2d, PackedLinear
 from padst_exp.inference.loading import load
 from padst_exp.inference.packing import pack
-from padst_exp.inference.tuning import Report, tune
+from padst_exp.inference.tuning import TuningReport, tune
+from padst_exp.inference.weights import PackedEntries, PackedTiles
 
 __all__ = [
-    "CondensedLinear",
+    "PackedConv2d",
+    "PackedEntries",
     "PackedLinear",
-    "Report",
-    "TiledLinear",
+    "PackedTiles",
+    "TuningReport",
     "graphed",
     "load",
     "pack",

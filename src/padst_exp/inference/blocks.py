@@ -2,7 +2,7 @@
 
 The columns of a sparse product are then whole rows of memory, whatever they are, where a
 token-major gather touches single elements. Each block is four products; its norms, biases, GELU,
-LayerScale and residuals live in what surrounds them (`features.Around`). Attention reads QKV
+LayerScale and residuals live in what surrounds them (`features.Fusion`). Attention reads QKV
 token-major and writes token-major.
 
 The two products of the MLP are two launches: every column of fc2 may need any feature of hidden,
@@ -43,12 +43,12 @@ class FeatureBlock(nn.Module):
 
     def __init__(
         self,
-        *,
         qkv: FeatureLinear,
         proj: FeatureLinear,
         fc1: FeatureLinear,
         fc2: FeatureLinear,
         epsilons: tuple[float, float],
+        *,
         heads: int,
         scale: float,
         causal: bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers.attention import Attention
@@ -15,14 +15,26 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from padst_exp.inference.blocks import FeatureBlock, FeatureStack
-from padst_exp.inference.features import Around, FeatureLinear
-from padst_exp.inference.linear import PackedLinear, TiledLinear, dense_linear
+from padst_exp.inference.features import FeatureLinear, Fusion
+from padst_exp.inference.linear import PackedLinear, dense_linear
 
 Layer = PackedLinear | nn.Linear
-Build = Callable[[str, Layer, Around], FeatureLinear]
-"""Makes one product of a block, given its module name, its layer and what is around it."""
+Build = Callable[[str, Layer, Fusion], FeatureLinear]
+"""Makes one product of a block, given its module name, its layer and what is fused with it."""
 
 Gelu = Literal["none", "tanh", "exact"]
+
+
+class _Block(NamedTuple):
+    """What there is in a block of either family: see `FeatureBlock` and `Fusion`."""
+
+    products: tuple[str, str, str, str]  # qkv, proj, fc1, fc2
+    norms: tuple[nn.Module, nn.Module]
+    scales: tuple[Tensor | None, Tensor | None]
+    gelu: Gelu
+    heads: int
+    scale: float
+    causal: bool
 
 
 def stack_name(model: nn.Module) -> str:
@@ -56,18 +68,20 @@ def feature_stack(model: nn.Module, build: Build) -> nn.Module:
     """
     name = stack_name(model)
     stack = model.get_submodule(name)
-    if not any(isinstance(module, TiledLinear) for module in stack.modules()):
+    packed = (module for module in stack.modules() if isinstance(module, PackedLinear))
+    if all(layer.tiles is None for layer in packed):
         raise ValueError("no layer of its blocks has tiles")
-    convert = _vit_block if name == "blocks" else _gpt2_block
+    describe = _vit_block if name == "blocks" else _gpt2_block
     blocks = [
-        convert(f"{name}.{number}", block, build) for number, block in enumerate(stack.children())
+        _converted(f"{name}.{number}", block, describe(f"{name}.{number}", block), build)
+        for number, block in enumerate(stack.children())
     ]
     converted = FeatureStack(blocks).eval()
     # GPT-2 loops over its blocks.
     return converted if name == "blocks" else nn.ModuleList([converted])
 
 
-def _vit_block(name: str, block: Any, build: Build) -> FeatureBlock:
+def _vit_block(name: str, block: Any) -> _Block:
     attention, mlp = block.attn, block.mlp
     plain = type(attention) is Attention and type(mlp) is Mlp and attention.gate is None
     between = (attention.q_norm, attention.k_norm, attention.norm, mlp.norm) if plain else ()
@@ -75,85 +89,60 @@ def _vit_block(name: str, block: Any, build: Build) -> FeatureBlock:
         raise ValueError(f"{name} has more than plain attention and a plain MLP")
     if type(mlp.act) is not nn.GELU:
         raise ValueError(f"{name}.mlp.act is {type(mlp.act).__name__}, not GELU")
-    gelu: Gelu = "tanh" if mlp.act.approximate == "tanh" else "exact"
-    return FeatureBlock(
-        **_products(
-            build,
-            name,
-            {
-                "qkv": ("attn.qkv", attention.qkv),
-                "proj": ("attn.proj", attention.proj),
-                "fc1": ("mlp.fc1", mlp.fc1),
-                "fc2": ("mlp.fc2", mlp.fc2),
-            },
-            norms=(block.norm1, block.norm2),
-            scales=(_layer_scale(block.ls1), _layer_scale(block.ls2)),
-            gelu=gelu,
-        ),
-        epsilons=(block.norm1.eps, block.norm2.eps),
+    return _Block(
+        products=("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+        norms=(block.norm1, block.norm2),
+        scales=(_layer_scale(block.ls1), _layer_scale(block.ls2)),
+        gelu="tanh" if mlp.act.approximate == "tanh" else "exact",
         heads=attention.num_heads,
         scale=attention.scale,
         causal=False,
     )
 
 
-def _gpt2_block(name: str, block: Any, build: Build) -> FeatureBlock:
-    attention, mlp = block.attn, block.mlp
-    config = attention.config
+def _gpt2_block(name: str, block: Any) -> _Block:
+    attention, config = block.attn, block.attn.config
     if hasattr(block, "crossattention") or config.reorder_and_upcast_attn:
         raise ValueError(f"{name} has more than plain attention")
     gelus: dict[str, Gelu] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
     if config.activation_function not in gelus:
         raise ValueError(f"{name}.mlp.act is {config.activation_function}, not GELU")
-    return FeatureBlock(
-        **_products(
-            build,
-            name,
-            {
-                "qkv": ("attn.c_attn", attention.c_attn),
-                "proj": ("attn.c_proj", attention.c_proj),
-                "fc1": ("mlp.c_fc", mlp.c_fc),
-                "fc2": ("mlp.c_proj", mlp.c_proj),
-            },
-            norms=(block.ln_1, block.ln_2),
-            scales=(None, None),
-            gelu=gelus[config.activation_function],
-        ),
-        epsilons=(block.ln_1.eps, block.ln_2.eps),
+    return _Block(
+        products=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        norms=(block.ln_1, block.ln_2),
+        scales=(None, None),
+        gelu=gelus[config.activation_function],
         heads=attention.num_heads,
         scale=attention.scaling,
         causal=True,
     )
 
 
-def _products(
-    build: Build,
-    name: str,
-    layers: dict[str, tuple[str, nn.Module]],
-    *,
-    norms: tuple[nn.Module, nn.Module],
-    scales: tuple[Tensor | None, Tensor | None],
-    gelu: Gelu,
-) -> dict[str, Any]:
-    first, second = norms
+def _converted(name: str, block: nn.Module, has: _Block, build: Build) -> FeatureBlock:
+    first, second = has.norms
     if not isinstance(first, nn.LayerNorm) or not isinstance(second, nn.LayerNorm):
         raise ValueError(f"{name} has other norms than LayerNorm")
-    around = {
-        "qkv": Around(norm=first, feature_major=False),
-        "proj": Around(scale=scales[0], reads_feature_major=False, residual=True),
-        "fc1": Around(norm=second, gelu=gelu),
-        "fc2": Around(scale=scales[1], residual=True),
-    }
-    return {
-        role: build(f"{name}.{path}", _layer(f"{name}.{path}", layer), around[role])
-        for role, (path, layer) in layers.items()
-    }
+    fusions = (
+        Fusion(norm=first, feature_major=False),
+        Fusion(scale=has.scales[0], reads_feature_major=False, residual=True),
+        Fusion(norm=second, gelu=has.gelu),
+        Fusion(scale=has.scales[1], residual=True),
+    )
+    qkv, proj, fc1, fc2 = (
+        build(f"{name}.{path}", _layer(f"{name}.{path}", block.get_submodule(path)), fusion)
+        for path, fusion in zip(has.products, fusions, strict=True)
+    )
+    heads, scale, causal = has.heads, has.scale, has.causal
+    epsilons = first.eps, second.eps
+    return FeatureBlock(qkv, proj, fc1, fc2, epsilons, heads=heads, scale=scale, causal=causal)
 
 
 def _layer(name: str, layer: nn.Module) -> Layer:
     if isinstance(layer, Conv1D):
         return dense_linear(layer.weight.t(), layer.bias)
-    if isinstance(layer, TiledLinear | nn.Linear):
+    if isinstance(layer, nn.Linear):
+        return layer
+    if isinstance(layer, PackedLinear) and layer.tiles is not None:
         return layer
     raise ValueError(f"{name}, a {type(layer).__name__}, has no feature-major form")
 

@@ -13,15 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from padst_exp.inference.linear import PackedLinear, TiledLinear, describe_tiles
+from padst_exp.inference.linear import PackedLinear
+from padst_exp.inference.weights import constant
 from padst_kernels import Backend
-from padst_kernels.tiles import TileIndex, tile_matmul_fused
+from padst_kernels.tiles import tile_matmul_fused
 
 Statistics = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Around:
+class Fusion:
     """What a block does around one of its products.
 
     Args:
@@ -48,30 +49,28 @@ class FeatureLinear(nn.Module, abc.ABC):
     the statistics of each token, applies behind the product: rstd * (W x - mean * row_sums).
 
     Args:
-        weight: of W, with gamma and scale folded in.
-        dense: W `[O, I]`, without.
-        bias: `[O]`, without; or None.
-        around: see there.
+        dense: W `[O, I]`, as it was.
+        bias: b `[O]`, as it was; or None.
+        fusion: what the block does around it.
     """
 
     bias: Tensor
     row_sums: Tensor | None
 
-    def __init__(self, weight: Tensor, dense: Tensor, bias: Tensor | None, around: Around) -> None:
+    def __init__(self, dense: Tensor, bias: Tensor | None, fusion: Fusion) -> None:
         super().__init__()
-        self.gelu, self.feature_major = around.gelu, around.feature_major
+        self.gelu, self.feature_major = fusion.gelu, fusion.feature_major
         wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
         total = wide.new_zeros(len(wide)) if bias is None else bias.to(wide.dtype)
-        norm, row_sums = around.norm, None
-        if around.scale is not None:
-            wide, total = wide * around.scale[:, None], total * around.scale
+        norm, row_sums = fusion.norm, None
+        if fusion.scale is not None:
+            wide, total = wide * fusion.scale[:, None], total * fusion.scale
         if norm is not None:
             if norm.bias is not None:
                 total = total + wide @ norm.bias.to(wide.dtype)
             row_sums = wide.sum(1) if norm.weight is None else wide @ norm.weight.to(wide.dtype)
         self.register_buffer("row_sums", row_sums)
-        self.bias = nn.Parameter(total.to(dense.dtype), requires_grad=False)
-        self.weight = nn.Parameter(weight.to(dense.dtype).contiguous(), requires_grad=False)
+        self.bias = constant(total.to(dense.dtype))
 
     @abc.abstractmethod
     def forward(
@@ -89,19 +88,18 @@ class TiledFeatureLinear(FeatureLinear):
     """By the gather GEMM, with everything in its epilogue but a tanh GELU.
 
     Args:
-        layer: the packed layer.
-        backend: "torch" or "triton".
-        around: what the block does around it.
+        layer: the packed layer; its `tiles` is not None.
+        backend: one of the layer's.
+        fusion: what the block does around it.
     """
 
-    def __init__(self, layer: TiledLinear, backend: Backend, around: Around) -> None:
-        gamma = None if around.norm is None else around.norm.weight
-        weight = layer.scaled_weight(gamma, around.scale)
-        super().__init__(weight, layer.dense_weight(), layer.bias, around)
+    def __init__(self, layer: PackedLinear, backend: Backend, fusion: Fusion) -> None:
+        tiles = layer.tiles
+        assert tiles is not None
+        gamma = None if fusion.norm is None else fusion.norm.weight
+        super().__init__(tiles.matrix(), layer.bias, fusion)
+        self.tiles = tiles.scaled(gamma, fusion.scale)
         self.backend: Backend = backend
-        self.out_features = layer.out_features
-        for name, tensor in layer.index()._asdict().items():
-            self.register_buffer(name, tensor)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None
@@ -109,13 +107,12 @@ class TiledFeatureLinear(FeatureLinear):
         norm = None
         if statistics is not None and self.row_sums is not None:
             norm = (*statistics, self.row_sums)
-        backend = "native" if x.is_cpu and self.backend == "torch" else self.backend
         y = tile_matmul_fused(
             x.t(),
-            self.weight,
-            self.index(),
-            self.out_features,
-            backend=backend,
+            self.tiles.values,
+            self.tiles.index(),
+            self.tiles.out_features,
+            backend=self.backend,
             bias=self.bias,
             gelu=self.gelu == "exact",
             residual=None if residual is None else residual.t(),
@@ -125,11 +122,7 @@ class TiledFeatureLinear(FeatureLinear):
         return self._activate(y) if self.gelu == "tanh" else y
 
     def extra_repr(self) -> str:
-        return describe_tiles(self.weight, self.index(), self.backend)
-
-    def index(self) -> TileIndex:
-        """What `tile_matmul_fused` needs."""
-        return TileIndex(*(getattr(self, name) for name in TileIndex._fields))
+        return f"backend={self.backend}"
 
 
 class DenseFeatureLinear(FeatureLinear):
@@ -137,17 +130,18 @@ class DenseFeatureLinear(FeatureLinear):
 
     Args:
         layer: packed or dense.
-        around: what the block does around it.
+        fusion: what the block does around it.
     """
 
-    def __init__(self, layer: PackedLinear | nn.Linear, around: Around) -> None:
-        dense = layer.dense_weight() if isinstance(layer, PackedLinear) else layer.weight.detach()
-        weight = dense
-        if around.norm is not None and around.norm.weight is not None:
-            weight = weight * around.norm.weight
-        if around.scale is not None:
-            weight = weight * around.scale[:, None]
-        super().__init__(weight, dense, layer.bias, around)
+    def __init__(self, layer: PackedLinear | nn.Linear, fusion: Fusion) -> None:
+        weight = layer.weight.detach()
+        super().__init__(weight, layer.bias, fusion)
+        dtype = weight.dtype
+        if fusion.norm is not None and fusion.norm.weight is not None:
+            weight = weight * fusion.norm.weight
+        if fusion.scale is not None:
+            weight = weight * fusion.scale[:, None]
+        self.weight = constant(weight.to(dtype))
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None

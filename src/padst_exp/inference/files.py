@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +18,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
+from padst_exp.atomic import sync
 from padst_exp.errors import UserError
-from padst_exp.inference.linear import ConcatenatedLinear, CondensedLinear, TiledLinear
+from padst_exp.inference.linear import PackedConv2d, PackedLinear
+from padst_exp.inference.weights import PackedEntries, PackedTiles, PackedWeight
+from padst_exp.layers import LowRank
+from padst_exp.layers.sparse_conv import Window
+from padst_exp.layers.views import LinearView
 from padst_kernels.entries import Condensed
 from padst_kernels.tiles import TileIndex
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 # Nothing else that a file names is ever called.
-CONSTRUCTORS = "padst_exp.models."
+CONSTRUCTORS = ("padst_exp.models.", "padst_exp.transforms.rebuild")
 
 
 class Constructor(TypedDict):
@@ -38,17 +43,18 @@ class Constructor(TypedDict):
 
 
 class Part(TypedDict):
-    """One product: a `TiledLinear` or a `CondensedLinear`."""
+    """One product: `PackedTiles` or `PackedEntries`."""
 
     kind: Literal["tiles", "entries"]
     out_features: int
 
 
 class Layer(TypedDict):
-    """A packed layer; several parts are one `ConcatenatedLinear`."""
+    """A packed layer; `rank` is that of its companion, 0 where it has none."""
 
     in_features: int
     density: float
+    rank: int
     parts: list[Part]
 
 
@@ -94,8 +100,8 @@ def write(
     own, shared = _without_shared(state)
     text = json.dumps({"format": FORMAT, **description, "shared": shared}, indent=2) + "\n"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"out: cannot write {folder}: {error.strerror}") from error
     try:
@@ -104,10 +110,9 @@ def write(
         for name, content in {**extra, DESCRIPTION: text}.items():
             (temporary / name).write_text(content)
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        temporary.chmod(0o777 & ~_umask())
+            sync(path)
         _replace(temporary, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"out: cannot write {folder}: {error}; nothing was changed") from error
     finally:
@@ -181,8 +186,8 @@ def construct(model: Constructor, path: Path) -> nn.Module:
     target = model["_target_"]
     if not target.startswith(CONSTRUCTORS):
         raise UserError(
-            f"{path}: its model {target!r} is none of {CONSTRUCTORS}*, which alone are called for "
-            "a file; build it yourself and give it to load(..., model=...)"
+            f"{path}: its model {target!r} is none of {CONSTRUCTORS[0]}*, which alone are called "
+            "for a file; build it yourself and give it to load(..., model=...)"
         )
     module_name, _, name = target.rpartition(".")
     try:
@@ -194,30 +199,44 @@ def construct(model: Constructor, path: Path) -> nn.Module:
         raise UserError(f"{path}: its model cannot be built: {reason}") from error
 
 
-def empty_layer(described: Layer, state: Mapping[str, Tensor], prefix: str) -> nn.Module:
-    """A layer as `packing.describe` described it, with the tensors of `state` under `prefix`.
+def empty_layer(
+    described: Layer, state: Mapping[str, Tensor], prefix: str, dense: LinearView
+) -> PackedLinear:
+    """A layer as `packing.pack` described it, with the tensors of `state` under `prefix`.
+
+    Args:
+        described: what is said of it.
+        state: all tensors by name.
+        prefix: of its own.
+        dense: the layer that it replaces, which says how a convolution moves.
 
     Raises:
         KeyError, TypeError, ValueError, IndexError: they do not fit each other.
     """
-    parts = described["parts"]
-    if len(parts) == 1:
-        return _part(parts[0], described["in_features"], state, prefix)
-    return ConcatenatedLinear(
-        [
-            _part(part, described["in_features"], state, f"{prefix}parts.{number}.")
-            for number, part in enumerate(parts)
-        ]
-    )
+    in_features, out_features = described["in_features"], 0
+    parts = []
+    for number, part in enumerate(described["parts"]):
+        parts.append(_part(part, in_features, state, f"{prefix}parts.{number}."))
+        out_features += part["out_features"]
+    if dense.matrix.shape != (out_features, in_features):
+        raise ValueError(f"{out_features}x{in_features} is not {tuple(dense.matrix.shape)}")
+    companion = None
+    if described["rank"]:
+        with torch.device("meta"):
+            companion = LowRank(out_features, in_features, described["rank"], None)
+    rest = parts, state.get(f"{prefix}bias"), companion
+    if isinstance(dense.module, nn.Conv2d):
+        return PackedConv2d(Window.of(dense.module), *rest)
+    return PackedLinear(*rest)
 
 
 def _part(
     described: Part, in_features: int, state: Mapping[str, Tensor], prefix: str
-) -> TiledLinear | CondensedLinear:
-    weight, columns = state[f"{prefix}weight"], state[f"{prefix}columns"]
+) -> PackedWeight:
+    values, columns = state[f"{prefix}values"], state[f"{prefix}columns"]
     rows, row_pointer = state.get(f"{prefix}rows"), state.get(f"{prefix}row_pointer")
-    bias, out_features = state.get(f"{prefix}bias"), described["out_features"]
-    layer: TiledLinear | CondensedLinear
+    out_features = described["out_features"]
+    weight: PackedWeight
     if described["kind"] == "tiles":
         index = TileIndex(
             columns=columns,
@@ -227,14 +246,14 @@ def _part(
             column_pointer=torch.zeros(in_features + 1, dtype=torch.int32),
             transposed_pointer=state.get(f"{prefix}column_groups"),
         )
-        layer = TiledLinear(weight, index, out_features, bias)
+        weight = PackedTiles(values, index, out_features)
     elif rows is None or row_pointer is None:
         raise KeyError(f"{prefix}row_pointer")
     else:
-        entries = Condensed(weight, columns, row_pointer, rows, in_features, out_features)
-        layer = CondensedLinear(entries, bias)
-    layer.check()
-    return layer
+        entries = Condensed(values, columns, row_pointer, rows, in_features, out_features)
+        weight = PackedEntries(entries)
+    weight.check()
+    return weight
 
 
 def _without_shared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -265,17 +284,3 @@ def _replace(new: Path, folder: Path) -> None:
         os.replace(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -17,6 +17,7 @@ from padst_exp.inference.files import (
     read_description,
     read_state,
 )
+from padst_exp.layers.views import view_of
 
 
 def load(
@@ -35,7 +36,7 @@ def load(
 
     Returns:
         The model in eval mode, no parameter needing a gradient, with the outputs of the model
-        that was trained. Sparse layers are `TiledLinear` or `CondensedLinear`.
+        that was trained. Sparse layers are `PackedLinear`, in plain PyTorch until it is tuned.
 
     Raises:
         UserError: in one line, when the export is missing, damaged or foreign.
@@ -47,7 +48,8 @@ def load(
     state = read_state(folder, description["shared"])
     try:
         for name, described in description["layers"].items():
-            model.set_submodule(name, empty_layer(described, state, f"{name}."))
+            _, dense = view_of(model, name)
+            dense.replace(model, empty_layer(described, state, f"{name}.", dense))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / WEIGHTS}: damaged at layer {name}: {reason}") from error

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from itertools import islice
+import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from padst_exp.inference.files import Layer
-from padst_exp.inference.linear import (
-    ConcatenatedLinear,
-    CondensedLinear,
-    PackedLinear,
-    TiledLinear,
-)
-from padst_exp.layers import SparseLinear, SparseWeight, permutations
-from padst_exp.permutations import Permutation
-from padst_exp.structures import Product, permuted_entries, permuted_tiles
+from padst_exp.inference.linear import PackedConv2d, PackedLinear
+from padst_exp.inference.weights import PackedEntries, PackedTiles, PackedWeight
+from padst_exp.layers import SparseConv2d, SparseLinear, SparseWeight, sparse_layers, sparse_weights
+from padst_exp.layers.views import view_of
+from padst_exp.soft import soft_choices
+from padst_exp.structures import Folding, permuted_tiles, runs
 from padst_kernels.entries import condense
+
+
+def harden(model: nn.Module) -> list[str]:
+    """Let what is still soft in `model` become the nearest hard choice; returns the names."""
+    soft = soft_choices(model)
+    for choice in soft.values():
+        choice.harden()
+    for weight in sparse_weights(model).values():
+        if (change := weight.settle()) is not None:
+            weight.adopt(change)
+    return sorted(soft)
 
 
 @torch.no_grad()
@@ -25,60 +34,59 @@ def pack(model: nn.Module) -> dict[str, Layer]:
     """Replace every sparse layer of a trained `model` by a packed one, in place.
 
     Args:
-        model: all its permutations hard.
+        model: all its permutations and selections hard, see `harden`.
 
     Returns:
         A description of each new layer by name, in plain data; `files.empty_layer` reads it.
 
     Raises:
-        ValueError: a permutation is still soft.
+        ValueError: a choice is still soft.
     """
-    for name, permutation in permutations(model).items():
-        if permutation.soft:
-            raise ValueError(f"pack: {name} is still soft; call its harden() first")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    for name in soft_choices(model):
+        raise ValueError(f"pack: {name} is still soft; call harden() first")
     described = {}
-    for name, layer in layers.items():
+    for name, layer in sparse_layers(model).items():
         packed = packed_layer(layer)
-        described[name] = describe(layer, packed)
+        described[name] = _describe(layer, packed)
         model.set_submodule(name, packed)
     model.eval().requires_grad_(False)
     return described
 
 
-def packed_layer(layer: SparseLinear) -> PackedLinear | ConcatenatedLinear:
+@torch.no_grad()
+def packed_layer(layer: SparseLinear) -> PackedLinear:
     """The inference form of one layer: topology and hard permutations folded into its indices."""
-    inputs = _index(layer.input_permutation)
-    weights, outputs = iter(layer.weights), iter(layer.output_permutations)
-    parts: list[PackedLinear] = []
-    start = 0
-    for product in layer.parts():
-        count = len(product.layouts)
-        own = [weight for weight in islice(weights, count) if isinstance(weight, SparseWeight)]
-        stop = start + product.out_features
-        bias = None if layer.bias is None else layer.bias[start:stop].clone()
-        parts.append(
-            _packed(product, own, inputs, [_index(p) for p in islice(outputs, count)], bias)
-        )
-        start = stop
-    return parts[0] if len(parts) == 1 else ConcatenatedLinear(parts)
+    weights, folding = layer.parts(), layer.folding()
+    parts = [_packed(folding[part], weights[part]) for part in runs(folding, "packed")]
+    rest = layer.live_bias(), copy.deepcopy(layer.companion)
+    if isinstance(layer, SparseConv2d):
+        return PackedConv2d(layer.window, parts, *rest)
+    return PackedLinear(parts, *rest)
 
 
-def describe(layer: SparseLinear, packed: nn.Module) -> Layer:
+def _packed(folding: Folding, weights: Sequence[SparseWeight]) -> PackedWeight:
+    if folding.geometries[0].tiling() is None:
+        values = torch.cat([weight.packed().flatten() for weight in weights])
+        size = folding.out_features, folding.in_features
+        return PackedEntries(condense(values, folding.permuted_entries, *size))
+    index, width = permuted_tiles(folding)
+    tiles = [w.packed().reshape(-1, width, w.geometry.frame[2]) for w in weights]
+    return PackedTiles(torch.cat(tiles), index, folding.out_features)
+
+
+def _describe(layer: SparseLinear, packed: PackedLinear) -> Layer:
     """What `files.empty_layer` needs to make the like of `packed`, and what to know of it."""
-    weights = [weight for weight in layer.weights if isinstance(weight, SparseWeight)]
-    entries = sum(weight.layout.num_entries for weight in weights)
-    parts = packed.parts if isinstance(packed, ConcatenatedLinear) else [packed]
+    entries = sum(weight.topology().num_entries for weight in layer.parts())
     return {
         "in_features": layer.in_features,
         "density": entries / (layer.in_features * layer.out_features),
+        "rank": 0 if layer.companion is None else layer.companion.up.shape[1],
         "parts": [
             {
-                "kind": "tiles" if isinstance(part, TiledLinear) else "entries",
+                "kind": "tiles" if isinstance(part, PackedTiles) else "entries",
                 "out_features": part.out_features,
             }
-            for part in parts
-            if isinstance(part, PackedLinear)
+            for part in packed.weights()
         ],
     }
 
@@ -89,59 +97,17 @@ def dense_state(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
 
     Args:
         model: after `pack`.
-        plain: the same model before `sparsify`, on any device (meta too); says what is transposed.
+        plain: the same model before `sparsify`, on any device (meta too); says what its layers
+            call their weights, and how these lie.
     """
     state = dict(model.state_dict())
-    for name, layer in _packed_layers(model).items():
+    for name, layer in model.named_modules():
+        if not isinstance(layer, PackedLinear):
+            continue
         for key in layer.state_dict():
             del state[f"{name}.{key}"]
-        weight, bias = _dense(layer)
-        # transformers' Conv1D stores its weight as [I, O].
-        transposed = not isinstance(plain.get_submodule(name), nn.Linear)
-        state[f"{name}.weight"] = weight.t().contiguous() if transposed else weight
-        if bias is not None:
-            state[f"{name}.bias"] = bias
+        owner, found = view_of(plain, name)
+        state[f"{owner}.{found.weight}"] = found.restore(layer.matrix())
+        if layer.bias is not None:
+            state[f"{owner}.{found.bias}"] = layer.bias
     return state
-
-
-def _packed_layers(model: nn.Module) -> dict[str, PackedLinear | ConcatenatedLinear]:
-    """Packed layers by name, those inside a concatenation left out."""
-    found: dict[str, PackedLinear | ConcatenatedLinear] = {}
-    for name, module in model.named_modules():
-        inside = name.rpartition(".parts.")[0] in found
-        if isinstance(module, PackedLinear | ConcatenatedLinear) and not inside:
-            found[name] = module
-    return found
-
-
-def _dense(layer: PackedLinear | ConcatenatedLinear) -> tuple[Tensor, Tensor | None]:
-    if isinstance(layer, PackedLinear):
-        return layer.dense_weight(), layer.bias
-    parts = [part for part in layer.parts if isinstance(part, PackedLinear)]
-    biases = [part.bias for part in parts if part.bias is not None]
-    weight = torch.cat([part.dense_weight() for part in parts])
-    return weight, torch.cat(biases) if biases else None
-
-
-def _packed(
-    product: Product,
-    weights: list[SparseWeight],
-    inputs: Tensor | None,
-    outputs: list[Tensor | None],
-    bias: Tensor | None,
-) -> PackedLinear:
-    layouts, tile_shape = product.layouts, product.layouts[0].tile_shape
-    units = [weight.active.long() for weight in weights]
-    if tile_shape is None:
-        values = torch.cat([weight.packed().flatten() for weight in weights])
-        entries = permuted_entries(layouts, units, inputs, outputs)
-        return CondensedLinear(
-            condense(values, entries, product.out_features, product.in_features), bias
-        )
-    index = permuted_tiles(layouts, units, inputs, outputs)
-    tiles = torch.cat([weight.packed().reshape(-1, *tile_shape) for weight in weights])
-    return TiledLinear(tiles, index, product.out_features, bias)
-
-
-def _index(permutation: nn.Module | None) -> Tensor | None:
-    return permutation.index if isinstance(permutation, Permutation) else None

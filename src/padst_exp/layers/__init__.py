@@ -1,7 +1,27 @@
 """Sparse layers: packed values, their topology, their permutations."""
 
 from padst_exp.layers.distribution import layer_densities
-from padst_exp.layers.sparse_linear import SparseLinear, permutations, sparse_weights
+from padst_exp.layers.low_rank import LowRank
+from padst_exp.layers.move import Move
+from padst_exp.layers.sparse_conv import SparseConv2d
+from padst_exp.layers.sparse_linear import (
+    SparseLinear,
+    index_stale,
+    permutations,
+    sparse_layers,
+    sparse_weights,
+)
 from padst_exp.layers.sparse_weight import SparseWeight
 
-__all__ = ["SparseLinear", "SparseWeight", "layer_densities", "permutations", "sparse_weights"]
+__all__ = [
+    "LowRank",
+    "Move",
+    "SparseConv2d",
+    "SparseLinear",
+    "SparseWeight",
+    "index_stale",
+    "layer_densities",
+    "permutations",
+    "sparse_layers",
+    "sparse_weights",
+]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from padst_exp.layers.dense_gradient import collect_dense_gradient
+from padst_exp.layers.low_rank import LowRank
 from padst_exp.layers.sparse_weight import SparseWeight
 from padst_exp.permutations import Permutation
-from padst_exp.structures import Backend, Product, alike
+from padst_exp.structures import Backend, Folding, Product, backends, product, runs
 
 
 class SparseLinear(nn.Module):
-    """y = P_out S P_in x + b, for `nn.Linear`, transformers' `Conv1D` and fused projections.
+    """y = P_out S P_in x + U V x + b, for `nn.Linear`, transformers' `Conv1D`, fused projections.
 
     Args:
         weights: one sparse weight, or several whose outputs are concatenated (Q, K and V). Each
@@ -23,7 +23,22 @@ class SparseLinear(nn.Module):
         bias: `[sum of O]`, or None.
         input_permutation: acts on x, shared by all weights; None for the identity.
         output_permutations: one (or None) for each weight.
+        companion: U V, or None.
+
+    Attributes:
+        products: what multiplies; their outputs are concatenated. One, where all weights run as
+            one.
+        backend: what computes them, one of `backends`.
+        silences_rows: whether the bias of a row without active entries counts as zero.
+        stale: a topology changed, a permutation hardened or a state was loaded since `index`.
+            Forward then calls `index` by itself, once for all weights.
     """
+
+    bias: nn.Parameter | None
+    live: Tensor | None
+    products: nn.ModuleList
+    # How many neighbouring inputs of a weight belong to one position of a convolution's kernel.
+    taps = 1
 
     def __init__(
         self,
@@ -31,6 +46,7 @@ class SparseLinear(nn.Module):
         bias: Tensor | None,
         input_permutation: Permutation | None,
         output_permutations: Sequence[Permutation | None],
+        companion: LowRank | None = None,
     ) -> None:
         super().__init__()
         self.weights = nn.ModuleList(weights)
@@ -41,119 +57,202 @@ class SparseLinear(nn.Module):
             nn.Identity() if permutation is None else permutation
             for permutation in output_permutations
         )
-        layouts = [weight.layout for weight in weights]
-        self.in_features = layouts[0].shape[1]
-        self.out_features = sum(layout.shape[0] for layout in layouts)
-        storage = weights[0].storage
-        # Projections run as one product where they can: x is read once.
-        groups = [layouts] if alike(layouts, storage) else [[layout] for layout in layouts]
-        self.products = nn.ModuleList(Product(group, storage) for group in groups)
-        self._folded: list[bool] = []
-        self.fold()
+        self.companion = companion
+        self.silences_rows = False
+        self.in_features = weights[0].shape[1]
+        self.out_features = sum(weight.shape[0] for weight in weights)
+        self.storage = weights[0].storage
+        self.backend: Backend = self.backends(weights[0].values.device)[0]
+        self.products = nn.ModuleList()
+        self._parts: list[slice] = []
+        self.stale = True
+        self.register_buffer("live", None, persistent=False)
         for weight in weights:
-            weight.on_change = self._outdate
-        self.register_load_state_dict_post_hook(_fold)
+            weight.on_change.append(self._outdate)
+        for permutation in self.permutations().values():
+            permutation.on_change.append(self._outdate)
+        self.register_load_state_dict_post_hook(_index)
+        self.index()
 
-    def fold(self) -> None:
-        """Fold topologies and hard permutations into the indices of the products."""
-        input_index = _hard_index(self.input_permutation)
-        for product, weights, permutations in self._groups():
-            product.fold(
-                [weight.active.long() for weight in weights],
-                input_index,
-                [_hard_index(permutation) for permutation in permutations],
+    def parts(self) -> list[SparseWeight]:
+        """The sparse weights, in the order of their outputs."""
+        return [weight for weight in self.weights if isinstance(weight, SparseWeight)]
+
+    def permutations(self) -> dict[tuple[str, int], Permutation]:
+        """The permutations by side ("in" or "out") and the weight they belong to (0 for "in")."""
+        sides: list[tuple[str, int, nn.Module | None]] = [("in", 0, self.input_permutation)]
+        sides += [("out", i, module) for i, module in enumerate(self.output_permutations)]
+        return {(side, i): m for side, i, m in sides if isinstance(m, Permutation)}
+
+    def folding(self) -> Folding:
+        """Topologies and hard permutations as they are now."""
+        weights = self.parts()
+        return Folding(
+            [weight.geometry for weight in weights],
+            [weight.active.long() for weight in weights],
+            self._input_index(),
+            [_hard_index(permutation) for permutation in self.output_permutations],
+        )
+
+    def backends(self, device: torch.device) -> list[Backend]:
+        """What can compute this layer on `device`, the usual choice first."""
+        return backends([weight.geometry for weight in self.parts()], self.storage, device)
+
+    def use_backend(self, backend: Backend) -> None:
+        """Compute with another of `backends`."""
+        if backend != self.backend:
+            self.backend = backend
+            self.products = nn.ModuleList()
+            self.index()
+
+    def index(self) -> None:
+        """Derive from topologies and hard permutations what the products gather by."""
+        folding = self.folding()
+        parts = runs(folding, self.storage)
+        if len(self.products) != len(parts) or parts != self._parts:
+            self.products = nn.ModuleList(
+                product(folding.geometries[part.start], self.storage, self.backend)
+                for part in parts
             )
-        self._folded = self._soft()
+            self._parts = parts
+        for multiply, part in zip(self.products, parts, strict=True):
+            assert isinstance(multiply, Product)
+            multiply.index(folding[part])
+        self.live = self._live_rows(folding)
+        self.stale = False
 
-    def parts(self) -> list[Product]:
-        """The products whose outputs are concatenated; one where all projections run as one."""
-        return [product for product in self.products if isinstance(product, Product)]
-
-    def use_backends(self, backends: Sequence[Backend]) -> None:
-        """Compute each of `parts` with its backend, one of those it has on its device."""
-        pairs = zip(self.parts(), backends, strict=True)
-        changed = [(product, backend) for product, backend in pairs if product.backend != backend]
-        for product, backend in changed:
-            product.use_backend(backend)
-        if changed:
-            self.fold()
-
-    @property
-    def stale(self) -> bool:
-        """Whether a topology changed or a permutation hardened since the last `fold`.
-
-        Forward then folds by itself, once for all weights.
-        """
-        return self._folded != self._soft()
+    def _live_rows(self, folding: Folding) -> Tensor | None:
+        """Which outputs have a bias, bool `[O]`; None: all."""
+        # A companion, or a soft permutation of the outputs, leaves no output without inputs.
+        mixed = any(p.soft for (side, _), p in self.permutations().items() if side == "out")
+        if not self.silences_rows or self.bias is None or self.companion is not None or mixed:
+            return None
+        live = folding.live_rows()
+        return None if bool(live.all()) else live
 
     def _outdate(self) -> None:
-        self._folded = []
+        self.stale = True
 
-    def _soft(self) -> list[bool]:
-        return [_is_soft(self.input_permutation), *map(_is_soft, self.output_permutations)]
-
-    def _groups(self) -> Iterator[tuple[Product, list[SparseWeight], list[nn.Module]]]:
-        """Each product with its weights and their output permutations."""
-        weights, permutations = iter(self.weights), iter(self.output_permutations)
-        for product in self.parts():
-            count = len(product.layouts)
-            own = [weight for weight in islice(weights, count) if isinstance(weight, SparseWeight)]
-            yield product, own, list(islice(permutations, count))
+    def _input_index(self) -> Tensor | None:
+        """The hard permutation of all inputs of the weights, int64 `[I]`, or None."""
+        index = _hard_index(self.input_permutation)
+        if index is None or self.taps == 1:
+            return index
+        steps = torch.arange(self.taps, device=index.device) * len(index)
+        return (steps[:, None] + index).flatten()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of x or of autocast."""
         if self.stale:
-            self.fold()
-        if self.input_permutation is not None:
-            x = self.input_permutation(x)  # the identity once hard
-        cast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if cast else None
+            self.index()
+        dtype = _autocast_dtype(x)
+        y = self._multiply(x, dtype)
+        if self.companion is not None:
+            y = y + self.companion(x.to(y.dtype))
+        bias = self.live_bias()
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def live_bias(self) -> Tensor | None:
+        """The bias `[O]`, zero at silent rows; None without one."""
+        return self.bias if self.live is None or self.bias is None else self.bias * self.live
+
+    def _multiply(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """P_out S P_in x."""
+        if self.input_permutation is not None and self.input_permutation.soft:
+            x = self._permute(x)
         x = x.to(dtype)
         outputs: list[Tensor] = []
-        for product, weights, permutations in self._groups():
-            y = product(x, [weight.values.to(dtype) for weight in weights])
-            if self._needs_parts(weights, permutations):
-                sizes = [weight.layout.shape[0] for weight in weights]
+        for multiply, part in zip(self.products, self._parts, strict=True):
+            weights = self.parts()[part]
+            permutations = list(self.output_permutations)[part]
+            y = multiply(x, [weight.effective().to(dtype) for weight in weights])
+            if _needs_parts(weights, permutations):
+                sizes = [weight.shape[0] for weight in weights]
                 outputs += [
-                    self._finish(part, x, weight, permutation)
-                    for part, weight, permutation in zip(
+                    self._finish(part_y, x, weight, permutation)
+                    for part_y, weight, permutation in zip(
                         y.split(sizes, dim=-1), weights, permutations, strict=True
                     )
                 ]
             else:
                 outputs.append(y)
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def _needs_parts(self, weights: list[SparseWeight], permutations: list[nn.Module]) -> bool:
-        collecting = weights[0].collect_dense_gradient and torch.is_grad_enabled()
-        return collecting or any(map(_is_soft, permutations))
+    def _permute(self, x: Tensor) -> Tensor:
+        """The soft input permutation of `[..., in_features]`, at every position of a kernel."""
+        assert self.input_permutation is not None
+        if self.taps == 1:
+            permuted: Tensor = self.input_permutation(x)
+            return permuted
+        permuted = self.input_permutation(x.unflatten(-1, (self.taps, -1)))
+        return permuted.flatten(-2)
 
     def _finish(self, y: Tensor, x: Tensor, weight: SparseWeight, permutation: nn.Module) -> Tensor:
         """What is done to the output of one weight alone."""
         if weight.collect_dense_gradient and torch.is_grad_enabled():
-            indices = _hard_index(self.input_permutation), _hard_index(permutation)
-            y = collect_dense_gradient(y, x, weight, *indices)
+            y = collect_dense_gradient(y, x, weight, self._input_index(), _hard_index(permutation))
         finished: Tensor = permutation(y)
         return finished
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole layer as one dense `[O, I]` matrix, permutations applied. Differentiable.
+
+        For parents that read `weight` instead of calling the layer; `F.linear(x, weight, bias)` is
+        the layer's output.
+        """
+        matrices = [weight.matrix() for weight in self.parts()]
+        for i, permutation in enumerate(self.output_permutations):
+            if isinstance(permutation, Permutation):
+                matrices[i] = (
+                    permutation.matrix().to(matrices[i].dtype) @ matrices[i]
+                    if permutation.soft
+                    else matrices[i][permutation.index]
+                )
+        matrix = torch.cat(matrices)
+        if self.input_permutation is not None:
+            taps = matrix.view(len(matrix), self.taps, -1)
+            if self.input_permutation.soft:
+                taps = taps @ self.input_permutation.matrix().to(matrix.dtype)
+            else:
+                taps = taps[..., self.input_permutation.index.argsort()]
+            matrix = taps.flatten(1)
+        return matrix if self.companion is None else matrix + self.companion.matrix()
+
+    def dense_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What a dense layer with this `weight`, and without a bias, makes of `x`."""
+        return nn.functional.linear(x, weight)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def _fold(layer: nn.Module, _: object) -> None:
+def _index(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, SparseLinear)
-    layer.fold()
+    layer.index()
 
 
-def _is_soft(permutation: nn.Module | None) -> bool:
-    return isinstance(permutation, Permutation) and permutation.soft
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
+def _needs_parts(weights: Sequence[SparseWeight], permutations: Sequence[nn.Module]) -> bool:
+    collecting = any(weight.collect_dense_gradient for weight in weights)
+    soft = any(isinstance(p, Permutation) and p.soft for p in permutations)
+    return soft or (collecting and torch.is_grad_enabled())
 
 
 def _hard_index(permutation: nn.Module | None) -> Tensor | None:
     if isinstance(permutation, Permutation) and not permutation.soft:
         return permutation.index
     return None
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """Every sparse layer of `model` by its module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
 
 
 def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
@@ -164,3 +263,10 @@ def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
 def permutations(model: nn.Module) -> dict[str, Permutation]:
     """Every permutation of `model` by its module name, shared ones once."""
     return {n: m for n, m in model.named_modules() if isinstance(m, Permutation)}
+
+
+def index_stale(model: nn.Module) -> None:
+    """Derive indices anew where something changed; now, not in a forward pass that is compiled."""
+    for layer in sparse_layers(model).values():
+        if layer.stale:
+            layer.index()

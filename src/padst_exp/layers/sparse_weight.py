@@ -3,156 +3,292 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dst import Algorithm, Relayout, Signals, Topology
+from padst_exp.dst import Algorithm, Change, Entries, Gate, Signals, Topology
 from padst_exp.errors import UserError
-from padst_exp.structures import Layout, Storage, gather_entries, scatter_entries
-
-# With fewer active units a share of them is not a meaningful choice; such layers stay as drawn.
-MIN_DYNAMIC_UNITS = 8
+from padst_exp.layers.move import Move, plan
+from padst_exp.structures import Geometry, Storage, gather_entries, scatter_entries
 
 
 class SparseWeight(nn.Module):
     """What a sparse `[O, I]` weight keeps; `SparseLinear` multiplies with it.
 
-    Shape letters as in `structures.layout`: N active units, E entries in the frame of a unit.
+    Shape letters as in `structures.geometry`: N active units, E entries in the frame of a unit.
 
     Args:
-        layout: the geometry.
+        geometry: units and pools.
         active: int64 `[N]`, sorted unit ids.
         dense: `[O, I]` initial weight, read at the active entries.
         storage: `"packed"` keeps the active entries only; `"masked"` keeps a dense weight that is
             zero elsewhere, the reference that packed storage is tested against.
+        target: int64 `[P]`, active units per pool that the asked density stands for; None: those
+            that are active now.
+        is_output: whether its rows are the outputs of the whole model.
 
     Attributes:
-        values: Parameter, `[N, E]` packed or `[O, I]` masked.
+        values: Parameter, `[N, E]` packed or `[O, I]` masked. Another Parameter after a change of
+            the number of entries.
         active: int32 buffer `[N]`, sorted unit ids.
         carry: float64 buffer, the fraction of a unit the next update still owes.
-        static: too few units to rewire.
+        row_order: int64 buffer `[O]`, see `Geometry.with_row_order`; None in natural order.
+        selection: a soft choice of which active units stay; None once it settled, or without one.
         collect_dense_gradient: set before a forward pass whose backward feeds a due update.
         dense_gradient: `[O, I]`, float32 or wider, summed over backward passes; or None.
+        weight_gradient: shaped like `values`, kept from before clipping for a due update; or None.
+        on_change: called, without arguments, whenever topology or values are other ones.
     """
 
     active: Tensor
     carry: Tensor
+    row_order: Tensor | None
+    selection: Gate | None
 
-    def __init__(self, layout: Layout, active: Tensor, dense: Tensor, storage: Storage) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        active: Tensor,
+        dense: Tensor,
+        storage: Storage,
+        *,
+        target: Tensor | None = None,
+        is_output: bool = False,
+    ) -> None:
         super().__init__()
-        self.layout = layout
+        self.geometry = geometry
         self.storage = storage
-        self.static = len(active) < MIN_DYNAMIC_UNITS
         self.collect_dense_gradient = False
         self.dense_gradient: Tensor | None = None
+        self.weight_gradient: Tensor | None = None
+        self.on_change: list[Callable[[], None]] = []
         active = active.to(dense.device)
-        entries = layout.entries(active)
-        values = gather_entries(dense.detach(), entries)
+        values = gather_entries(dense.detach(), geometry.entries(active))
         if storage == "masked":
-            values = scatter_entries(values, entries, layout.shape)
+            values = scatter_entries(values, geometry.entries(active), geometry.shape)
         self.values = nn.Parameter(values)
         self.register_buffer("active", active.to(torch.int32))
         self.register_buffer("carry", torch.zeros((), dtype=torch.float64, device=dense.device))
-        # The layer this weight belongs to derives its indices from `active`.
-        self.on_change: Callable[[], None] | None = None
+        self.register_buffer("row_order", geometry.row_order)
+        self.selection = None
+        counts = torch.bincount(active.cpu() // geometry.pool_size, minlength=geometry.num_pools)
+        self.target = counts if target is None else target
+        self.is_output = is_output
         self.register_load_state_dict_post_hook(_check_loaded)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(O, I)`."""
+        return self.geometry.shape
+
     def topology(self) -> Topology:
-        """The active units as tables, for a DST algorithm."""
-        candidates = self.layout.candidates.to(self.active.device)
-        return Topology(self.active.long(), candidates, self.layout.pool_size)
+        """The active units as tables."""
+        device, geometry = self.active.device, self.geometry
+        return Topology(
+            self.active.long(),
+            geometry.candidates.to(device),
+            geometry.unit_sizes.to(device),
+            geometry.pool_size,
+            geometry.shape,
+            self.target.to(device),
+            self.is_output,
+        )
+
+    def entries(self) -> Tensor:
+        """Flat positions of all active frames, int64 `[N, E]`; O * I outside the weight."""
+        return self.geometry.entries(self.active.long())
+
+    def select(self, selection: Gate | None) -> None:
+        """Let a soft selection weigh the active units from now on."""
+        self.selection = selection
+        if selection is not None:
+            selection.attach(self)
+            selection.on_change.append(self._changed)
+
+    def effective(self) -> Tensor:
+        """The values that multiply, shaped like `values`: weighed while a selection is soft."""
+        if self.selection is None:
+            return self.values
+        coefficients, passing = self.selection.coefficients(), self.selection.passing()
+        weighed = self.values * self.per_value(coefficients)
+        if passing is None:
+            return weighed
+        # Gradients also reach what counts nothing: a zero is added that has one.
+        besides = self.per_value(passing - coefficients)
+        return weighed + (self.values - self.values.detach()) * besides
+
+    def per_value(self, units: Tensor) -> Tensor:
+        """One number for each active unit, `[N]`, as a factor of `values`."""
+        units = units.to(self.values.dtype)[:, None]
+        if self.storage == "packed":
+            return units
+        entries = self.entries()
+        return scatter_entries(units.expand(entries.shape), entries, self.geometry.shape)
+
+    def magnitudes(self) -> Tensor:
+        """Root mean square of the values of each active unit, `[N]`, before any weighing."""
+        return self.geometry.frame_rms(self.unweighed(), self.active.long())
+
+    def unweighed(self) -> Tensor:
+        """Values of the active units, `[N, E]`, without the factors of a selection. Detached."""
+        values = self.values.detach()
+        return values if self.storage == "packed" else gather_entries(values, self.entries())
 
     def packed(self) -> Tensor:
         """Values of the active units, `[N, E]`, whatever the storage. Detached."""
-        values = self.values.detach()
-        if self.storage == "packed":
-            return values
-        return gather_entries(values, self.layout.entries(self.active.long()))
+        values = self.effective().detach()
+        return values if self.storage == "packed" else gather_entries(values, self.entries())
 
-    def dense(self) -> Tensor:
-        """S as a dense `[O, I]` matrix, permutations not applied. Detached."""
+    def matrix(self) -> Tensor:
+        """S as a dense `[O, I]` matrix, permutations not applied. Differentiable."""
+        values, entries = self.effective(), self.entries()
         if self.storage == "masked":
-            return self.values.detach().clone()
-        entries = self.layout.entries(self.active.long())
-        return scatter_entries(self.packed(), entries, self.layout.shape)
+            values = gather_entries(values, entries)
+        return scatter_entries(values, entries, self.geometry.shape)
 
     @torch.no_grad()
-    def rewire(
-        self, algorithm: Algorithm, *, step: int, total: int, generator: torch.Generator
-    ) -> Relayout:
-        """Let `algorithm` decide this weight's next topology. Moves no values.
+    def decide(
+        self,
+        algorithm: Algorithm,
+        *,
+        step: int,
+        total: int,
+        generator: torch.Generator,
+        birth: Tensor | None = None,
+    ) -> Change:
+        """Let `algorithm` decide this weight's next topology. Moves nothing.
 
-        Reads `dense_gradient` if the algorithm needs it: the loss gradient averaged over
-        micro-batches and ranks, before any absolute value is taken.
+        Args:
+            algorithm: reads `dense_gradient` if it asks for it: the loss gradient averaged over
+                micro-batches and ranks, before any absolute value is taken.
+            step: completed steps.
+            total: steps of the whole training.
+            generator: for random choices.
+            birth: int64 `[N]`, the step at which each active unit was grown, where `algorithm`
+                asks for their age.
         """
-        gradient = None
-        if algorithm.needs_dense_gradient:
+        topology, geometry = self.topology(), self.geometry
+        dense_gradient = weight_gradient = None
+        if "dense_gradient" in algorithm.needs:
             assert self.dense_gradient is not None, "no backward pass collected this gradient"
-            gradient = self.layout.unit_rms(self.dense_gradient)
-        topology = self.topology()
-        magnitude = self.layout.frame_rms(self.packed(), topology.active)
-        relayout, carry = algorithm.rewire(
+            dense_gradient = geometry.unit_rms(self.dense_gradient)
+        if "weight_gradient" in algorithm.needs:
+            gradient = self.weight_gradient
+            assert gradient is not None, "no backward pass reached these values"
+            if self.storage == "masked":
+                gradient = gather_entries(gradient, self.entries())
+            weight_gradient = geometry.frame_rms(gradient, topology.active)
+        coordinates = "coordinates" in algorithm.needs
+        change, carry = algorithm.decide(
             topology,
-            Signals(magnitude, gradient, generator),
+            Signals(
+                magnitude=geometry.frame_rms(self.packed(), topology.active),
+                generator=generator,
+                progress=step / total,
+                dense_gradient=dense_gradient,
+                weight_gradient=weight_gradient,
+                coordinates=geometry.coordinates(self.active.device) if coordinates else None,
+                age=None if birth is None else step - birth,
+                entries=self._single_entries() if "entries" in algorithm.needs else None,
+            ),
             step=step,
             total=total,
             carry=float(self.carry),
         )
         self.carry.fill_(carry)
-        return relayout
+        return change
 
-    def move(self, tensor: Tensor, relayout: Relayout, fill: float = 0.0) -> Tensor:
-        """Carry a tensor shaped like `values` (or packed `[N, 1]`) over to the new topology.
-
-        Call it before `relayout_`. Grown entries become `fill`.
-        """
-        kept = relayout.source >= 0
-        if self.storage == "packed":
-            moved = tensor.index_select(0, relayout.source.clamp(min=0))
-            return moved.masked_fill_(~kept[:, None], fill)
-        kept_entries = self.layout.entries(relayout.active[kept])
-        grown_entries = self.layout.entries(relayout.active[~kept])
-        values = torch.cat(
-            [
-                gather_entries(tensor, kept_entries),
-                tensor.new_full(grown_entries.shape, fill),
-            ]
+    def _single_entries(self) -> Entries:
+        assert self.dense_gradient is not None, "entries come with the dense gradient"
+        entries, shape = self.entries(), self.shape
+        active = scatter_entries(torch.ones_like(entries, dtype=torch.bool), entries, shape)
+        order = self.row_order
+        rows = torch.arange(shape[0], device=entries.device) if order is None else order
+        return Entries(
+            weights=self.matrix(), gradients=self.dense_gradient, active=active, row_order=rows
         )
-        return scatter_entries(values, torch.cat([kept_entries, grown_entries]), self.layout.shape)
 
     @torch.no_grad()
-    def relayout_(self, relayout: Relayout) -> None:
-        """Adopt a new topology in place: values move, grown entries start at zero."""
-        self.values.copy_(self.move(self.values, relayout))
-        self.active.copy_(relayout.active)
+    def settle(self) -> Change | None:
+        """Once the selection is hard: weigh the values for good and return what is to be adopted.
+
+        The output is continuous as far as the coefficients of the chosen units are near 1 and
+        those of the others near 0.
+        """
+        selection = self.selection
+        if selection is None or selection.soft:
+            return None
+        self.values.mul_(self.per_value(selection.last))
+        self.selection = None
+        return Change(selection.chosen)
+
+    @torch.no_grad()
+    def adopt(self, change: Change) -> Move:
+        """Take a new topology: values move, what is grown starts at zero.
+
+        Returns:
+            The map that everything shaped like `values` must follow.
+
+        Raises:
+            ValueError: the change does not fit this weight; nothing has happened then.
+        """
+        move = plan(self, change)
+        moved = move(self.values.detach())
+        if moved.shape == self.values.shape:
+            self.values.copy_(moved)
+        else:
+            self.values = nn.Parameter(moved, requires_grad=self.values.requires_grad)
+        move.new = self.values
+        self._set_topology(change.active.to(self.active), move.geometry)
         self._changed()
+        return move
+
+    def _set_topology(self, active: Tensor, geometry: Geometry) -> None:
+        if active.shape == self.active.shape:
+            self.active.copy_(active)
+        else:
+            self.active = active.clone()
+        self.geometry = geometry
+        self.row_order = geometry.row_order
 
     def _changed(self) -> None:
-        if self.on_change is not None:
-            self.on_change()
+        for tell in self.on_change:
+            tell()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Make room for another number of units, a row order, a selection that has settled."""
+        active, values = state_dict.get(f"{prefix}active"), state_dict.get(f"{prefix}values")
+        if isinstance(active, Tensor) and active.dim() == 1 and len(active) != len(self.active):
+            self.active = self.active.new_zeros(len(active))
+        if isinstance(values, Tensor) and self.storage == "packed":
+            shape = (len(self.active), self.geometry.unit_size)
+            if values.shape == shape and values.shape != self.values.shape:
+                needs = self.values.requires_grad
+                self.values = nn.Parameter(self.values.new_empty(shape), requires_grad=needs)
+        order = state_dict.get(f"{prefix}row_order")
+        if (order is None) != (self.row_order is None):
+            rows = torch.arange(self.shape[0], device=self.active.device)
+            self.row_order = None if order is None else rows
+        if self.selection is not None and f"{prefix}selection.units" not in state_dict:
+            self.selection = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        rows, columns = self.layout.shape
-        return f"{rows}x{columns}, density={self.layout.density:.4f}, storage={self.storage}"
+        rows, columns = self.geometry.shape
+        return f"{rows}x{columns}, density={self.topology().density:.4f}, storage={self.storage}"
 
 
 def _check_loaded(weight: nn.Module, _: object) -> None:
-    """After a checkpoint is loaded: check its topology, and tell the layer that it changed."""
+    """After a checkpoint is loaded: check its topology, and tell whoever derives from it."""
     assert isinstance(weight, SparseWeight)
-    units, layout = weight.active.long(), weight.layout
-    legal = bool((units >= 0).all() and (units < layout.num_pools * layout.pool_size).all())
-    if legal:
-        pools, slots = units // layout.pool_size, units % layout.pool_size
-        counts = torch.bincount(pools, minlength=layout.num_pools).cpu()
-        legal = (
-            torch.equal(counts, layout.counts)
-            and bool((slots < layout.candidates.to(units.device)[pools]).all())
-            and bool((units.diff() > 0).all())
-        )
-    if not legal:
+    try:
+        plan(weight, Change(weight.active.long(), row_order=weight.row_order))
+    except ValueError as error:
         raise UserError(
-            "checkpoint: its active units do not fit this structure and sparsity; "
+            f"checkpoint: its active units do not fit this structure ({error}); "
             "use the configuration the checkpoint was made with"
-        )
+        ) from error
+    weight.geometry = weight.geometry.with_row_order(weight.row_order)
     weight._changed()

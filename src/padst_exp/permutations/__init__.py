@@ -3,18 +3,19 @@
 from padst_exp.permutations.distance import partition_distance, shift_distance
 from padst_exp.permutations.learners import (
     DoublyStochastic,
-    Learner,
     NoPermutation,
+    PermutationLearner,
     RandomPermutation,
 )
-from padst_exp.permutations.permutation import Permutation
+from padst_exp.permutations.permutation import Permutation, is_bijection
 
 __all__ = [
     "DoublyStochastic",
-    "Learner",
     "NoPermutation",
     "Permutation",
+    "PermutationLearner",
     "RandomPermutation",
+    "is_bijection",
     "partition_distance",
     "shift_distance",
 ]

@@ -1,90 +1,66 @@
-"""Permutation learners: what the permutations of a model start as and how they are trained.
-
-The engine drives the soft phase: after backward `regularize`, after the optimizer step `project`,
-now and then `ready`, and the permutations that are ready harden.
-"""
+"""Permutation learners: what the permutations of a model start as and how they are trained."""
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.errors import UserError
+from padst_exp.errors import require
 from padst_exp.permutations.permutation import Permutation
+from padst_exp.soft import Learner, Readiness, Soft
 
 Side = Literal["in", "out", "both", "auto"]
-Readiness = Literal["delta", "deadline"] | None
 
 
-def _require(valid: bool, key: str, value: object, wanted: str) -> None:
-    if not valid:
-        raise UserError(f"permutation.{key}: expected {wanted}, got {value}")
-
-
-class Learner(abc.ABC):
-    """What all learners share. By itself it has no soft phase.
+class PermutationLearner(Learner):
+    """What all permutation learners share. By itself it has no soft phase.
 
     Attributes:
         side: which side of a sparse weight S is permuted: y = S P x ("in"), y = P S x ("out"),
             both, or what suits the structure ("auto").
     """
 
-    def __init__(self, side: Side) -> None:
-        _require(side in ("in", "out", "both", "auto"), "side", side, "in, out, both or auto")
+    kind = Permutation
+
+    def __init__(self, *, side: Side, interval: int = 1) -> None:
+        super().__init__(interval=interval)
+        sides = ("in", "out", "both", "auto")
+        require(side in sides, "permutation.side", side, "in, out, both or auto")
         self.side = side
 
     @abc.abstractmethod
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         """Return a fresh permutation of `size` features drawn from `generator`, or None."""
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer of the soft matrices."""
-        raise AssertionError(f"{type(self).__name__} has nothing to train")
 
-    def regularize(self, permutations: Sequence[Permutation], progress: float) -> None:
-        """Add the penalty to the gradients of the task, which ranks must have averaged before.
-
-        Args:
-            permutations: hard ones are passed over.
-            progress: completed steps over all steps of the training, in 0 .. 1.
-        """
-
-    def project(self, permutations: Sequence[Permutation]) -> None:
-        """Bring the matrices back to where they belong after an optimizer step."""
-
-    def ready(self, permutation: Permutation, progress: float) -> Readiness:
-        """Return why a soft permutation should harden now: sharp enough, forced; None: not yet."""
-        return None
-
-
-class NoPermutation(Learner):
+class NoPermutation(PermutationLearner):
     """No permutation at all: y = S x + b."""
 
     def __init__(self) -> None:
-        super().__init__("auto")
+        super().__init__(side="auto")
 
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         return None
 
 
-class RandomPermutation(Learner):
+class RandomPermutation(PermutationLearner):
     """A fixed random permutation: what a learned one has to beat.
 
     Args:
-        side: as in `Learner`.
+        side: as in `PermutationLearner`.
     """
 
-    def __init__(self, *, side: Side = "auto") -> None:
-        super().__init__(side)
+    def __init__(self, *, side: Side) -> None:
+        super().__init__(side=side)
 
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         index = torch.randperm(size, generator=generator, device=generator.device)
         return Permutation(index)
 
 
-class DoublyStochastic(Learner):
+class DoublyStochastic(PermutationLearner):
     """Doubly stochastic matrices, sharpened by the l1-l2 penalty until they round safely (PA-DST).
 
     The weight of the penalty grows linearly from 0 to `weight` between the fractions `ramp_start`
@@ -93,7 +69,7 @@ class DoublyStochastic(Learner):
     + c * g_pen.
 
     Args:
-        side: as in `Learner`.
+        side: as in `PermutationLearner`.
         parametrization: "logits" (through Sinkhorn) or "projected" (the paper's: entries clamped
             and normalised after each step).
         iterations: rounds of row and column normalisation.
@@ -107,36 +83,31 @@ class DoublyStochastic(Learner):
         ramp_end: fraction of training.
         delta: penalty under which a permutation hardens.
         deadline: fraction of training at which it hardens in any case.
+        interval: optimizer steps between two looks whether a permutation is ready.
         clip: maximal norm of each matrix's gradient, penalty included; None: no clipping.
     """
 
     def __init__(
         self,
         *,
-        side: Side = "auto",
-        parametrization: Literal["logits", "projected"] = "logits",
-        iterations: int = 10,
-        init: Literal["lognormal", "noise"] = "lognormal",
-        scale: float = 1.0,
-        lr: float = 0.3,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weighting: Literal["adaptive", "fixed"] = "adaptive",
-        weight: float = 3.0,
-        ramp_start: float = 0.05,
-        ramp_end: float = 0.2,
-        delta: float = 0.22,
-        deadline: float = 0.6,
-        clip: float | None = None,
+        side: Side,
+        parametrization: Literal["logits", "projected"],
+        iterations: int,
+        init: Literal["lognormal", "noise"],
+        scale: float,
+        lr: float,
+        betas: tuple[float, float],
+        weighting: Literal["adaptive", "fixed"],
+        weight: float,
+        ramp_start: float,
+        ramp_end: float,
+        delta: float,
+        deadline: float,
+        interval: int,
+        clip: float | None,
     ) -> None:
-        super().__init__(side)
-        _require(
-            parametrization in ("logits", "projected"),
-            "parametrization",
-            parametrization,
-            "logits or projected",
-        )
+        super().__init__(side=side, interval=interval)
         _require(iterations >= 1, "iterations", iterations, "at least 1")
-        _require(init in ("lognormal", "noise"), "init", init, "lognormal or noise")
         _require(scale > 0, "scale", scale, "positive (equal rows would never part)")
         _require(lr > 0, "lr", lr, "positive")
         _require(
@@ -145,7 +116,6 @@ class DoublyStochastic(Learner):
             betas,
             "two numbers of at least 0 and below 1",
         )
-        _require(weighting in ("adaptive", "fixed"), "weighting", weighting, "adaptive or fixed")
         _require(weight >= 0, "weight", weight, "at least 0")
         _require(0 <= ramp_start <= 1, "ramp_start", ramp_start, "a fraction of training, 0 .. 1")
         _require(
@@ -185,12 +155,11 @@ class DoublyStochastic(Learner):
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
 
-    def regularize(self, permutations: Sequence[Permutation], progress: float) -> None:
+    def regularize(self, progress: float) -> None:
         weight = self.weight * self._ramp(progress)
-        for permutation in permutations:
+        for permutation in self.choices.values():
             logits = permutation.logits
-            if logits is None:
-                continue
+            assert logits is not None
             if weight > 0:
                 (penalty,) = torch.autograd.grad(permutation.penalty(), logits)
                 if logits.grad is None:
@@ -200,15 +169,9 @@ class DoublyStochastic(Learner):
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(logits, self.clip)
 
-    def project(self, permutations: Sequence[Permutation]) -> None:
-        for permutation in permutations:
-            permutation.project_()
-
     @torch.no_grad()
-    def ready(self, permutation: Permutation, progress: float) -> Readiness:
-        if not permutation.soft:
-            return None
-        if float(permutation.penalty()) < self.delta:
+    def ready(self, choice: Soft, progress: float) -> Readiness:
+        if float(choice.penalty()) < self.delta:
             return "delta"
         return "deadline" if progress >= self.deadline else None
 
@@ -218,6 +181,10 @@ class DoublyStochastic(Learner):
         if progress <= self.ramp_start:
             return 0.0
         return (progress - self.ramp_start) / (self.ramp_end - self.ramp_start)
+
+
+def _require(valid: bool, key: str, value: object, wanted: str) -> None:
+    require(valid, f"permutation.{key}", value, wanted)
 
 
 def _balance(task: Tensor, penalty: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from padst_exp.errors import UserError
 from padst_exp.permutations.sinkhorn import project, sharpness_penalty, sinkhorn
+from padst_exp.soft import Soft
 
 
 def is_bijection(index: Tensor) -> bool:
@@ -26,7 +27,7 @@ def assign(matrix: Tensor) -> Tensor:
     return torch.as_tensor(columns, dtype=torch.int64, device=matrix.device)
 
 
-class Permutation(nn.Module):
+class Permutation(Soft):
     """A permutation P of `size` features, (P x)[i] = x[index[i]]. Soft, then hard, one way.
 
     While soft, P is a doubly stochastic matrix M, (M x)[i] = sum_j M[i, j] x[j], given by `logits`
@@ -67,11 +68,6 @@ class Permutation(nn.Module):
             self.harden(start)
             self.initial.copy_(start)
 
-    @property
-    def soft(self) -> bool:
-        """Whether the permutation is still a matrix."""
-        return self.logits is not None
-
     def matrix(self) -> Tensor:
         """Return M `[size, size]`, in float32 or wider, also under autocast. Differentiable."""
         if self.logits is None:
@@ -104,16 +100,17 @@ class Permutation(nn.Module):
         return self.index.clone() if self.logits is None else assign(self.matrix())
 
     @torch.no_grad()
-    def harden(self, index: Tensor | None = None) -> None:
+    def harden(self, choice: Tensor | None = None) -> None:
         """Become hard for good and drop the matrix.
 
         Args:
-            index: `[size]`, integer: the permutation to adopt; by default the nearest one.
+            choice: `[size]`, integer: the permutation to adopt; by default the nearest one.
         """
-        index = self.nearest() if index is None else index
+        index = self.nearest() if choice is None else choice
         assert index.shape == (self.size,) and is_bijection(index), "not a permutation"
         self.index.copy_(index)
         self.logits = None
+        self.changed()
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -130,18 +127,12 @@ class Permutation(nn.Module):
             self.logits.copy_(self.logits.log_softmax(1).log_softmax(0))
 
     @torch.no_grad()
-    def gain(self) -> float:
+    def gain(self) -> Tensor:
         """Return |M - 11'/d|_F / sqrt(d): what M leaves of an input of zero mean; near 1 if hard.
 
         A near-uniform matrix nearly annihilates the output of a LayerNorm.
         """
-        return float(self.penalty_and_gain()[1])
-
-    def penalty_and_gain(self) -> Tensor:
-        """Return `penalty` and `gain` as `[2]`, from one computation of M."""
-        matrix = self.matrix()
-        gain = (matrix - 1 / self.size).norm() / math.sqrt(self.size)
-        return torch.stack([sharpness_penalty(matrix), gain])
+        return (self.matrix() - 1 / self.size).norm() / math.sqrt(self.size)
 
     def agreement(self) -> float:
         """Return the share of rows on which the nearest permutation is the initial one."""
@@ -164,3 +155,4 @@ class Permutation(nn.Module):
             if not soft:
                 self.logits = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.changed()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from padst_exp.structures.layout import MIN_TILE_HEIGHT, Layout, share_budget
+from padst_exp.structures.geometry import MIN_TILE_HEIGHT, Geometry, Tiling
 from padst_exp.structures.structure import Structure, check_positive, require_units
 
 
@@ -20,20 +20,20 @@ class Block(Structure):
         self.size = check_positive("size", size)
         self.balanced = balanced
 
-    def layout(self, out_features: int, in_features: int, density: float) -> Layout:
+    def geometry(self, out_features: int, in_features: int, density: float) -> Geometry:
         height, width = min(self.size, out_features), min(self.size, in_features)
         wanted = density * out_features * in_features
         what = f"a {self.size}x{self.size} block"
         require_units(wanted, height * width, out_features, in_features, what)
-        return BlockLayout(out_features, in_features, self.size, density, self.balanced)
+        return BlockGeometry(out_features, in_features, self.size, self.balanced)
 
 
-class BlockLayout(Layout):
+class BlockGeometry(Geometry):
     """Geometry of `Block`. A unit's frame is one tile of `size` columns by `size` rows."""
 
-    def __init__(
-        self, out_features: int, in_features: int, size: int, density: float, balanced: bool
-    ) -> None:
+    traits = frozenset({"grid"})
+
+    def __init__(self, out_features: int, in_features: int, size: int, balanced: bool) -> None:
         full_rows, edge_rows = divmod(out_features, size)
         full_columns, edge_columns = divmod(in_features, size)
         row_spans = [(row, 1) for row in range(full_rows)] if balanced else [(0, full_rows)]
@@ -50,17 +50,13 @@ class BlockLayout(Layout):
         self.first_row, num_rows, self.first_column, self.columns = torch.tensor(spans).T
         heights = torch.where(self.first_row == full_rows, edge_rows, size)
         widths = torch.where(self.first_column == full_columns, edge_columns, size)
-        candidates, unit_sizes = num_rows * self.columns, heights * widths
-        counts = share_budget(density * out_features * in_features, candidates, unit_sizes)
         super().__init__(
             shape=(out_features, in_features),
-            candidates=candidates,
-            unit_sizes=unit_sizes,
-            counts=counts,
+            candidates=num_rows * self.columns,
+            unit_sizes=heights * widths,
             frame=(1, size, size),
         )
         self.size = size
-        self.num_column_groups = -(-in_features // size)
 
     def _blocks(self, units: Tensor) -> tuple[Tensor, Tensor]:
         pool, index = units // self.pool_size, units % self.pool_size
@@ -76,9 +72,23 @@ class BlockLayout(Layout):
         rows, columns = torch.broadcast_tensors(rows, columns)
         return rows.flatten(1), columns.flatten(1)
 
-    def tiles(self, units: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _permuted_axes(self, dense: Tensor) -> Tensor:
+        blocks = dense.reshape(-1, self.size, self.shape[1] // self.size, self.size)
+        return blocks.permute(0, 2, 3, 1).reshape(-1, self.size**2)
+
+    def tiling(self) -> Tiling | None:
         if self.size < MIN_TILE_HEIGHT:
             return None
+        num_rows, num_columns = self.shape
+        return Tiling(
+            width=self.size,
+            height=self.size,
+            locate=self._locate,
+            num_row_groups=-(-num_rows // self.size),
+            num_column_groups=-(-num_columns // self.size),
+        )
+
+    def _locate(self, units: Tensor) -> tuple[Tensor, Tensor]:
         block_row, block_column = self._blocks(units)
         columns = block_column[:, None] * self.size + torch.arange(self.size, device=units.device)
         return columns, block_row

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from padst_exp.errors import UserError
-from padst_exp.structures.layout import MIN_TILE_HEIGHT, Layout, share_budget
+from padst_exp.structures.geometry import MIN_TILE_HEIGHT, Geometry, Tiling
 from padst_exp.structures.structure import Structure, check_positive, require_units
 
 
@@ -32,7 +32,7 @@ class Diagonal(Structure):
         self.stride = check_positive("stride", stride)
         self.width = check_positive("width", width)
 
-    def layout(self, out_features: int, in_features: int, density: float) -> Layout:
+    def geometry(self, out_features: int, in_features: int, density: float) -> Geometry:
         shorter, longer = sorted((out_features, in_features))
         wanted = density * out_features * in_features
         if self.bundle == "stride":
@@ -44,26 +44,23 @@ class Diagonal(Structure):
             what = f"a class of diagonals modulo {self.stride}"
             size = shorter * longer // self.stride
             require_units(wanted, size, out_features, in_features, what)
-            return StrideLayout(out_features, in_features, self.stride, density)
+            return StrideGeometry(out_features, in_features, self.stride)
         width = min(self.width, longer) if self.bundle == "band" else 1
         what = "a diagonal" if width == 1 else f"a band of {width} diagonals"
         require_units(wanted, width * shorter, out_features, in_features, what)
-        return BandLayout(out_features, in_features, width, density)
+        return BandGeometry(out_features, in_features, width)
 
 
-class BandLayout(Layout):
+class BandGeometry(Geometry):
     """Geometry of runs of `width` offsets (1: single diagonals). A last short run is a pool."""
 
-    def __init__(self, out_features: int, in_features: int, width: int, density: float) -> None:
+    def __init__(self, out_features: int, in_features: int, width: int) -> None:
         shorter, longer = sorted((out_features, in_features))
         full, rest = divmod(longer, width)
-        candidates = torch.tensor([full] + ([1] if rest else []))
-        unit_sizes = torch.tensor([width * shorter] + ([rest * shorter] if rest else []))
         super().__init__(
             shape=(out_features, in_features),
-            candidates=candidates,
-            unit_sizes=unit_sizes,
-            counts=share_budget(density * out_features * in_features, candidates, unit_sizes),
+            candidates=torch.tensor([full] + ([1] if rest else [])),
+            unit_sizes=torch.tensor([width * shorter] + ([rest * shorter] if rest else [])),
             frame=(1, width, shorter),
         )
         self.width = width
@@ -82,31 +79,27 @@ class BandLayout(Layout):
         short = step.expand(len(units), self.width, -1).flatten(1)
         return (along, short) if num_rows >= num_columns else (short, along)
 
-    def offsets(self, units: Tensor) -> Tensor | None:
-        return units if self.width == 1 else None
+    def diagonal_offsets(self, units: Tensor) -> Tensor | None:
+        return units if self.width == 1 and self.row_order is None else None
 
     def symmetry(self, side: str) -> Tensor | None:
         return None
 
 
-class StrideLayout(Layout):
+class StrideGeometry(Geometry):
     """Geometry of offset classes modulo `stride`. A class is `stride` dense tiles.
 
     Rows of one residue share exactly the same columns, those of one other residue.
     """
 
-    def __init__(self, out_features: int, in_features: int, stride: int, density: float) -> None:
-        candidates = torch.tensor([stride])
-        unit_sizes = torch.tensor([out_features * in_features // stride])
+    def __init__(self, out_features: int, in_features: int, stride: int) -> None:
         super().__init__(
             shape=(out_features, in_features),
-            candidates=candidates,
-            unit_sizes=unit_sizes,
-            counts=share_budget(density * out_features * in_features, candidates, unit_sizes),
+            candidates=torch.tensor([stride]),
+            unit_sizes=torch.tensor([out_features * in_features // stride]),
             frame=(stride, in_features // stride, out_features // stride),
         )
         self.stride = stride
-        self.num_column_groups = stride
 
     def _residues(self, units: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column residue, int64 `[N, stride]`, of the tiles of each class."""
@@ -125,25 +118,25 @@ class StrideLayout(Layout):
         rows, columns = torch.broadcast_tensors(rows, columns)
         return rows.flatten(1), columns.flatten(1)
 
-    def tiles(self, units: Tensor) -> tuple[Tensor, Tensor] | None:
+    def tiling(self) -> Tiling | None:
         _, width, height = self.frame
         if height < MIN_TILE_HEIGHT:
             return None
+        rows, columns = torch.arange(self.shape[0]), torch.arange(self.shape[1])
+        return Tiling(
+            width=width,
+            height=height,
+            locate=self._locate,
+            num_row_groups=self.stride,
+            row_positions=(rows % self.stride) * height + rows // self.stride,
+            num_column_groups=self.stride,
+            column_positions=(columns % self.stride) * width + columns // self.stride,
+        )
+
+    def _locate(self, units: Tensor) -> tuple[Tensor, Tensor]:
         row, column = self._residues(units)
-        steps = torch.arange(width, device=units.device) * self.stride
+        steps = torch.arange(self.frame[1], device=units.device) * self.stride
         return (column[:, :, None] + steps).flatten(0, 1), row.flatten()
-
-    @property
-    def num_row_groups(self) -> int:
-        return self.stride
-
-    def row_positions(self) -> Tensor | None:
-        rows = torch.arange(self.shape[0])
-        return (rows % self.stride) * self.frame[2] + rows // self.stride
-
-    def column_positions(self) -> Tensor | None:
-        columns = torch.arange(self.shape[1])
-        return (columns % self.stride) * self.frame[1] + columns // self.stride
 
     def symmetry(self, side: str) -> Tensor | None:
         return torch.arange(self.shape[1] if side == "in" else self.shape[0]) % self.stride

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from padst_exp.errors import UserError
-from padst_exp.structures.layout import MIN_TILE_HEIGHT, Layout
+from padst_exp.structures.geometry import MIN_TILE_HEIGHT, Geometry, Tiling
 from padst_exp.structures.structure import Structure, check_positive
 
 
@@ -29,7 +29,7 @@ class NM(Structure):
         if m is not None and n > m:
             raise UserError(f"structure.n: {n}:{m} keeps more than all, expected n <= m = {m}")
 
-    def layout(self, out_features: int, in_features: int, density: float) -> Layout:
+    def geometry(self, out_features: int, in_features: int, density: float) -> Geometry:
         if self.m is not None and abs(density - self.n / self.m) > 5e-4:
             raise UserError(
                 f"structure.m: {self.n}:{self.m} means sparsity {1 - self.n / self.m:.4g}, but "
@@ -46,7 +46,15 @@ class NM(Structure):
                 if in_features >= self.n
                 else f"structure.n: {self.n} is more than the {in_features} inputs of a layer"
             )
-        return NMLayout(out_features, in_features, self.n, num_chunks, self.group)
+        return NMGeometry(out_features, in_features, num_chunks, self.group)
+
+    def initial_counts(self, geometry: Geometry, density: float) -> Tensor:
+        # n of each chunk at the density that cut the chunks, elsewhere as many as come nearest.
+        assert isinstance(geometry, NMGeometry)
+        exact = round(density * geometry.shape[1] / self.n) == geometry.num_chunks
+        if exact:
+            return torch.full_like(geometry.candidates, self.n)
+        return (geometry.candidates * density).round().to(torch.int64)
 
     def auto_side(self, out_features: int, in_features: int) -> str:
         # Row groups decide which rows share inputs, so of equal sides the row side says more.
@@ -55,14 +63,11 @@ class NM(Structure):
         return super().auto_side(out_features, in_features)
 
 
-class NMLayout(Layout):
+class NMGeometry(Geometry):
     """Geometry of `NM`. A unit's frame is one column of `group` rows."""
 
-    def __init__(
-        self, out_features: int, in_features: int, n: int, num_chunks: int, group: int
-    ) -> None:
+    def __init__(self, out_features: int, in_features: int, num_chunks: int, group: int) -> None:
         self.group = min(group, out_features)
-        self.by_row = self.group == 1
         self.num_chunks = num_chunks
         bounds = torch.arange(num_chunks + 1) * in_features // num_chunks
         self.first_column = bounds[:-1]
@@ -73,10 +78,10 @@ class NMLayout(Layout):
             shape=(out_features, in_features),
             candidates=bounds.diff().repeat(num_groups),
             unit_sizes=heights.repeat_interleave(num_chunks),
-            counts=torch.full((num_groups * num_chunks,), n),
             frame=(1, 1, self.group),
         )
-        self.merged_tiles = n * num_chunks
+        self.num_groups = num_groups
+        self.traits = frozenset({"grid", "neurons"} if num_chunks == 1 else {"grid"})
 
     def _place(self, units: Tensor) -> tuple[Tensor, Tensor]:
         # Products, since remainders of int64 take as long as quotients.
@@ -90,9 +95,22 @@ class NMLayout(Layout):
         rows = row_group[:, None] * self.group + torch.arange(self.group, device=units.device)
         return rows, column[:, None].expand_as(rows)
 
-    def tiles(self, units: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _permuted_axes(self, dense: Tensor) -> Tensor:
+        groups = dense.reshape(self.num_groups, self.group, -1)
+        return groups.transpose(1, 2).reshape(-1, self.group)
+
+    def tiling(self) -> Tiling | None:
         if self.group < MIN_TILE_HEIGHT:
             return None
+        return Tiling(
+            width=1,
+            height=self.group,
+            locate=self._locate,
+            num_row_groups=self.num_groups,
+            ascending=True,
+        )
+
+    def _locate(self, units: Tensor) -> tuple[Tensor, Tensor]:
         row_group, column = self._place(units)
         return column[:, None], row_group
 

@@ -1,0 +1,1 @@
+"""What runs can be asked afterwards: costs, graphs of masks, permutations, linear regions."""

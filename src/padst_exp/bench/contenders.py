@@ -1,0 +1,241 @@
+"""Ways to compute one linear layer or one model: dense ones, sparse ones, and their peers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from padst_exp import dispatch
+from padst_exp.bench.choices import Layer, Model, Sparsity, learner
+from padst_exp.bench.floors import rotation
+from padst_exp.bench.onednn import has_onednn, use_onednn
+from padst_exp.bench.session import Contender, Session
+from padst_exp.engine.backends import describe
+from padst_exp.engine.step import compile_blocks
+from padst_exp.inference import PackedLinear, pack, tune
+from padst_exp.layers import SparseLinear, sparse_layers
+from padst_exp.sparsify import sparsify
+from padst_kernels import Backend
+
+# Backends that every layer has; timed where there is nothing better.
+PLAIN = ("torch", "scatter")
+
+
+def dense(
+    session: Session, subject: Layer | Model, dtype: torch.dtype, packed: int | None = None
+) -> list[Contender]:
+    """Eager, compiled, and by oneDNN where it is there; see `onednn` for `packed`."""
+    module = subject.build().to(session.device, dtype)
+    eager = Contender(form="eager", kind="dense", modules=[module])
+    if isinstance(subject, Layer):
+        eager = several(session, eager)
+    known = has_onednn(session.device, session.dtype)
+    return [eager, compiled(eager, subject), *([onednn(eager, subject, packed)] if known else [])]
+
+
+def onednn(one: Contender, subject: Layer | Model, packed: int | None = None) -> Contender:
+    """A dense contender by oneDNN, with weights packed for inference with so many tokens."""
+    modules = [twin(module) for module in one.modules]
+    for module in modules:
+        use_onednn(module, packed)
+        if isinstance(subject, Model):
+            compile_blocks(module)
+    form = "oneDNN" if packed is None else "oneDNN, packed"
+    return replace(one, form=form, kind="strong", modules=modules, trained=packed is None)
+
+
+def compiled(one: Contender, subject: Layer | Model) -> Contender:
+    """An eager contender, compiled as training compiles it; it shares the parameters."""
+    modules = [twin(module) for module in one.modules]
+    for module in modules:
+        if isinstance(subject, Model):
+            compile_blocks(module)
+        else:
+            module.compile(dynamic=False)
+    return replace(one, form=one.form.replace("eager", "compiled"), modules=modules)
+
+
+def sparse(
+    session: Session,
+    subject: Layer | Model,
+    kind: Sparsity,
+    density: float,
+    permutation: str,
+    scope: str = "all",
+    dtype: torch.dtype | None = None,
+) -> Contender:
+    """What `sparsify` makes of a layer or a model, with weights in the dtype of the session.
+
+    Raises:
+        UserError: the structure cannot hold that density in a layer.
+    """
+    module, trained_by = subject.build(), learner(permutation)
+    report = sparsify(
+        module, subject.rules(scope), structure=kind.structure, density=density, learner=trained_by
+    )
+    module.to(session.device, dtype or session.dtype)
+    return Contender(
+        structure=kind.label, form="eager", modules=[module], scope=scope, permutation=permutation,
+        density_asked=density, density=report.density("layers"), learner=trained_by,
+    )  # fmt: skip
+
+
+def by_backend(session: Session, one: Contender) -> Iterator[Contender]:
+    """A sparse layer by each backend that it has, and what export makes of it."""
+    layer = sparse_layer(one)
+    possible = layer.backends(session.device)
+    for backend in [b for b in possible if b not in PLAIN] or possible:
+        layer.use_backend(backend)
+        yield several(session, replace(one, form=f"packed, {backend}"))
+    if one.permutation != "soft":
+        packed = exported_layer(one)
+        possible = packed.backends()
+        for backend in [b for b in possible if b not in PLAIN] or possible:
+            packed.backend = backend
+            form = f"exported, {backend}"
+            yield several(session, replace(one, form=form, modules=[packed], trained=False))
+
+
+def exported_layer(one: Contender) -> PackedLinear:
+    """What export makes of a sparse layer."""
+    module = copy.deepcopy(one.modules[0])
+    pack(module)
+    (packed,) = (part for part in module.modules() if isinstance(part, PackedLinear))
+    return packed
+
+
+def exported_model(session: Session, one: Contender, inputs: Tensor) -> Contender:
+    """What export and `tune` make of an eager sparse model.
+
+    Raises:
+        ValueError: the kernels that it would use have failed their checks.
+    """
+    allowed = {
+        b
+        for b in get_args(Backend)
+        if not any(
+            session.refusal(one.structure, f"{how}, {b}") for how in ("exported", "features")
+        )
+    }
+    if not allowed:
+        raise ValueError("its kernels did not pass their checks")
+    module = copy.deepcopy(one.modules[0])
+    pack(module)
+    report = tune(module, inputs, backends=allowed)
+    how = f"{report.form}, {report.speedup:.2f}x dense"
+    return replace(one, form="exported, eager", modules=[module], dispatcher=how)
+
+
+def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[Contender]:
+    """The weight of a sparse layer without permutations as others would have it.
+
+    A format of PyTorch is there where it stores the entries of the weight and no zeros. Masks and
+    CSR take as long whatever the structure is; they are left out where they are `known`.
+    """
+    weight = sparse_layer(one).weight.detach()
+    tiles = exported_layer(one).tiles
+
+    def peer(form: str, module: nn.Module, trained: bool = True) -> Contender:
+        return several(session, replace(one, form=form, modules=[module], trained=trained))
+
+    if "masked dense" not in known:
+        yield peer("masked dense", Masked(weight))
+    if session.device.type == "cpu" and session.dtype != torch.float32:
+        return  # these formats know single precision only
+    if tiles is None and "torch CSR" not in known:
+        yield peer("torch CSR", Peer(weight.to_sparse_csr()))
+    size = 0 if tiles is None else tiles.values.shape[2]
+    if size and not any(side % size for side in weight.shape):
+        blocks = weight.to_sparse_bsr((size, size))
+        if blocks.values().numel() == sum(w.values.numel() for w in sparse_layer(one).parts()):
+            yield peer("torch BSR", Peer(blocks), trained=False)
+
+
+def two_of_four(session: Session, layer: Layer) -> Contender:
+    """PyTorch's 2:4, at its one density."""
+
+    def pruned() -> nn.Module:
+        quads = torch.randn(layer.out_features * layer.in_features // 4, 4)
+        kept = quads * (quads.abs().argsort(1).argsort(1) >= 2)
+        weight = kept.view(layer.out_features, layer.in_features)
+        return Peer(
+            torch.sparse.to_sparse_semi_structured(weight.to(session.device, session.dtype))
+        )
+
+    # Half of the values, and two bits each that tell where they stood.
+    size = layer.out_features * layer.in_features * session.dtype.itemsize * 9 // 16
+    modules = [pruned() for _ in range(rotation(size, session.device))]
+    return Contender(structure="2:4", form="torch 2:4", modules=modules, trained=False,
+                     density_asked=0.5, density=0.5)  # fmt: skip
+
+
+def choose(session: Session, one: Contender, example: Callable[[], object], samples: int) -> str:
+    """Let a sparse contender use its fastest backends for `samples`; which, in one line.
+
+    Of backends that may be used. `example` runs the contender on one sample.
+    """
+    refused = {b for b in get_args(Backend) if session.refusal(one.structure, f"packed, {b}")}
+    chosen = dispatch.choose(
+        one.modules[0], example, samples=samples, device=session.device, compiled=False,
+        allowed=set(get_args(Backend)) - refused,
+    )  # fmt: skip
+    return describe(chosen).partition(": ")[2]
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy of the modules over the same parameters and buffers."""
+    shared = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+
+
+def several(session: Session, one: Contender) -> Contender:
+    """A contender with so many copies of its module that they exceed the last-level cache."""
+    (module,) = one.modules
+    tensors = [t if t.layout == torch.strided else t.values() for t in module.parameters()]
+    size = sum(tensor.nbytes for tensor in (*tensors, *module.buffers()))
+    copies = [copy.deepcopy(module) for _ in range(rotation(size, session.device) - 1)]
+    return replace(one, modules=[module, *copies])
+
+
+def sparse_layer(one: Contender) -> SparseLinear:
+    """The only sparse layer of a contender."""
+    (layer,) = sparse_layers(one.modules[0]).values()
+    return layer
+
+
+class Masked(nn.Module):
+    """A dense weight times a mask: what sparse training is in most code bases."""
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("mask", weight != 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight * self.mask)
+
+
+class Peer(nn.Module):
+    """A weight in a format of PyTorch."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def __deepcopy__(self, _: object) -> Peer:
+        return Peer(self.weight.detach().clone())  # parameters in such formats cannot be copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The Triton kernel of BSR and 2:4 are behind `linear`; elsewhere this order is several
+        # times as fast, and y comes feature-major.
+        if x.is_cuda and self.weight.layout != torch.sparse_csr:
+            return linear(x, self.weight)
+        return torch.sparse.mm(self.weight, x.t()).t()

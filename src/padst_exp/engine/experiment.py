@@ -1,0 +1,67 @@
+"""Everything a run is made of, built once and handed down whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from padst_exp.data.task import Task
+from padst_exp.dispatch import Backend
+from padst_exp.dst import Algorithm
+from padst_exp.engine.loggers import NoLogger
+from padst_exp.engine.optimizers import OptimizerBuilder
+from padst_exp.engine.settings import Trainer
+from padst_exp.errors import require
+from padst_exp.permutations import PermutationLearner
+from padst_exp.soft import Learner
+from padst_exp.sparsify import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is to be trained, on what, and how.
+
+    Args:
+        task: data, loss and metrics.
+        model: sparsified, with its permutations; the same on every rank.
+        report: of the sparsification.
+        algorithm: changes the topologies.
+        learner: trains the permutations.
+        optimizer: builds the optimizer of all else.
+        trainer: how long and in what portions.
+        logger: gets the metrics too.
+        seed: of batches, augmentation, dropout and growth.
+        backend: of the sparse layers; "auto" measures.
+    """
+
+    task: Task
+    model: nn.Module
+    report: Report
+    algorithm: Algorithm
+    learner: PermutationLearner
+    optimizer: OptimizerBuilder
+    trainer: Trainer
+    logger: NoLogger
+    seed: int
+    backend: Backend | Literal["auto"]
+
+    def __post_init__(self) -> None:
+        require(
+            self.optimizer.regrowth_warmup == 0 or self.algorithm.moments == "age",
+            "optimizer.regrowth_warmup",
+            self.optimizer.regrowth_warmup,
+            "0 with dst.moments=zero, which keeps no births",
+        )
+
+    @property
+    def learners(self) -> list[Learner]:
+        """Those of all soft choices: of permutations, and of selections if there are any."""
+        selections = self.algorithm.selection_learner
+        return [self.learner] if selections is None else [self.learner, selections]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.trainer.total_steps(len(self.task.train))
