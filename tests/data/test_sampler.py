@@ -176,4 +176,4 @@ def test_two_loaders_of_one_task_keep_their_seeds() -> None:
         )
         for seed in (1, 2)
     ]
-    assert [loader.dataset.seed for loader in loaders] == [1, 2]  # type: ignore[attr-defined]
+    assert [loader.dataset.seed for loader in loaders] == [1, 2]

@@ -12,7 +12,6 @@ from dst.small_training import Training, start
 from from_yaml import from_yaml
 from padst_exp.dst import Algorithm, DynaDiag, MagnitudeGate, Selection
 from padst_exp.engine import changes
-from padst_exp.errors import UserError
 from padst_exp.layers import SparseWeight, sparse_weights
 from padst_exp.structures import (
     NM,
@@ -168,24 +167,6 @@ def test_a_density_of_one_leaves_nothing_to_select() -> None:
     training.run(2)
 
 
-def test_bad_settings_are_told_in_one_line() -> None:
-    for key, value, message in [
-        (
-            "final_temperature",
-            0.6,
-            "expected positive and at most 0.5, so that the top-k is hard in the end, got 0.6",
-        ),
-        ("final_temperature", 0.0, "expected positive and at most 0.5, so that [^\n]*, got 0.0"),
-        ("temperature", 0.0001, r"expected at least dst.final_temperature=0.001, got 0.0001"),
-        ("schedule", "step", "expected cosine or linear or constant, got 'step'"),
-        ("freeze", 0.0, r"expected a share of training in \(0, 1\], got 0.0"),
-        ("l1", -1.0, "expected at least 0, got -1.0"),
-        ("lr", 0.0, "expected positive, got 0.0"),
-    ]:
-        with pytest.raises(UserError, match=rf"^dst\.{key}: {message}$"):
-            dynadiag(**{key: value})
-
-
 GATED: list[tuple[str, Structure, float]] = [
     ("sr_ste", NM(n=2, m=4, group=1), 0.5),
     ("sr_ste", NM(n=2, m=None, group=16), 0.3),
@@ -275,15 +256,3 @@ def test_a_copy_of_a_gate_looks_at_the_copy_of_its_weight() -> None:
     with torch.no_grad():
         other.values.copy_(other.values.flip(0))
     assert torch.equal(other.packed() != 0, (weight.packed() != 0).flip(0))
-
-
-def test_bad_settings_of_gates_are_told_in_one_line() -> None:
-    for name, key, value, wanted in [
-        ("sr_ste", "decay", -1.0, "at least 0"),
-        ("sr_ste", "freeze", 0.0, "a share of training in (0, 1]"),
-        ("top_kast", "backward", 0.0, "a density in (0, 1]"),
-        ("top_kast", "interval", 0, "at least 1 step"),
-    ]:
-        with pytest.raises(UserError) as error:
-            from_yaml(f"dst/{name}", **{key: value})
-        assert str(error.value) == f"dst.{key}: expected {wanted}, got {value}"

@@ -12,7 +12,7 @@ from timm.models._efficientnet_builder import (
     round_channels,
 )
 from timm.models.efficientnet import EfficientNet
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
 from padst_exp.errors import require
@@ -146,7 +146,7 @@ def _set_stem_width(model: Any, base: int) -> None:
         base, inside.out_channels, inside.kernel_size, padding=inside.padding, bias=False
     )
     if first.expansion > 1:
-        first.downsample[0] = nn.Conv2d(base, 4 * base, 1, bias=False)
+        first.downsample = downsample_conv(base, 4 * base, kernel_size=1)
     else:
         first.downsample = None
 
