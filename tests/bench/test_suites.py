@@ -83,7 +83,8 @@ def test_results_are_readable_and_what_is_slow_is_listed(tmp_path: Path) -> None
     for path in tmp_path.glob("*.csv"):
         section = text.partition(f"({path.name})")[2].partition(".csv]")[0]
         for row in csv.DictReader(path.open()):
-            assert f"| {row['structure']}" in section, (path.name, row["structure"])
+            shown = f"| {row['structure']}" in section
+            assert shown or (row["suite"], row["structure"]) == ("layers", "dense"), row
             packed = row.get("form", "").startswith("packed") and row["permutation"] != "none"
             if packed and float(row["ratio"]) < 1:
                 slow = section.partition("slower than dense")[2]

@@ -55,7 +55,7 @@ def checked(cfg: DictConfig) -> None:
 
 def test_mistakes_are_one_line(program: Program) -> None:
     cases = {
-        "structure=nn": "structure=nn: unknown option; choose from block, dense, ",
+        "structure=nn": "structure=nn: unknown option; choose from block, ",
         "dst=nn": "dst=nn: unknown option; choose from cht, chts, ",  # and no _base
         "recipe=nn": "recipe=nn: unknown option; choose from demo, paper/c4, ",
         "structre=nm": "structre: unknown key; did you mean structure?",

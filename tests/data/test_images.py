@@ -228,6 +228,23 @@ def test_cifar_reads_folders_and_tars(tmp_path: Path) -> None:
         assert task.validation[2][1] == 2
 
 
+def test_cifar_10_reads_its_five_batches(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        table = {b"data": cifar_table(2 + number)[b"data"], b"labels": [9] * (2 + number)}
+        (folder / name).write_bytes(pickle.dumps(table, protocol=2))
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-py")
+    for root in (tmp_path, folder, tmp_path / "cifar-10-python.tar.gz"):
+        task = from_yaml("dataset/cifar10", root=str(root), shift=0, flip=False)
+        assert (len(task.train), len(task.validation)) == (2 + 3 + 4 + 5 + 6, 7)
+        assert task.model_shape["num_classes"] == 10 and task.validation[0][1] == 9
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(UserError, match=r"dataset\.root: expected cifar-10-batches-py"):
+        from_yaml("dataset/cifar10", root=str(folder))
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (exec, ("raise SystemExit('ran')",))

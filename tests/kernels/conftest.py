@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def poisoned_empty() -> Iterator[None]:
     """Tensors made by `empty` hold NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -60,8 +60,11 @@ def run(keys: Keys, session: Session) -> Iterator[list[Row]]:
     structures = [choices.sparsity(entry) for entry in keys.structures or ()]
     densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities or ()]
     every = itertools.product(structures, densities, keys.scopes or ())
-    phases = slice(1 if keys.suite == "model_inference" else 2)
-    kinds: list[Kind] = [(*one, state) for one in every for state in one[0].phases[phases]]
+    # Steps of the soft phase take long, and as long whatever the structure is.
+    soft = {"memory": structures, "model_train": structures[:1]}.get(keys.suite, [])
+    kinds: list[Kind] = [
+        (*one, state) for one in every for state in one[0].phases[: 2 if one[0] in soft else 1]
+    ]
     training = partial(_time, training=keys.suite == "model_train")
     measure = _memory if keys.suite == "memory" else training
     for model, batch in session.affordable(keys.suite, cases):

@@ -5,6 +5,7 @@ import io
 import pickle
 import tarfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,6 @@ from PIL import Image
 from padst_exp.errors import UserError, require
 from padst_exp.files import reading
 
-CIFAR_FOLDER = "cifar-100-python"
 _PICKLE_NAMES = {
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.numeric", "_frombuffer"),
@@ -23,6 +23,31 @@ _PICKLE_NAMES = {
     ("numpy", "dtype"),
     ("_codecs", "encode"),
 }
+
+
+@dataclass(frozen=True)
+class CifarFiles:
+    """The "python version" of one of the CIFARs.
+
+    Args:
+        folder: inside of its tar.
+        label: key of the labels in its files.
+        train, test: names of its files.
+    """
+
+    folder: str
+    label: bytes
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+CIFAR_10 = CifarFiles(
+    "cifar-10-batches-py",
+    b"labels",
+    tuple(f"data_batch_{number}" for number in range(1, 6)),
+    ("test_batch",),
+)
+CIFAR_100 = CifarFiles("cifar-100-python", b"fine_labels", ("train",), ("test",))
 
 
 def read_image(content: str | bytes, name: object, mode: Literal["L", "RGB"]) -> Image.Image:
@@ -115,12 +140,15 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_cifar(root: Path, name: str) -> tuple[NDArray[np.uint8], object] | None:
-    """Images `[N, 3, 32, 32]` and fine labels, unchecked, of CIFAR-100's "python version".
+def read_cifar(
+    root: Path, name: str, files: CifarFiles = CIFAR_100
+) -> tuple[NDArray[np.uint8], object] | None:
+    """Images `[N, 3, 32, 32]` and (fine) labels, unchecked, of one file of a "python version".
 
     Args:
-        root: the folder `cifar-100-python`, the one around it, or the one with its tar.
-        name: "train" or "test".
+        root: the folder of the files, the one around it, or the one with its tar.
+        name: of the file.
+        files: which of the CIFARs.
 
     Returns:
         None where `root` has no such file.
@@ -129,12 +157,12 @@ def read_cifar(root: Path, name: str) -> tuple[NDArray[np.uint8], object] | None
         UserError: the file is not what it should be.
     """
     source = root / name
-    with reading("dataset.root", source, "a file of CIFAR-100"):
-        content = _cifar_bytes(root, name)
+    with reading("dataset.root", source, f"a file of {files.folder}"):
+        content = _cifar_bytes(root, files.folder, name)
         if content is None:
             return None
         table = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-        images, labels = np.asarray(table[b"data"]), table[b"fine_labels"]
+        images, labels = np.asarray(table[b"data"]), table[files.label]
         len(labels)
     if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
         raise UserError(
@@ -144,13 +172,15 @@ def read_cifar(root: Path, name: str) -> tuple[NDArray[np.uint8], object] | None
     return images.reshape(-1, 3, 32, 32), labels
 
 
-def _cifar_bytes(root: Path, name: str) -> bytes | None:
-    for path in (root / name, root / CIFAR_FOLDER / name):
+def _cifar_bytes(root: Path, folder: str, name: str) -> bytes | None:
+    for path in (root / name, root / folder / name):
         if path.is_file():
             return path.read_bytes()
-    for archive in (root, root / f"{CIFAR_FOLDER}.tar.gz", root / f"{CIFAR_FOLDER}.tar"):
+    # The tar of CIFAR-10 is called cifar-10-python.
+    tar_name = folder.replace("batches-py", "python")
+    for archive in (root, root / f"{tar_name}.tar.gz", root / f"{tar_name}.tar"):
         if archive.is_file():
             with tarfile.open(archive) as tar:
-                member = tar.extractfile(f"{CIFAR_FOLDER}/{name}")
+                member = tar.extractfile(f"{folder}/{name}")
                 return member.read() if member else None
     return None

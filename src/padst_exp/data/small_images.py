@@ -1,13 +1,21 @@
-"""Digits (inside scikit-learn), Fashion-MNIST and CIFAR-100, held in memory."""
+"""Digits (inside scikit-learn), Fashion-MNIST and the CIFARs, held in memory."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from padst_exp.data.image_files import checked_labels, read_cifar, read_idx, read_image
+from padst_exp.data.image_files import (
+    CIFAR_10,
+    CIFAR_100,
+    CifarFiles,
+    checked_labels,
+    read_cifar,
+    read_idx,
+    read_image,
+)
 from padst_exp.data.images import AugmentedImages, TensorImages
 from padst_exp.data.sources import (
     IMAGES,
@@ -143,6 +151,12 @@ class Cifar100(_SmallImages):
         shift, flip: augmentation of training images.
     """
 
+    files: ClassVar[CifarFiles] = CIFAR_100
+    hub: ClassVar[tuple[str, str]] = ("uoft-cs/cifar100", "fine_label")
+    classes: ClassVar[int] = 100
+    mean: ClassVar[tuple[float, ...]] = (129.30, 124.07, 112.43)
+    std: ClassVar[tuple[float, ...]] = (68.17, 65.39, 70.42)
+
     def __init__(
         self,
         *,
@@ -157,34 +171,53 @@ class Cifar100(_SmallImages):
         super().__init__(
             image_size=32,
             channels=3,
-            num_classes=100,
+            num_classes=self.classes,
             smoothing=smoothing,
             objective=objective,
             mixup=mixup,
             cutmix=cutmix,
         )
         self._hold(
-            self._read(root, "train"),
-            self._read(root, "test"),
-            mean=(129.30, 124.07, 112.43),
-            std=(68.17, 65.39, 70.42),
+            self._read(root, "train", self.files.train),
+            self._read(root, "test", self.files.test),
+            mean=self.mean,
+            std=self.std,
             shift=shift,
             flip=flip,
         )
 
-    @staticmethod
-    def _read(root: str | None, split: Literal["train", "test"]) -> Arrays:
+    def _read(
+        self, root: str | None, split: Literal["train", "test"], names: tuple[str, ...]
+    ) -> Arrays:
+        repository, label = self.hub
         if root is None:
-            rows = load_hub("uoft-cs/cifar100", name=None, split=split)
-            return decoded(rows, "img", "fine_label", "RGB")
+            return decoded(load_hub(repository, name=None, split=split), "img", label, "RGB")
         folder = existing(root, "root")
-        arrays = read_cifar(folder, split)
-        if arrays is not None:
-            return arrays
-        wanted = f"cifar-100-python (folder or .tar.gz) or {split} parquet files"
+        found = [read_cifar(folder, name, self.files) for name in names]
+        parts = [arrays for arrays in found if arrays is not None]
+        if len(parts) == len(names):
+            images, labels = zip(*parts, strict=True)
+            return np.concatenate(images), [label for part in labels for label in part]
+        wanted = f"{self.files.folder} (folder or .tar.gz) or {split} parquet files"
         has_files = folder.is_dir() and split_files(folder, split, IMAGES) is not None
         require(has_files, "dataset.root", root, wanted)
-        return decoded(load_files(folder, split, IMAGES), "img", "fine_label", "RGB")
+        return decoded(load_files(folder, split, IMAGES), "img", label, "RGB")
+
+
+class Cifar10(Cifar100):
+    """CIFAR-10 (Krizhevsky 2009): 50,000 and 10,000 images, 32x32, 3 channels, 10 classes.
+
+    Args:
+        root: the folder `cifar-10-batches-py` of the "python version" or its tar, or a folder with
+            the hub's parquet files; null: the hub's uoft-cs/cifar10.
+        shift, flip: augmentation of training images.
+    """
+
+    files = CIFAR_10
+    hub = ("uoft-cs/cifar10", "label")
+    classes = 10
+    mean = (125.31, 122.95, 113.87)
+    std = (62.99, 62.09, 66.70)
 
 
 def _idx_pair(folder: Path, prefix: str) -> Arrays:

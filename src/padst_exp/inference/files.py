@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ FORMAT = 2
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 # Nothing else that a file names is ever called.
-CONSTRUCTORS = "padst_exp.models."
+CONSTRUCTORS = ("padst_exp.models.", "padst_exp.transforms.rebuild")
 
 
 class Constructor(TypedDict):
@@ -100,8 +100,8 @@ def write(
     own, shared = _without_shared(state)
     text = json.dumps({"format": FORMAT, **description, "shared": shared}, indent=2) + "\n"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"out: cannot write {folder}: {error.strerror}") from error
     try:
@@ -111,7 +111,6 @@ def write(
             (temporary / name).write_text(content)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
-        temporary.chmod(0o777 & ~_umask())
         _replace(temporary, folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -187,8 +186,8 @@ def construct(model: Constructor, path: Path) -> nn.Module:
     target = model["_target_"]
     if not target.startswith(CONSTRUCTORS):
         raise UserError(
-            f"{path}: its model {target!r} is none of {CONSTRUCTORS}*, which alone are called for "
-            "a file; build it yourself and give it to load(..., model=...)"
+            f"{path}: its model {target!r} is none of {CONSTRUCTORS[0]}*, which alone are called "
+            "for a file; build it yourself and give it to load(..., model=...)"
         )
     module_name, _, name = target.rpartition(".")
     try:
@@ -285,9 +284,3 @@ def _replace(new: Path, folder: Path) -> None:
         os.replace(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

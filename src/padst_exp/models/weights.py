@@ -13,7 +13,7 @@ from padst_exp.errors import require
 from padst_exp.files import reading
 from padst_exp.messages import say
 
-Convert = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+Convert = Callable[..., dict[str, Tensor]]
 
 
 def load(
