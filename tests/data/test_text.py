@@ -445,7 +445,14 @@ def test_vocabularies_and_merges_that_do_not_fit_are_one_line(
         '{"model": {}}',
         '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
     )
-    others = ("", lines[0], "".join(lines[:-1]), merges[:-3], merges + "x y z\n", merges + "qq zz\n")
+    others = (
+        "",
+        lines[0],
+        "".join(lines[:-1]),
+        merges[:-3],
+        merges + "x y z\n",
+        merges + "qq zz\n",
+    )
     path = tmp_path / "other"
     for key, contents in (("vocab", vocabularies), ("merges", others)):
         for content in contents:
