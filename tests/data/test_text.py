@@ -351,3 +351,127 @@ def test_text_file_splits_at_a_line_and_names_its_mistakes(tmp_path: Path) -> No
         with pytest.raises(UserError, match=message) as error:
             from_yaml("dataset/text_file", **keys)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
+
+
+def test_text_without_line_breaks_or_packed_is_read(
+    tmp_path: Path, cache: Path, bpe: dict[str, str]
+) -> None:
+    words = " ".join(LINES).split()
+    texts = {
+        "text8": " ".join(words).encode(),
+        "one word": "".join(words).encode(),
+        "lines.gz": gzip.compress("\n".join(LINES).encode()),
+        "windows": "\r\n".join(LINES).encode(),
+    }
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+        task = from_yaml(
+            "dataset/text_file", path=str(tmp_path / name), vocab_size=300, context_length=8
+        )
+        parts = [
+            task.tokenizer.decode(tokens.tolist())
+            for tokens in (task.train_tokens, task.validation_tokens)
+        ]
+        text = (gzip.decompress(content) if name.endswith("gz") else content).decode()
+        assert "".join(parts) == text.replace("\r\n", "\n")
+        assert len(parts[1]) / len("".join(parts)) == pytest.approx(0.1, abs=0.03)
+        assert name == "one word" or parts[0][-1].isspace()
+    for suffix, pack in (("txt", bytes), ("txt.gz", gzip.compress)):
+        folder = tmp_path / f"wiki {suffix}"
+        folder.mkdir()
+        for split in ("train", "valid"):
+            (folder / f"{split}.{suffix}").write_bytes(pack(texts["text8"]))
+        task = from_yaml("dataset/wikitext103", root=str(folder), context_length=8, **bpe)
+        expected = gpt2_tokenizer(**bpe).encode(texts["text8"].decode()).ids
+        assert all_tokens(task.train.stream)[:-1] == expected
+
+
+def test_damaged_packed_text_is_one_line(tmp_path: Path) -> None:
+    whole = gzip.compress("\n".join(LINES).encode())
+    path = tmp_path / "a.txt.gz"
+    for content in (b"", whole[:-9], whole[9:], gzip.compress(b""), gzip.compress(b"\xff")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^dataset\.path: expected UTF-8 text, got ") as error:
+            from_yaml("dataset/text_file", path=str(path))
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_sizes_below_one_name_their_key(tmp_path: Path, bpe: dict[str, str]) -> None:
+    root = local_text(tmp_path / "wikitext", "raw")
+    mine = tmp_path / "mine.txt"
+    mine.write_text("\n".join(LINES))
+    keys: dict[str, dict[str, object]] = {
+        "wikitext103": {"root": root, **bpe},
+        "c4": {"root": root, **bpe},
+        "text_file": {"path": str(mine), "vocab_size": 300},
+        "shakespeare": {},
+        "synthetic_tokens": {},
+    }
+    for name, others in keys.items():
+        for size in (0, -1):
+            with pytest.raises(UserError, match=rf"^dataset\.context_length: .* got {size}$"):
+                from_yaml(f"dataset/{name}", **others, context_length=size)
+
+
+def test_a_whole_tokenizer_is_a_vocabulary(tmp_path: Path, bpe: dict[str, str]) -> None:
+    parts = gpt2_tokenizer(**bpe)
+    path = tmp_path / "tokenizer.json"
+    parts.save(str(path))
+    whole = gpt2_tokenizer(str(path), None)
+    assert whole.encode(LINES[3]).ids == parts.encode(LINES[3]).ids
+    with pytest.raises(UserError, match=r"^dataset\.merges: expected null beside a tokenizer"):
+        gpt2_tokenizer(str(path), bpe["merges"])
+
+
+def test_vocabularies_and_merges_that_do_not_fit_are_one_line(
+    tmp_path: Path, bpe: dict[str, str]
+) -> None:
+    vocab = json.loads(Path(bpe["vocab"]).read_text())
+    merges = Path(bpe["merges"]).read_text()
+    lines = merges.splitlines(keepends=True)
+    last = next(iter(vocab))
+    vocabularies = (
+        json.dumps({**vocab, last: len(vocab)}),
+        json.dumps({**vocab, last: -1}),
+        json.dumps({**vocab, last: "1"}),
+        json.dumps({**vocab, last: True}),
+        json.dumps({**vocab, last: None}),
+        json.dumps(vocab)[:-20],
+        "{}",
+        "[]",
+        "3",
+        "",
+        '{"model": {}}',
+        '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    )
+    others = (
+        "",
+        lines[0],
+        "".join(lines[:-1]),
+        merges[:-3],
+        merges + "x y z\n",
+        merges + "qq zz\n",
+    )
+    path = tmp_path / "other"
+    for key, contents in (("vocab", vocabularies), ("merges", others)):
+        for content in contents:
+            path.write_text(content)
+            with pytest.raises(UserError, match=rf"^dataset\.{key}: expected ") as error:
+                gpt2_tokenizer(**{**bpe, key: str(path)})
+            line = str(error.value)
+            assert str(path) in line
+            assert line.isprintable()
+
+
+def test_cells_without_text_name_file_and_row(tmp_path: Path, bpe: dict[str, str]) -> None:
+    import datasets
+
+    for number, cells in enumerate((["a"] * 1001 + [None], [1, 2])):
+        root = tmp_path / str(number)
+        root.mkdir()
+        for split in ("train", "validation"):
+            datasets.Dataset.from_dict({"text": cells}).to_parquet(root / f"{split}.parquet")
+        row = 1001 if number == 0 else 0
+        with pytest.raises(UserError, match=rf"expected text, got .* in row {row} of .*parquet$"):
+            from_yaml("dataset/wikitext103", root=str(root), context_length=8, **bpe)

@@ -95,7 +95,7 @@ class Place:
 
 
 def split_files(
-    root: Path, split: Split, suffixes: Collection[str] = tuple(BUILDERS)
+    root: Path, split: Split, formats: Collection[str] = tuple(BUILDERS)
 ) -> tuple[str, list[str]] | None:
     """The `datasets` builder and the files of a split below `root`, None where there are none.
 
@@ -105,7 +105,7 @@ def split_files(
     Files and folders whose names begin with a dot are skipped.
 
     Args:
-        suffixes: of the formats that can hold what is wanted; all other files are skipped.
+        formats: endings of files that can hold what is wanted; all other files are skipped.
 
     Raises:
         UserError: there are two candidates: files that are no shards of each other, or a name with
@@ -118,7 +118,7 @@ def split_files(
         suffixes = [suffix.lower() for suffix in path.suffixes]
         packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
         suffix = suffixes[-1] if suffixes else ""
-        if hidden or suffix not in suffixes or not path.is_file():
+        if hidden or suffix not in formats or not path.is_file():
             continue
         named = _splits(set(re.split("[^a-z]+", path.name.lower())))
         if len(named) > 1 and split in named:
@@ -148,18 +148,18 @@ def _splits(words: set[str]) -> set[str]:
     return {split for split, names in SPLIT_NAMES.items() if names & words}
 
 
-def load_files(root: Path, split: Split, suffixes: Collection[str] = tuple(BUILDERS)) -> Table:
+def load_files(root: Path, split: Split, formats: Collection[str] = tuple(BUILDERS)) -> Table:
     """The rows of a split found by `split_files`, cached as Arrow below `cache_folder()`.
 
     Raises:
         UserError: the split has no file or no row, or a file cannot be read.
     """
-    found = split_files(root, split, suffixes)
+    found = split_files(root, split, formats)
     if found is None:
         names = "|".join(sorted(SPLIT_NAMES[split]))
         raise UserError(
             f"dataset.root: expected a folder with {split} files (names with {names} ending in "
-            f"{' '.join(suffixes)}, .gz allowed), got {root}"
+            f"{' '.join(formats)}, .gz allowed), got {root}"
         )
     builder, files = found
     for file in files:
