@@ -24,6 +24,7 @@ from padst_exp.errors import UserError, require
 GROUPS = (
     "model",
     "dataset",
+    "transform",
     "structure",
     "dst",
     "permutation",

@@ -144,10 +144,32 @@ def _folder(keys: ExportSchema) -> Path:
 
 def _constructor(restored: RestoredRun) -> dict[str, Any]:
     """What builds the dense model, with all arguments, those from the data set too."""
-    node = OmegaConf.to_container(restored.config.model, resolve=True)
-    assert isinstance(node, dict)
-    target = node.pop("_target_")
-    return {"_target_": target, "arguments": {**node, **restored.task.model_shape}}
+    from padst_exp.train import run_settings
+
+    config, shape = restored.config, restored.task.model_shape
+    model = _call(config.model, **shape)
+    transform = _call(config.transform)
+    if transform["_target_"].endswith(".NoTransform"):
+        return model
+    run = run_settings(config)
+    return {
+        "_target_": "padst_exp.transforms.rebuild",
+        "arguments": {
+            "model": model,
+            "transform": transform,
+            "rules": [asdict(rule) for rule in run.sparse],
+            "sparsity": run.sparsity,
+            "shape": dict(shape),
+        },
+    }
+
+
+def _call(node: DictConfig, **more: object) -> dict[str, Any]:
+    """A constructor call as plain data."""
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    target = plain.pop("_target_")
+    return {"_target_": target, "arguments": {**plain, **more}}
 
 
 def _logits(

@@ -21,7 +21,7 @@ from padst_exp.errors import UserError
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.sparsify import Report
-from padst_exp.train import build_experiment, build_task, run_settings
+from padst_exp.train import build_experiment, build_task, original, run_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,11 @@ def restore(path: Path, world: World) -> Restored:
 
 def plain_model(cfg: DictConfig, task: Task) -> nn.Module:
     """The dense model of `cfg` for the data of `task`, with weights to be replaced."""
-    model: nn.Module = build(cfg.model, "model", task.model_shape)
+    settings = run_settings(cfg)
+    transform = build(cfg.transform, "transform")
+    model: nn.Module = transform(
+        original(cfg, task), settings.sparsity, settings.distribution
+    ).model
     return model
 
 

@@ -142,7 +142,11 @@ class Report:
 
     def density(self, scope: Literal["layers", "model"]) -> float:
         """Kept share of the weights of the baseline's sparse layers, or of all its parameters."""
-        kept = sum(layer.parameters for layer in self.layers) + self.baseline.factors
+        kept = self.baseline.factors + sum(
+            weight.topology().num_entries + _companion_parameters(layer, weight)
+            for layer in self.model_layers.values()
+            for weight in layer.parts()
+        )
         removed, total = self.baseline.macs - kept, self.baseline.macs
         if scope == "model":
             removed, total = removed - self.baseline.growth, self.baseline.parameters
@@ -170,12 +174,7 @@ class Report:
     def _row(
         self, name: str, layer_name: str, layer: SparseLinear, weight: SparseWeight
     ) -> LayerReport:
-        topology = weight.topology()
-        companion = 0
-        if layer.companion is not None:
-            rank = layer.companion.up.shape[1]
-            # The inputs' side is shared by all weights of the layer.
-            companion = rank * weight.shape[0] + rank * weight.shape[1] // len(layer.weights)
+        topology, companion = weight.topology(), _companion_parameters(layer, weight)
         entries = topology.num_entries
         return LayerReport(
             name=name,
@@ -191,6 +190,14 @@ class Report:
             macs_dense=topology.size,
             macs_sparse=entries + companion,
         )
+
+
+def _companion_parameters(layer: SparseLinear, weight: SparseWeight) -> int:
+    """The share of one weight in the companion of its layer; its input side is for all weights."""
+    if layer.companion is None:
+        return 0
+    rank = layer.companion.up.shape[1]
+    return rank * weight.shape[0] + rank * weight.shape[1] // len(layer.weights)
 
 
 def sparsify(

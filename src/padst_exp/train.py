@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -25,10 +26,13 @@ from padst_exp.config import (
 from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
+    from torch import nn
+
     from padst_exp.data.task import Task
     from padst_exp.engine.distributed import World
     from padst_exp.engine.experiment import Experiment
     from padst_exp.engine.run_directory import RunDirectory
+    from padst_exp.transforms import Original
 
 
 @with_config(extra="forbid")
@@ -134,10 +138,8 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
     Raises:
         UserError: in one line that names the key.
     """
-    import torch
-
     from padst_exp.engine.experiment import Experiment
-    from padst_exp.sparsify import Rule, sparsify
+    from padst_exp.sparsify import sparsify
 
     settings = run_settings(cfg)
     task = build_task(cfg, world)
@@ -147,14 +149,14 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
     trainer = build(cfg.trainer, "trainer")
     logger = build(cfg.logger, "logger")
 
-    torch.manual_seed(settings.seed)
-    model = build(cfg.model, "model", task.model_shape)
+    transform = build(cfg.transform, "transform")
+    transformed = transform(original(cfg, task), settings.sparsity, settings.distribution)
     pretrained = bool(cfg.model.get("pretrained")) or cfg.model.get("checkpoint") is not None
     report = sparsify(
-        model,
-        [Rule(rule.pattern, rule.split) for rule in settings.sparse],
+        transformed.model,
+        transformed.rules,
         structure=build(cfg.structure, "structure"),
-        density=1 - settings.sparsity,
+        density=transformed.density,
         distribution=settings.distribution,
         learner=learner,
         algorithm=algorithm,
@@ -163,10 +165,12 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
         topology="magnitude" if pretrained else "random",
         rescale=not pretrained,
         seed=settings.seed,
+        baseline=transformed.baseline,
     )
+    transform.check(report)
     return Experiment(
         task=task,
-        model=model,
+        model=transformed.model,
         report=report,
         algorithm=algorithm,
         learner=learner,
@@ -185,6 +189,31 @@ def build_task(cfg: DictConfig, world: World) -> Task:
     task = build(cfg.dataset, "dataset") if world.main else None
     world.from_main(None)
     return build(cfg.dataset, "dataset") if task is None else task
+
+
+def original(cfg: DictConfig, task: Task) -> Original:
+    """The dense model of `cfg` for the data of `task`, as transforms take it."""
+    import torch
+
+    from padst_exp.sparsify import Rule
+    from padst_exp.transforms import Original, example
+
+    settings = run_settings(cfg)
+
+    keys = cast(dict[str, object], OmegaConf.to_container(cfg.model, resolve=True))
+
+    def dense(changes: Mapping[str, object]) -> nn.Module:
+        torch.manual_seed(settings.seed)
+        node = OmegaConf.create({**keys, **changes})
+        model: nn.Module = build(node, "model", task.model_shape)
+        return model
+
+    return Original(
+        build=dense,
+        keys={key: value for key, value in keys.items() if key != "_target_"},
+        rules=[Rule(rule.pattern, rule.split) for rule in settings.sparse],
+        inputs=example(task.model_shape),
+    )
 
 
 def open_directory(cfg: DictConfig, world: World) -> RunDirectory:

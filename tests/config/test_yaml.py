@@ -27,6 +27,7 @@ LEAVES = [f"{group}/{option}" for group in GROUPS for option in options(group)]
 SHAPES: dict[str, dict[str, object]] = {
     "digits": {"image_size": 8, "channels": 1, "num_classes": 10},
     "fashion_mnist": {"image_size": 28, "channels": 1, "num_classes": 10},
+    "cifar10": {"image_size": 32, "channels": 3, "num_classes": 10},
     "cifar100": {"image_size": 32, "channels": 3, "num_classes": 100},
     "imagenet1k": {"image_size": 224, "channels": 3, "num_classes": 1000},
     "synthetic_images": {"image_size": 224, "channels": 3, "num_classes": 1000},
@@ -126,7 +127,7 @@ def test_recipes_experiments_and_debugging_compose(compose: Compose) -> None:
         for option in options(group):
             cfg = compose(f"{group}={option}")
             run_settings(cfg)
-            assert build(cfg.trainer, "trainer").total_steps(2000) > 0
+            assert build(cfg.trainer, "trainer").total_steps(100_000) > 0
     quick = compose("debug=quick", "dataset=imagenet1k")
     assert build(quick.trainer, "trainer").total_steps(2000) == 8
     assert quick.logger._target_.endswith("NoLogger")

@@ -168,7 +168,9 @@ def test_fashion_mnist_without_its_files_names_root(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"images \[11, 1, 28, 28\], got shape \[12, 1, 28, 28\]"):
         from_yaml("dataset/fashion_mnist", root=str(tmp_path))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.full(12, 10)))
-    with pytest.raises(UserError, match="training labels from 0 to 9, got others"):
+    with pytest.raises(
+        UserError, match="labels from 0 to 9 in the training split, got 10 in row 0"
+    ):
         from_yaml("dataset/fashion_mnist", root=str(tmp_path))
 
 
@@ -181,7 +183,7 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("huggingface_hub.get_session", Unplugged)
     monkeypatch.setattr(small_images, "FASHION_MNIST_SYSTEM", Path("/nonexistent"))
     for name in ("fashion_mnist", "cifar100"):
-        with pytest.raises(UserError, match=r"^dataset\.root: .*no route to host\)") as error:
+        with pytest.raises(UserError, match=r"^dataset\.root: .*no route to host more\)") as error:
             from_yaml(f"dataset/{name}")
         assert "\n" not in str(error.value)
 
@@ -224,6 +226,23 @@ def test_cifar_reads_folders_and_tars(tmp_path: Path) -> None:
         assert isinstance(pixels, np.ndarray)
         assert task.validation.images[2].flatten().tolist() == pixels[2].tolist()
         assert task.validation[2][1] == 2
+
+
+def test_cifar_10_reads_its_five_batches(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        table = {b"data": cifar_table(2 + number)[b"data"], b"labels": [9] * (2 + number)}
+        (folder / name).write_bytes(pickle.dumps(table, protocol=2))
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-py")
+    for root in (tmp_path, folder, tmp_path / "cifar-10-python.tar.gz"):
+        task = from_yaml("dataset/cifar10", root=str(root), shift=0, flip=False)
+        assert (len(task.train), len(task.validation)) == (2 + 3 + 4 + 5 + 6, 7)
+        assert task.model_shape["num_classes"] == 10 and task.validation[0][1] == 9
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(UserError, match=r"dataset\.root: expected cifar-10-batches-py"):
+        from_yaml("dataset/cifar10", root=str(folder))
 
 
 class Evil:

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -97,8 +98,13 @@ def test_a_tied_weight_is_one_embedding() -> None:
 
 
 def test_schedules() -> None:
-    ends = {"cosine": (0.055, 0.01), "linear": (0.055, 0.01), "constant": (0.1, 0.1)}
-    for schedule, (middle, final) in ends.items():
+    ends: list[tuple[Any, float, float]] = [
+        ("cosine", 0.055, 0.01),
+        ("linear", 0.055, 0.01),
+        ("constant", 0.1, 0.1),
+        ([[0.5, 0.3], [0.8, 0.05]], 0.03, 0.005),
+    ]
+    for schedule, middle, final in ends:
         builder = from_yaml("optimizer/sgd", lr=0.1, warmup=0.2, schedule=schedule, min_lr=0.01)
         optimizer, scheduler = builder.create(nn.Linear(2, 2), 100)
         rates = []
@@ -112,7 +118,13 @@ def test_schedules() -> None:
 
 
 def test_mistakes_name_the_key() -> None:
-    mistakes = {"lr": 0.0, "warmup": 1.0, "min_lr": 0.2, "betas": (0.9, 1.0)}
+    mistakes = {
+        "lr": 0.0,
+        "warmup": 1.0,
+        "min_lr": 0.2,
+        "betas": (0.9, 1.0),
+        "schedule": [[1.5, 0.1]],
+    }
     for key, value in mistakes.items():
         with pytest.raises(UserError, match=rf"^optimizer\.{key}: expected .*, got"):
             from_yaml("optimizer/adamw", **{"lr": 0.1, key: value})

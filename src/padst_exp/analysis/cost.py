@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from padst_exp.analysis.fake import fake_pass
-from padst_exp.layers import SparseLinear
+from padst_exp.layers import SparseConv2d, SparseLinear, sparse_layers
 
 Kind = Literal["sparse", "product", "attention", "norm", "activation", "other"]
 
@@ -107,7 +108,7 @@ def count(model: nn.Module, inputs: Tensor) -> Costs:
         inputs: one batch for it, on the device of the model; only shape and dtype matter.
     """
     counter = _Counter()
-    with _stack(model, counter), fake_pass(model), counter:
+    with _watched(model, counter), fake_pass(model), counter:
         model(inputs)
     return Costs(tuple(Cost(m, k, f, b) for (m, k), (f, b) in counter.costs.items()))
 
@@ -173,14 +174,15 @@ def _kind(name: str, module: nn.Module, multiplies: bool) -> Kind:
 
 
 @contextmanager
-def _stack(model: nn.Module, counter: _Counter) -> Iterator[None]:
-    """Let `counter` know in which module it is."""
+def _watched(model: nn.Module, counter: _Counter) -> Iterator[None]:
+    """Let `counter` know in which module it is; sparse layers only say their shapes."""
     handles = []
+    sparse = {layer: _sparse_cost(layer) for layer in sparse_layers(model).values()}
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _: object) -> None:
             counter.modules.append((name, module))
-            counter.inside_sparse += isinstance(module, SparseLinear)
+            counter.inside_sparse += module in sparse
 
         return hook
 
@@ -188,33 +190,45 @@ def _stack(model: nn.Module, counter: _Counter) -> Iterator[None]:
         name, _ = counter.modules.pop()
         if isinstance(module, SparseLinear):
             counter.inside_sparse -= 1
-            if not counter.inside_sparse:
-                counter.add(name, "sparse", *_sparse_cost(module, inputs[0], output))
-                if module.bias is not None:
-                    counter.add(name, "other", output.numel(), 0)
+            macs, size = sparse[module]
+            flops = 2 * macs * (output.numel() // module.out_features)
+            counter.add(name, "sparse", flops, size + _size([inputs[0], output]))
+            if module.bias is not None:
+                counter.add(name, "other", output.numel(), 0)
 
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(enter(name)))
             handles.append(module.register_forward_hook(leave))
+        for layer in sparse:
+            layer.forward = partial(_shape_only, layer)  # type: ignore[method-assign]
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for layer in sparse:
+            vars(layer).pop("forward", None)
 
 
-def _sparse_cost(layer: SparseLinear, x: Tensor, y: Tensor) -> tuple[int, int]:
-    """FLOPs and bytes of a sparse layer, from its topology: two FLOPs an active entry."""
-    positions = y.numel() // layer.out_features
+def _shape_only(layer: SparseLinear, x: Tensor) -> Tensor:
+    """What stands for the forward pass of a sparse layer."""
+    if isinstance(layer, SparseConv2d):
+        channels = layer.in_features // layer.taps
+        kernel = x.new_empty(layer.out_features, channels, *layer.window.kernel_size)
+        return layer.window.convolve(x, kernel)
+    return x.new_empty(*x.shape[:-1], layer.out_features)
+
+
+def _sparse_cost(layer: SparseLinear) -> tuple[int, int]:
+    """Multiply-accumulates of a sparse layer at one position, and the bytes that it keeps."""
     macs = sum(weight.topology().num_entries for weight in layer.parts())
     if layer.companion is not None:
         macs += sum(parameter.numel() for parameter in layer.companion.parameters())
     # At every tap of a kernel; hard permutations are folded into the indices.
     soft = [p for p in layer.permutations().values() if p.soft]
     macs += sum(p.size**2 * (layer.taps if p is layer.input_permutation else 1) for p in soft)
-    weights = [p for p in layer.parameters() if p.is_floating_point()]
     indices = [buffer for multiply in layer.products for buffer in multiply.buffers()]
-    return 2 * positions * macs, _size([*weights, *indices, x, y])
+    return macs, _size([*layer.parameters(), *indices])
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

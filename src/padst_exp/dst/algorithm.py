@@ -167,10 +167,12 @@ class DropGrow(Periodic):
     ) -> tuple[Change, float]:
         progress = step / total
         counts, scores = self.counts(topology, progress), self.drop(topology, signals)
-        table = scores.new_full(topology.exists().shape, -torch.inf)
-        table.view(-1)[topology.active] = scores
-        active = best_of_each(table, self.counts.kept(topology, progress)).view(-1)
-        scores, survivors = scores[active[topology.active]], active.nonzero().squeeze(1)
+        kept, survivors = self.counts.kept(topology, progress), topology.active
+        if not torch.equal(kept, topology.counts()):
+            table = scores.new_full(topology.exists().shape, -torch.inf)
+            table.view(-1)[topology.active] = scores
+            active = best_of_each(table, kept).view(-1)
+            scores, survivors = scores[active[topology.active]], active.nonzero().squeeze(1)
 
         # Few active units would round to zero drops for ever without the carry.
         wanted = self.drop_fraction(step, total) * len(survivors) + carry

@@ -53,6 +53,8 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
             f"entries, {report.density('model'):.2%} of the model's parameters remain; "
             f"{experiment.total_steps} steps on {world.device}, in {directory.path}"
         )
+        if (flops := report.flops()) is not None:
+            say(f"a forward pass takes {flops:.4f} of the FLOPs of the model before its transform")
     training = _Training(experiment, directory, world)
     try:
         with Interruption() as interruption:

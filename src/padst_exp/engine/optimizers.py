@@ -11,6 +11,9 @@ from padst_exp.errors import require
 from padst_exp.layers import SparseWeight, sparse_weights
 from padst_exp.soft import Soft
 
+# How a learning rate falls: by name, or in steps (from which share of training on, what factor).
+Fall = Literal["cosine", "linear", "constant"] | tuple[tuple[float, float], ...]
+
 Role = Literal["packed", "weight", "bias", "norm", "embedding"]
 DECAYED: tuple[Role, ...] = ("packed", "weight")
 
@@ -156,10 +159,11 @@ def _correct_bias(
     births = [state["birth"] for state in states]
     roots = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
 
-    def factors(ages: Tensor, ramp: Tensor | float) -> tuple[Tensor, ...]:
+    def factors(ages: Tensor, ramp: Tensor | None = None) -> tuple[Tensor, ...]:
         # All weights at once: one number for each birth is little work, but many calls.
         correction = (1 - beta2**ages).sqrt()
-        scale = correction / (1 - beta1**ages) * ramp
+        scale = correction / (1 - beta1**ages)
+        scale = scale if ramp is None else scale * ramp
         denominators = torch._foreach_add(roots, _in_shape(correction * group["eps"], births))
         return torch._foreach_div(_in_shape(scale, births), denominators)
 
@@ -171,8 +175,8 @@ def _correct_bias(
     ]
     steps = torch.cat(counts)
     ages = steps - born
-    ramp = torch.where(born > 0, (ages / max(warmup, 1)).clamp(max=1), 1)
-    difference = torch._foreach_sub(factors(steps, 1.0), factors(ages, ramp))
+    ramp = torch.where(born > 0, (ages / warmup).clamp(max=1), 1) if warmup else None
+    difference = torch._foreach_sub(factors(steps), factors(ages, ramp))
     means = [state["exp_avg"] for state in states]
     torch._foreach_addcmul_(parameters, means, difference, value=float(group["lr"]))
 
@@ -183,6 +187,40 @@ def _in_shape(flat: Tensor, births: list[Tensor]) -> list[Tensor]:
     return [part.view_as(birth) for part, birth in zip(parts, births, strict=True)]
 
 
+class Steps:
+    """A learning rate that rises linearly, then changes at certain steps only.
+
+    Args:
+        optimizer: every group starts from its own learning rate.
+        factors: of that learning rate, by the step from which on they hold.
+        warmup_steps: over which it rises.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, factors: Mapping[int, float], warmup_steps: int
+    ) -> None:
+        self.optimizer = optimizer
+        self.factors = dict(sorted(factors.items()))
+        self.warmup_steps = warmup_steps
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+
+    def step_update(self, num_updates: int) -> None:
+        """Set the learning rates for the step that follows `num_updates` completed ones."""
+        first = 1 / max(1, self.warmup_steps)
+        factor = min(1.0, first + (1 - first) * num_updates * first)
+        for step, value in self.factors.items():
+            factor = value if num_updates >= step else factor
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the number of completed steps says all."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore nothing."""
+
+
 class OptimizerBuilder(abc.ABC):
     """What the builders below share: the schedule and the checks.
 
@@ -190,7 +228,8 @@ class OptimizerBuilder(abc.ABC):
         lr: the highest learning rate.
         weight_decay: of packed and dense weights; biases, norms and embeddings have none.
         warmup: fraction of the training over which the learning rate rises linearly.
-        schedule: how it falls afterwards, down to `min_lr`.
+        schedule: how it falls afterwards, down to `min_lr`; or in steps, such as ((0.5, 0.1),) for
+            a tenth of it in the second half of training.
         min_lr: the final learning rate.
         lr_by_density: whether the learning rate of a sparse weight is over its density (SMET).
 
@@ -206,7 +245,7 @@ class OptimizerBuilder(abc.ABC):
         lr: float,
         weight_decay: float,
         warmup: float,
-        schedule: Literal["cosine", "linear", "constant"],
+        schedule: Fall,
         min_lr: float,
         lr_by_density: bool,
     ) -> None:
@@ -214,6 +253,10 @@ class OptimizerBuilder(abc.ABC):
         require(weight_decay >= 0, "optimizer.weight_decay", weight_decay, "at least 0")
         require(0 <= warmup < 1, "optimizer.warmup", warmup, "a fraction of training in [0, 1)")
         require(0 <= min_lr <= lr, "optimizer.min_lr", min_lr, f"from 0 to optimizer.lr={lr}")
+        if not isinstance(schedule, str):
+            valid = all(0 < share < 1 and factor > 0 for share, factor in schedule)
+            wanted = "pairs of a share of training in (0, 1) and a positive factor"
+            require(valid, "optimizer.schedule", schedule, wanted)
         self.lr = lr
         self.weight_decay = weight_decay
         self.warmup = warmup
@@ -243,47 +286,25 @@ class OptimizerBuilder(abc.ABC):
         decay_steps = max(1, total_steps - warmup_steps)
         # The first step must not be lost to a learning rate of zero.
         start = self.lr / max(1, warmup_steps)
-        scheduler: Schedule
-        if self.schedule == "constant":
-            scheduler = cast(
-                Schedule,
-                StepLRScheduler(
-                    optimizer,
-                    decay_t=2 * total_steps,
-                    decay_rate=1.0,
-                    warmup_t=warmup_steps,
-                    warmup_lr_init=start,
-                    warmup_prefix=True,
-                    t_in_epochs=False,
-                ),
-            )
+        common: dict[str, Any] = {
+            "warmup_t": warmup_steps,
+            "warmup_lr_init": start,
+            "warmup_prefix": True,
+            "t_in_epochs": False,
+        }
+        made: object
+        if not isinstance(self.schedule, str):
+            factors = {round(share * total_steps): factor for share, factor in self.schedule}
+            made = Steps(optimizer, factors, warmup_steps)
+        elif self.schedule == "constant":
+            made = StepLRScheduler(optimizer, decay_t=2 * total_steps, decay_rate=1.0, **common)
         elif self.schedule == "linear":
-            scheduler = cast(
-                Schedule,
-                PolyLRScheduler(
-                    optimizer,
-                    t_initial=decay_steps,
-                    power=1.0,
-                    lr_min=self.min_lr,
-                    warmup_t=warmup_steps,
-                    warmup_lr_init=start,
-                    warmup_prefix=True,
-                    t_in_epochs=False,
-                ),
+            made = PolyLRScheduler(
+                optimizer, t_initial=decay_steps, power=1.0, lr_min=self.min_lr, **common
             )
         else:
-            scheduler = cast(
-                Schedule,
-                CosineLRScheduler(
-                    optimizer,
-                    t_initial=decay_steps,
-                    lr_min=self.min_lr,
-                    warmup_t=warmup_steps,
-                    warmup_lr_init=start,
-                    warmup_prefix=True,
-                    t_in_epochs=False,
-                ),
-            )
+            made = CosineLRScheduler(optimizer, t_initial=decay_steps, lr_min=self.min_lr, **common)
+        scheduler = cast(Schedule, made)
         scheduler.step_update(0)
         return scheduler
 
@@ -307,7 +328,7 @@ class AdamW(OptimizerBuilder):
         betas: tuple[float, float],
         eps: float,
         warmup: float,
-        schedule: Literal["cosine", "linear", "constant"],
+        schedule: Fall,
         min_lr: float,
         lr_by_density: bool,
         regrowth_warmup: int,
@@ -359,7 +380,7 @@ class SGD(OptimizerBuilder):
         momentum: float,
         nesterov: bool,
         warmup: float,
-        schedule: Literal["cosine", "linear", "constant"],
+        schedule: Fall,
         min_lr: float,
         lr_by_density: bool,
     ) -> None:

@@ -1,5 +1,6 @@
 """One optimizer step, and the changes of topology that follow it."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -236,6 +237,8 @@ class Stepper:
             # Code of shapes that are no more would fill up what torch keeps for each block.
             torch.compiler.reset()
         self._take_parameters()
+        if self.world.size > 1:
+            gc.collect()  # the former replica is part of a cycle, and holds room for all gradients
 
     @torch.no_grad()
     def _loss_of(self, seen: list[Batch]) -> float:

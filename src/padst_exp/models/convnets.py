@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from timm.models._efficientnet_builder import (
     decode_arch_def,
@@ -13,10 +12,10 @@ from timm.models._efficientnet_builder import (
     round_channels,
 )
 from timm.models.efficientnet import EfficientNet
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
-from padst_exp.errors import UserError, require
+from padst_exp.errors import require
 from padst_exp.models.weights import load
 
 Stem = Literal["imagenet", "cifar"]
@@ -28,7 +27,7 @@ def resnet(
     pretrained: bool,
     checkpoint: str | None,
     block: Literal["basic", "bottleneck"],
-    depths: Sequence[int],
+    depths: tuple[int, int, int, int],
     width: float,
     stem: Stem,
     drop_path: float,
@@ -60,12 +59,12 @@ def resnet(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     base = _width(width)
-    valid = len(depths) == 4 and min(depths) > 0
-    require(valid, "model.depths", list(depths), "the number of blocks of four stages")
+    require(min(depths) > 0, "model.depths", list(depths), "at least one block in each stage")
     _require_size(image_size, stem)
-    model = ResNet(
-        block=BasicBlock if block == "basic" else Bottleneck,
-        layers=tuple(depths),
+    kind: Any = BasicBlock if block == "basic" else Bottleneck
+    model: Any = ResNet(
+        block=kind,
+        layers=depths,
         channels=tuple(base << stage for stage in range(4)),
         in_chans=channels,
         num_classes=num_classes,
@@ -135,7 +134,7 @@ def mobilenet_v2(
     )
 
 
-def _set_stem_width(model: ResNet, base: int) -> None:
+def _set_stem_width(model: Any, base: int) -> None:
     """Give the stem `base` channels; timm's has 64 whatever the stages have."""
     stem, first = model.conv1, model.layer1[0]
     model.conv1 = nn.Conv2d(
@@ -146,8 +145,8 @@ def _set_stem_width(model: ResNet, base: int) -> None:
     first.conv1 = nn.Conv2d(
         base, inside.out_channels, inside.kernel_size, padding=inside.padding, bias=False
     )
-    if isinstance(first, Bottleneck):
-        first.downsample[0] = nn.Conv2d(base, 4 * base, 1, bias=False)
+    if first.expansion > 1:
+        first.downsample = downsample_conv(base, 4 * base, kernel_size=1)
     else:
         first.downsample = None
 
@@ -163,8 +162,5 @@ def _width(width: float) -> int:
 def _require_size(image_size: int, stem: Stem) -> None:
     """Refuse images that would be pooled to less than a pixel."""
     reduction = 32 if stem == "imagenet" else 8
-    if image_size < reduction:
-        raise UserError(
-            f"model.stem: expected one for images of {image_size} pixels, got {stem}, which "
-            f"divides them by {reduction}"
-        )
+    fits = image_size >= reduction
+    require(fits, "model.stem", stem, f"cifar for images of {image_size} pixels, at least 8")

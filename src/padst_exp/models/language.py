@@ -1,13 +1,14 @@
-"""Language models over transformers: targets of conf/model/gpt2*.yaml."""
+"""Language models over transformers: targets of conf/model/*.yaml. Tokens to logits."""
 
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from padst_exp.errors import UserError, require
+from padst_exp.errors import require
+from padst_exp.files import reading
 
 
 class GPT2(nn.Module):
@@ -59,9 +60,6 @@ def gpt2(
     """
     fits = dim >= 1 and heads >= 1 and dim % heads == 0
     require(fits, "model.heads", heads, f"a divisor of model.dim={dim}")
-    if checkpoint is not None:
-        require(not pretrained, "model.checkpoint", checkpoint, "null beside model.pretrained=true")
-        require(Path(checkpoint).is_dir(), "model.checkpoint", checkpoint, "an existing folder")
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=context_length,
@@ -74,22 +72,123 @@ def gpt2(
         bos_token_id=None,
         eos_token_id=None,
     )
+    # Embedding and head are tied.
+    return GPT2(_load(GPT2LMHeadModel, config, name, pretrained, checkpoint, {"lm_head.weight"}))
+
+
+class Llama(nn.Module):
+    """LLaMA as a plain function of tokens; modules keep the names of transformers.
+
+    Args:
+        lm: whose parts this model takes over.
+    """
+
+    def __init__(self, lm: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = lm.model
+        self.lm_head = lm.lm_head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens, int64 `[B, T]`, to logits of the next ones, `[B, T, V]`."""
+        hidden = self.model(tokens, use_cache=False).last_hidden_state
+        return cast(Tensor, self.lm_head(hidden))
+
+
+def llama(
+    *,
+    name: str,
+    pretrained: bool,
+    checkpoint: str | None,
+    dim: int,
+    mlp_dim: int,
+    depth: int,
+    heads: int,
+    vocab_size: int,
+    context_length: int,
+) -> Llama:
+    """LLaMA (Touvron et al. 2023): rotary embeddings, gated MLPs, RMS norms, no biases.
+
+    Args:
+        name: as in `gpt2`, like all others not named here.
+        dim: width of the residual stream, an even multiple of `heads`.
+        mlp_dim: hidden width of the MLPs.
+
+    Raises:
+        UserError: sizes that do not fit each other, or unavailable weights.
+    """
+    fits = dim >= 1 and heads >= 1 and dim % (2 * heads) == 0
+    require(fits, "model.heads", heads, f"one whose double divides model.dim={dim}")
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=context_length,
+        hidden_size=dim,
+        intermediate_size=mlp_dim,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Llama(_load(LlamaForCausalLM, config, name, pretrained, checkpoint, set()))
+
+
+def _load(
+    kind: Any,
+    config: Any,
+    name: str,
+    pretrained: bool,
+    checkpoint: str | None,
+    tied: set[str],
+) -> Any:
+    """A model of transformers with the weights that are asked for, or fresh ones."""
+    if checkpoint is not None:
+        require(not pretrained, "model.checkpoint", checkpoint, "null beside model.pretrained=true")
+        require(Path(checkpoint).is_dir(), "model.checkpoint", checkpoint, "an existing folder")
     # Set afterwards: the constructor takes it but does not declare it.
     config._attn_implementation = "sdpa"
     if not pretrained and checkpoint is None:
-        return GPT2(GPT2LMHeadModel(config))
+        return kind(config)
     key = "model.checkpoint" if checkpoint else "model.pretrained"
     source = checkpoint or name
-    try:
+    with reading(key, source, "weights to load"):
+        if isinstance(config, GPT2Config):
+            stored, _ = GPT2Config.get_config_dict(source)
+            _require_same(stored, config, key, source)
         # By default the weights would keep the precision of the file, and so would training.
-        loading: Any = GPT2LMHeadModel.from_pretrained(
+        loading: Any = kind.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}: expected weights to load, got {source} ({reason})") from error
     lm, loaded = loading
-    missing = sorted(set(loaded["missing_keys"]) - {"lm_head.weight"})  # tied to the embedding
+    missing = sorted(set(loaded["missing_keys"]) - tied)
     found = f"{source} without {', '.join(missing[:1])}"
     require(not missing, key, found, "weights of these sizes")
-    return GPT2(lm)
+    finite = all(parameter.isfinite().all() for parameter in lm.parameters())
+    require(finite, key, f"{source} with others", "weights that are finite")
+    return lm
+
+
+COMPUTES = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+"""What `gpt2` computes, in the words of a config of transformers."""
+
+SIZES = {"n_layer": "depth", "n_head": "heads", "n_embd": "dim"}
+"""Sizes in a config of transformers, and the keys of ours."""
+
+
+def _require_same(stored: dict[str, Any], ours: GPT2Config, key: str, source: str) -> None:
+    """Refuse weights whose own config describes another function than `gpt2` computes."""
+    for name, right in COMPUTES.items():
+        value = stored.get(name, right)
+        same = value == right or (name == "n_inner" and value == 4 * ours.n_embd)
+        require(same, key, f"{source} with {name}={value}", f"a model with {name}={right}")
+    for name, mine in SIZES.items():
+        found = getattr(ours, name)
+        right = stored.get(name, found)
+        require(found == right, f"model.{mine}", found, f"{right} as in {source}")

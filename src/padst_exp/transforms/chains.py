@@ -45,25 +45,29 @@ def chains(model: nn.Module, inputs: Tensor, layers: Collection[str]) -> dict[st
         layers: module names.
     """
     found = {name: Chain() for name in layers}
-    # The tensors themselves are kept, so that no identity is used twice.
-    made: list[tuple[Tensor, Chain]] = []
+    # The tensors themselves are kept, so that no identity is used twice. Another version of one
+    # has been added to in place: a shortcut has joined.
+    made: list[tuple[Tensor, int, Chain]] = []
 
-    def reads(x: object) -> Chain | None:
-        return next((chain for tensor, chain in made if tensor is x), None)
+    def remember(x: Tensor, chain: Chain) -> None:
+        made.append((x, x._version, chain))
+
+    def reads(x: Any) -> Chain | None:
+        return next(
+            (c for tensor, version, c in made if tensor is x and x._version == version), None
+        )
 
     def hook(name: str) -> Any:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if name in found:
-                made.append((output, found[name]))
+                remember(output, found[name])
                 return
             chain = reads(args[0]) if args else None
             if chain is None:
                 return
             if isinstance(module, nn.BatchNorm2d) and chain.norm is chain.act is None:
-                chain.norm, chain.act = _apart(module)
-                chain.norm_name = name
-                chain.act_name = None if chain.act is None else name
-                made.append((output, chain))
+                chain.norm, chain.norm_name = module, name
+                remember(output, chain)
             elif is_activation(module) and chain.act is None:
                 chain.act, chain.act_name = module, name
 
@@ -76,6 +80,8 @@ def chains(model: nn.Module, inputs: Tensor, layers: Collection[str]) -> dict[st
     finally:
         for handle in handles:
             handle.remove()
+    for chain in found.values():
+        _take_apart(chain)
     return found
 
 
@@ -90,11 +96,12 @@ def model_activation(model: nn.Module) -> nn.Module:
     return next((m for m in model.modules() if is_activation(m)), nn.ReLU())
 
 
-def _apart(norm: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """A norm and its activation; timm has batch norms that activate as well."""
-    act = getattr(norm, "act", None)
-    if not isinstance(act, nn.Module):
-        return norm, None
-    plain = copy.deepcopy(norm)
-    plain.act = nn.Identity()
-    return plain, None if isinstance(act, nn.Identity) else act
+def _take_apart(chain: Chain) -> None:
+    """Part a norm from its activation; timm has batch norms that activate as well."""
+    act = getattr(chain.norm, "act", None)
+    if chain.norm is None or not isinstance(act, nn.Module):
+        return
+    chain.norm = copy.deepcopy(chain.norm)
+    chain.norm.act = nn.Identity()
+    if not isinstance(act, nn.Identity):
+        chain.act, chain.act_name = act, chain.norm_name

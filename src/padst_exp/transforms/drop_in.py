@@ -280,16 +280,9 @@ def _factors(
     down: nn.Linear | nn.Conv2d
     up: nn.Linear | nn.Conv2d
     if isinstance(layer, nn.Conv2d):
-        down = nn.Conv2d(
-            layer.in_channels,
-            rank,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            bias=False,
-            padding_mode=layer.padding_mode,
-        )
+        down = copy.deepcopy(layer)
+        down.out_channels, down.bias = rank, None
+        down.weight = nn.Parameter(layer.weight.new_empty(rank, *layer.weight.shape[1:]))
         up = nn.Conv2d(rank, rows, 1, bias=offset is not None)
     else:
         down = nn.Linear(columns, rank, bias=False)

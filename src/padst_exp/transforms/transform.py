@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from padst_exp.analysis.cost import Costs, count
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 from padst_exp.layers import layer_densities
 from padst_exp.layers.views import LinearView
 from padst_exp.sparsify import Baseline, Flops, Report, Rule, match, weight_shapes
@@ -95,6 +96,9 @@ class Transform(abc.ABC):
         Raises:
             UserError: the FLOPs cannot be met, or a layer or a size does not suit the transform.
         """
+        keys = original.keys
+        fresh = not keys.get("pretrained") and keys.get("checkpoint") is None
+        require(fresh, "transform", type(self).__name__, "none with weights that are loaded")
         model = original.build({})
         chosen = match(model, original.rules)
         before = count(model, original.inputs)
@@ -140,15 +144,28 @@ class Transform(abc.ABC):
         """Refuse what `sparsify` did if the structure's units missed the FLOPs.
 
         Raises:
-            UserError: they are more than 1% off.
+            UserError: nothing is sparse, or the FLOPs are more than 1% off.
         """
+        name = type(self).__name__
+        require(bool(report.model_layers), "transform", name, "none with structure=dense")
         ratio = report.flops()
         if self.scope == "model" and ratio is not None and abs(ratio - 1) > TOLERANCE:
             raise UserError(
                 f"transform: expected a structure whose units meet the FLOPs of the dense model "
-                f"within {TOLERANCE:.0%}, got {ratio:.4f} of them; use smaller units, or "
-                "transform.scope=layers"
+                f"within {TOLERANCE:.0%}, got {ratio:.4f} of them with {name}; use smaller units, "
+                "or transform.scope=layers"
             )
+
+
+def example(shape: Mapping[str, int]) -> Tensor:
+    """A batch of one sample, all zeros: `[1, C, H, W]` for images, int64 `[1, T]` for tokens.
+
+    Args:
+        shape: what a data set gives to every model, `Task.model_shape`.
+    """
+    if "context_length" in shape:
+        return torch.zeros(1, shape["context_length"], dtype=torch.int64)
+    return torch.zeros(1, shape["channels"], shape["image_size"], shape["image_size"])
 
 
 class NoTransform:
