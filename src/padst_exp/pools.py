@@ -21,14 +21,15 @@ TRAITS: dict[Trait, str] = {
 }
 
 
-def best_of_each(scores: Tensor, k: Tensor) -> Tensor:
+def best_of_each(scores: Tensor, k: Tensor, most: int | None = None) -> Tensor:
     """Bool `[P, Q]` that marks the `k[p]` highest `scores` of row p, ties to the lower index.
 
     Args:
         scores: fp `[P, Q]`; -inf marks what must not be chosen.
         k: int64 `[P]`.
+        most: at least the largest of `k`, where that is known; else this waits for the device.
     """
-    most = int(k.max())
+    most = int(k.max()) if most is None else most
     if most == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     best = scores.topk(most, dim=1).values

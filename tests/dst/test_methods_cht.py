@@ -114,7 +114,7 @@ def test_units_of_any_grid_are_links_between_their_rows_and_columns() -> None:
             graph[rows.index(row)][columns.index(column)] = int(unit in active)
         for cell, value in by_loops(graph).items():
             found = float(scores[place[cell]])
-            assert found == pytest.approx(value, rel=1e-5) if value else -1 <= found < 0
+            assert found == pytest.approx(value, rel=1e-5) if value else found < -50
 
 
 def one_pool(weights: Tensor, seed: int, progress: float) -> tuple[Topology, Signals]:
@@ -174,7 +174,7 @@ def test_absent_paths_fall_back_to_chance() -> None:
         for soft in (False, True):
             topology, signals = one_pool(torch.ones(1), seed, 0.0)
             scores = CH3L3(soft=soft)(topology, signals).flatten()
-            assert bool((scores[1:] < 0).all() and scores.isfinite().all())
+            assert bool((scores[1:] < -50).all() and scores.isfinite().all())
             seen.add(int(scores[1:].argmax()))
     assert len(seen) > 10
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dst.small_training import Training, start
+from dst.small_training import Training, sgd, start
 from from_yaml import from_yaml
 from padst_exp.dst import Algorithm, DynaDiag, MagnitudeGate, Selection
 from padst_exp.engine import changes
@@ -228,6 +228,18 @@ def test_gates_compute_with_the_largest_and_pass_gradients_to_more() -> None:
             torch.testing.assert_close(added, rate[:, None] * weight.unweighed())
 
 
+def test_what_does_not_count_decays_in_training() -> None:
+    sizes = []
+    for decay in (0.0, 10.0):
+        algorithm = gated("sr_ste", decay=decay)
+        training = start(
+            algorithm, NM(n=2, m=4, group=1), steps=40, density=0.5, optimizer=sgd(lr=0.01)
+        ).run(8)
+        weight = sparse_weights(training.model)["0.weights.0"]
+        sizes.append(float(weight.magnitudes()[weight.magnitudes().argsort()[:300]].sum()))
+    assert sizes[1] < 0.7 * sizes[0]
+
+
 def test_gates_freeze_to_what_computes_then() -> None:
     for name, structure, density in GATED:
         for freeze in (0.5, 1.0):
@@ -247,6 +259,7 @@ def test_gates_freeze_to_what_computes_then() -> None:
             assert average is not None
             for name_, weight in sparse_weights(average.model).items():
                 assert torch.equal(weight.active, sparse_weights(training.model)[name_].active)
+                assert bool((weight.magnitudes() > 0).all())
 
 
 def test_a_copy_of_a_gate_looks_at_the_copy_of_its_weight() -> None:

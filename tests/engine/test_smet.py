@@ -4,6 +4,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from dst.small_training import Training, adamw, sgd, start
@@ -48,14 +49,19 @@ def test_grown_entries_move_as_under_a_fresh_optimizer_that_warms_up() -> None:
 
 
 def test_what_was_there_from_the_start_does_not_warm_up() -> None:
-    losses = []
+    values = []
     for warmup in (0, 100):
-        training = start(
-            from_yaml("dst/static"), Unstructured(), steps=10,
-            optimizer=adamw(regrowth_warmup=warmup),
-        )  # fmt: skip
-        losses.append(training.run(8).state.losses)
-    assert losses[0] == losses[1]
+        optimizer = adamw(regrowth_warmup=warmup)
+        training = start(quick("set"), Unstructured(), steps=40, optimizer=optimizer).run(4)
+        weight = sparse_weights(training.model)["0.weights.0"]
+        assert "birth" in training.state.optimizer.state[weight.values]
+        training.run(1)
+        values.append(weight.values.detach().clone())
+    # What was grown counts for the next step only.
+    born = training.state.optimizer.state[weight.values]["birth"] > 0
+    assert 0 < int(born.sum()) < born.numel()
+    assert torch.equal(values[0][~born], values[1][~born])
+    assert not torch.equal(values[0][born], values[1][born])
 
 
 def test_rates_are_over_the_density_and_do_not_compound() -> None:

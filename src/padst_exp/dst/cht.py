@@ -79,15 +79,11 @@ class PathScore(GrowScore):
         adjacency = torch.zeros(shape, device=active.device)
         adjacency[rows[active], columns[active]] = 1
         scores = self.paths(adjacency)[rows.clamp(min=0), columns.clamp(min=0)]
-        chance = torch.rand(scores.shape, generator=signals.generator).to(scores.device)
-        found = scores > 0
-        if self.soft:
-            drawn = _logarithm(scores) - (-chance.log()).log()
-            # Far below the logarithm of any score, close enough to 0 for float32 to order chances.
-            drawn = torch.where(found, drawn, chance - 1000)
-        else:
-            drawn = torch.where(found, scores, chance - 1)
-        return drawn.view(topology.num_pools, topology.pool_size)
+        chance = _gumbel(scores, signals.generator)
+        # Far below any score, yet near enough to 0 for float32 to tell chances apart.
+        last = chance - 100
+        drawn = _logarithm(scores) + chance if self.soft else scores
+        return torch.where(scores > 0, drawn, last).view(topology.num_pools, topology.pool_size)
 
 
 class CH3L3(PathScore):

@@ -29,6 +29,7 @@ class MagnitudeGate(Gate):
     ) -> None:
         super().__init__(topology)
         self.register_buffer("learning", learning, persistent=False)
+        self.most = int(learning.max())
         self.kept_decay = kept_decay
         self.other_decay = other_decay
         # In a tuple, or it would become a module inside of its own module.
@@ -62,6 +63,8 @@ class MagnitudeGate(Gate):
 
     def harden(self, choice: Tensor | None = None) -> None:
         super().harden(choice)
+        # A choice from elsewhere (an average adopts its model's) counts in full.
+        self.last = torch.isin(self.units, self.chosen).to(self.last)
         self._open = False
 
     def penalty(self) -> Tensor:
@@ -80,7 +83,8 @@ class MagnitudeGate(Gate):
         magnitudes = self._weight[0].magnitudes()
         table = magnitudes.new_full((self.num_pools * self.pool_size,), -torch.inf)
         table[self.units] = magnitudes
-        best = best_of_each(table.view(self.num_pools, self.pool_size), counts)
+        # No forward pass is to wait for the device; what learns is more than what counts.
+        best = best_of_each(table.view(self.num_pools, self.pool_size), counts, self.most)
         return best.flatten()[self.units].to(magnitudes.dtype)
 
 
