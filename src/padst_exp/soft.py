@@ -137,14 +137,19 @@ class Learner:
     def regularize(self, progress: float) -> None:
         """Add the gradient of the penalty to that of the task."""
 
+    def regularize_weights(self) -> None:
+        """Add to the gradients of what choices are about, before clipping and the step."""
+
     def ready(self, choice: Soft, progress: float) -> Readiness:
         """Return why a soft choice should harden now: sharp enough, forced; None: not yet."""
         return None
 
-    def release(self, name: str, logits: nn.Parameter) -> None:
+    def release(self, name: str, logits: nn.Parameter | None) -> None:
         """Let go of a choice that hardened, whose logits were these."""
         del self.choices[name]
         self.released += 1
+        if logits is None:
+            return
         assert self._optimizer is not None
         self._optimizer.state.pop(logits, None)
         for group in self._optimizer.param_groups:

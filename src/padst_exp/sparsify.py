@@ -142,7 +142,11 @@ class Report:
 
     def density(self, scope: Literal["layers", "model"]) -> float:
         """Kept share of the weights of the baseline's sparse layers, or of all its parameters."""
-        kept = sum(layer.parameters for layer in self.layers) + self.baseline.factors
+        kept = self.baseline.factors + sum(
+            weight.topology().num_entries + _companion_parameters(layer, weight)
+            for layer in self.model_layers.values()
+            for weight in layer.parts()
+        )
         removed, total = self.baseline.macs - kept, self.baseline.macs
         if scope == "model":
             removed, total = removed - self.baseline.growth, self.baseline.parameters
@@ -170,12 +174,7 @@ class Report:
     def _row(
         self, name: str, layer_name: str, layer: SparseLinear, weight: SparseWeight
     ) -> LayerReport:
-        topology = weight.topology()
-        companion = 0
-        if layer.companion is not None:
-            rank = layer.companion.up.shape[1]
-            # The inputs' side is shared by all weights of the layer.
-            companion = rank * weight.shape[0] + rank * weight.shape[1] // len(layer.weights)
+        topology, companion = weight.topology(), _companion_parameters(layer, weight)
         entries = topology.num_entries
         return LayerReport(
             name=name,
@@ -191,6 +190,14 @@ class Report:
             macs_dense=topology.size,
             macs_sparse=entries + companion,
         )
+
+
+def _companion_parameters(layer: SparseLinear, weight: SparseWeight) -> int:
+    """The share of one weight in the companion of its layer; its input side is for all weights."""
+    if layer.companion is None:
+        return 0
+    rank = layer.companion.up.shape[1]
+    return rank * weight.shape[0] + rank * weight.shape[1] // len(layer.weights)
 
 
 def sparsify(
@@ -412,12 +419,16 @@ def _rescale_rows(weight: SparseWeight) -> None:
     entries = weight.entries()
     num_rows, num_columns = weight.shape
     rows = (entries // num_columns).clamp(max=num_rows)
-    shares = None
-    if weight.selection is not None:
-        # What will be left of each row once the selection is hard.
-        shares = weight.selection.coefficients().detach().double()
-        shares = shares[:, None].expand(entries.shape).flatten()
-    fan_in = torch.bincount(rows.flatten(), shares, minlength=num_rows + 1)
+    if weight.selection is None:
+        fan_in = torch.bincount(rows.flatten(), minlength=num_rows + 1)
+    else:
+        # As many inputs as hold the share of a row's square that stays once the selection is hard.
+        square = weight.unweighed().double().square()
+        left = square * weight.selection.coefficients().detach().double()[:, None]
+        whole, left = (
+            torch.bincount(rows.flatten(), part.flatten(), num_rows + 1) for part in (square, left)
+        )
+        fan_in = num_columns * left / whole.clamp_min(torch.finfo(whole.dtype).tiny)
     factor = (num_columns / fan_in.clamp(min=1)).sqrt().to(weight.values.dtype)
     with torch.no_grad():
         if weight.storage == "packed":

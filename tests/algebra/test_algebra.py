@@ -302,7 +302,7 @@ def test_scores_may_ask_for_weight_gradients_ages_and_coordinates() -> None:
         "coordinates": lambda: set_algorithm(grow=NearDiagonal(), interval=4),
     }
     for name, make in algorithms.items():
-        for structure in ("unstructured", "block-4", "fan-in-1", "diag"):
+        for structure in ("block-4", "fan-in-1"):
             packed, masked = (
                 Trained(make(), storage=storage, structure=STRUCTURES[structure]).run(
                     lambda trained: None

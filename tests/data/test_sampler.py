@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -176,4 +178,47 @@ def test_two_loaders_of_one_task_keep_their_seeds() -> None:
         )
         for seed in (1, 2)
     ]
-    assert [loader.dataset.seed for loader in loaders] == [1, 2]  # type: ignore[attr-defined]
+    assert [loader.dataset.seed for loader in loaders] == [1, 2]
+
+
+def test_too_little_shared_memory_is_told_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As torch says it where /dev/shm is full; forked workers inherit what is set here.
+    def full(tensor: Tensor) -> Tensor:
+        raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
+
+    monkeypatch.setattr(Tensor, "share_memory_", full)
+    assert len(tokens_drawn(tokens())) == 10
+    for workers in (1, 2):
+        with pytest.raises(
+            UserError, match=rf"^trainer\.workers: expected 0, .* got {workers} with"
+        ):
+            tokens_drawn(tokens(), workers=workers)
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
+    reason="needs a mount of its own",
+)
+def test_a_small_dev_shm_ends_within_a_minute() -> None:
+    program = """
+import torch
+from padst_exp.data.sampler import Batches
+from padst_exp.errors import UserError
+data = torch.utils.data.TensorDataset(torch.zeros(9, 3, 99, 99), torch.zeros(9))
+try:
+    print(len(list(Batches(data, [[index] * 4 for index in range(9)], 2))))
+except UserError as error:
+    print(error)
+"""
+    for size, expected in (
+        ("64m", "9\n"),
+        ("200k", "trainer.workers: "),
+        ("4k", "trainer.workers: "),
+    ):
+        mounted = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+        command = ["unshare", "-rm", "sh", "-c", mounted, "sh", sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.stdout.startswith(expected), done.stderr
+        assert done.stdout.count("\n") == 1

@@ -1,6 +1,8 @@
 import gzip
+import hashlib
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from from_yaml import from_yaml
+from padst_exp.cache import cached_array
 from padst_exp.data.bigram import Bigram
 from padst_exp.data.corpora import END_OF_TEXT, gpt2_tokenizer
 from padst_exp.data.task import IGNORED, LanguageModeling
@@ -100,9 +103,10 @@ def test_wikitext_blocks_equal_plain_concatenation(
     held_out = expected_tokens(LINES[:40], bpe)
     assert scored(task) == held_out[1:]
     words = sum(len(line.split()) + 1 for line in LINES[:40])
-    assert task.tokens_per_word == pytest.approx(len(held_out) / words)
-    summary = task.summarize({"nll": 20.0, "tokens": 10, "count": 1})
-    assert summary["word_perplexity"] == pytest.approx(np.exp(2 * len(held_out) / words))
+    assert task.words == words
+    # As a pass over all blocks adds up: the first token has no loss, its word counts.
+    summary = task.summarize({"nll": 2.0 * (len(held_out) - 1), "tokens": len(held_out) - 1})
+    assert summary["word_perplexity"] == pytest.approx(np.exp(2 * (len(held_out) - 1) / words))
 
 
 def test_wikitext_split_selects_the_test_text(tmp_path: Path, bpe: dict[str, str]) -> None:
@@ -181,19 +185,36 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         from_yaml("dataset/wikitext103")
 
 
-def test_windows_cross_the_chunks_of_a_stream() -> None:
-    numbers = np.arange(20, dtype=np.int32)
-    whole = TokenStream([numbers])
-    parts = TokenStream([numbers[:3], numbers[:0], numbers[3:4], numbers[4:15], numbers[15:]])
-    starts = [0, 2, 3, 13]
-    assert np.array_equal(parts.windows(starts, 7), whole.windows(starts, 7))
-    assert parts.windows([13], 7).tolist() == [list(range(13, 20))]
-    assert parts.windows([0], 2).dtype == np.int64
+def test_damaged_token_caches_are_made_again(cache: Path, tmp_path: Path) -> None:
+    pieces = [np.arange(7, dtype=np.int32), np.arange(4, dtype=np.int32)]
+    made = cached_array("tokens", lambda: pieces)
+    path, expected = cache / "tokens", [*range(7), *range(4)]
+    assert made.tolist() == expected
+    assert cached_array("tokens", list).tolist() == expected  # so it does read the file
+    stored = path.read_bytes()
+    beyond = np.array([99], "<i4").tobytes() + stored[4:]
+    for damaged in (b"", stored[:-1], stored[:-4], stored[4:], beyond, stored + b"xxxx"):
+        path.write_bytes(damaged)
+        assert cached_array("tokens", lambda: pieces).tolist() == expected
+        assert path.read_bytes() == stored
+    path.unlink()
+    path.mkdir()
+    assert cached_array("tokens", lambda: pieces).tolist() == expected
+
+
+def test_a_mapped_stream_is_sent_to_a_worker_by_name(tmp_path: Path, cache: Path) -> None:
+    stream = TokenStream(cached_array("tokens", lambda: [np.arange(10_000, dtype=np.int32)]))
+    sent = pickle.dumps(stream)
+    assert len(sent) < 1000
+    starts = [0, 2, 9_990]
+    assert np.array_equal(pickle.loads(sent).windows(starts, 7), stream.windows(starts, 7))
+    assert stream.windows([9_993], 7).tolist() == [list(range(9_993, 10_000))]
+    assert stream.windows([0], 2).dtype == np.int64
 
 
 def test_validation_scores_every_token_but_the_first_once() -> None:
     for length in range(9, 26):
-        blocks = ValidationBlocks(TokenStream([np.arange(length)]), 8)
+        blocks = ValidationBlocks(TokenStream(np.arange(length)), 8)
         targets = [token for index in range(len(blocks)) for token in blocks[index][1].tolist()]
         assert [token for token in targets if token != IGNORED] == list(range(1, length))
         for index in range(len(blocks)):
@@ -203,7 +224,7 @@ def test_validation_scores_every_token_but_the_first_once() -> None:
 
 
 def test_moving_blocks_follow_seed_and_epoch_and_stay_inside() -> None:
-    blocks = TrainBlocks(TokenStream([np.arange(41)]), 8, moving=True)
+    blocks = TrainBlocks(TokenStream(np.arange(41)), 8, moving=True)
     assert len(blocks) == 4
     firsts = set()
     for epoch in range(60):
@@ -215,7 +236,7 @@ def test_moving_blocks_follow_seed_and_epoch_and_stay_inside() -> None:
 
 
 def test_a_text_below_one_block_names_its_key() -> None:
-    stream = TokenStream([np.arange(8)])
+    stream = TokenStream(np.arange(8))
     for build in (
         lambda: TrainBlocks(stream, 8, moving=False),
         lambda: ValidationBlocks(stream, 8),
@@ -257,8 +278,13 @@ def test_bpe_is_deterministic_lossless_and_cached(cache: Path) -> None:
     path.unlink()
     assert train_bpe(text, 290).to_str() == first.to_str()
     assert path.read_bytes() == stored
-    path.write_text(train_bpe(text, 280).to_str())
+    other = train_bpe(text, 280).to_str()
+    path.write_text(f"{hashlib.sha256(other.encode()).hexdigest()}\n{other}")
     assert train_bpe(text, 290).get_vocab_size() == 280  # so it does read the file
+    for damaged in (b"", stored[:-9], stored[9:], stored.replace(b"vocab", b"vokab"), b"\xff"):
+        path.write_bytes(damaged)
+        assert train_bpe(text, 290).to_str() == first.to_str()
+        assert path.read_bytes() == stored
     assert first.decode(first.encode(text).ids) == text
 
 
@@ -313,7 +339,7 @@ def test_text_file_splits_at_a_line_and_names_its_mistakes(tmp_path: Path) -> No
     cases: dict[str, dict[str, object]] = {
         r"dataset\.path: expected .* got gone$": {"path": "gone"},
         r"dataset\.path: expected UTF-8 text, got .*binary\.txt": {"path": str(binary)},
-        r"dataset\.path: expected a line break .*empty\.txt$": {"path": str(empty)},
+        r"dataset\.path: expected UTF-8 text.*empty\.txt \(it is empty\)$": {"path": str(empty)},
         r"dataset\.vocab_size: .* got 10$": {"path": str(path), "vocab_size": 10},
         r"dataset\.context_length: .* got 0$": {"path": str(path), "context_length": 0},
         r"dataset\.validation_fraction: .* got 1\.0$": {
@@ -325,3 +351,127 @@ def test_text_file_splits_at_a_line_and_names_its_mistakes(tmp_path: Path) -> No
         with pytest.raises(UserError, match=message) as error:
             from_yaml("dataset/text_file", **keys)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
+
+
+def test_text_without_line_breaks_or_packed_is_read(
+    tmp_path: Path, cache: Path, bpe: dict[str, str]
+) -> None:
+    words = " ".join(LINES).split()
+    texts = {
+        "text8": " ".join(words).encode(),
+        "one word": "".join(words).encode(),
+        "lines.gz": gzip.compress("\n".join(LINES).encode()),
+        "windows": "\r\n".join(LINES).encode(),
+    }
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+        task = from_yaml(
+            "dataset/text_file", path=str(tmp_path / name), vocab_size=300, context_length=8
+        )
+        parts = [
+            task.tokenizer.decode(tokens.tolist())
+            for tokens in (task.train_tokens, task.validation_tokens)
+        ]
+        text = (gzip.decompress(content) if name.endswith("gz") else content).decode()
+        assert "".join(parts) == text.replace("\r\n", "\n")
+        assert len(parts[1]) / len("".join(parts)) == pytest.approx(0.1, abs=0.03)
+        assert name == "one word" or parts[0][-1].isspace()
+    for suffix, pack in (("txt", bytes), ("txt.gz", gzip.compress)):
+        folder = tmp_path / f"wiki {suffix}"
+        folder.mkdir()
+        for split in ("train", "valid"):
+            (folder / f"{split}.{suffix}").write_bytes(pack(texts["text8"]))
+        task = from_yaml("dataset/wikitext103", root=str(folder), context_length=8, **bpe)
+        expected = gpt2_tokenizer(**bpe).encode(texts["text8"].decode()).ids
+        assert all_tokens(task.train.stream)[:-1] == expected
+
+
+def test_damaged_packed_text_is_one_line(tmp_path: Path) -> None:
+    whole = gzip.compress("\n".join(LINES).encode())
+    path = tmp_path / "a.txt.gz"
+    for content in (b"", whole[:-9], whole[9:], gzip.compress(b""), gzip.compress(b"\xff")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^dataset\.path: expected UTF-8 text, got ") as error:
+            from_yaml("dataset/text_file", path=str(path))
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_sizes_below_one_name_their_key(tmp_path: Path, bpe: dict[str, str]) -> None:
+    root = local_text(tmp_path / "wikitext", "raw")
+    mine = tmp_path / "mine.txt"
+    mine.write_text("\n".join(LINES))
+    keys: dict[str, dict[str, object]] = {
+        "wikitext103": {"root": root, **bpe},
+        "c4": {"root": root, **bpe},
+        "text_file": {"path": str(mine), "vocab_size": 300},
+        "shakespeare": {},
+        "synthetic_tokens": {},
+    }
+    for name, others in keys.items():
+        for size in (0, -1):
+            with pytest.raises(UserError, match=rf"^dataset\.context_length: .* got {size}$"):
+                from_yaml(f"dataset/{name}", **others, context_length=size)
+
+
+def test_a_whole_tokenizer_is_a_vocabulary(tmp_path: Path, bpe: dict[str, str]) -> None:
+    parts = gpt2_tokenizer(**bpe)
+    path = tmp_path / "tokenizer.json"
+    parts.save(str(path))
+    whole = gpt2_tokenizer(str(path), None)
+    assert whole.encode(LINES[3]).ids == parts.encode(LINES[3]).ids
+    with pytest.raises(UserError, match=r"^dataset\.merges: expected null beside a tokenizer"):
+        gpt2_tokenizer(str(path), bpe["merges"])
+
+
+def test_vocabularies_and_merges_that_do_not_fit_are_one_line(
+    tmp_path: Path, bpe: dict[str, str]
+) -> None:
+    vocab = json.loads(Path(bpe["vocab"]).read_text())
+    merges = Path(bpe["merges"]).read_text()
+    lines = merges.splitlines(keepends=True)
+    last = next(iter(vocab))
+    vocabularies = (
+        json.dumps({**vocab, last: len(vocab)}),
+        json.dumps({**vocab, last: -1}),
+        json.dumps({**vocab, last: "1"}),
+        json.dumps({**vocab, last: True}),
+        json.dumps({**vocab, last: None}),
+        json.dumps(vocab)[:-20],
+        "{}",
+        "[]",
+        "3",
+        "",
+        '{"model": {}}',
+        '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    )
+    others = (
+        "",
+        lines[0],
+        "".join(lines[:-1]),
+        merges[:-3],
+        merges + "x y z\n",
+        merges + "qq zz\n",
+    )
+    path = tmp_path / "other"
+    for key, contents in (("vocab", vocabularies), ("merges", others)):
+        for content in contents:
+            path.write_text(content)
+            with pytest.raises(UserError, match=rf"^dataset\.{key}: expected ") as error:
+                gpt2_tokenizer(**{**bpe, key: str(path)})
+            line = str(error.value)
+            assert str(path) in line
+            assert line.isprintable()
+
+
+def test_cells_without_text_name_file_and_row(tmp_path: Path, bpe: dict[str, str]) -> None:
+    import datasets
+
+    for number, cells in enumerate((["a"] * 1001 + [None], [1, 2])):
+        root = tmp_path / str(number)
+        root.mkdir()
+        for split in ("train", "validation"):
+            datasets.Dataset.from_dict({"text": cells}).to_parquet(root / f"{split}.parquet")
+        row = 1001 if number == 0 else 0
+        with pytest.raises(UserError, match=rf"expected text, got .* in row {row} of .*parquet$"):
+            from_yaml("dataset/wikitext103", root=str(root), context_length=8, **bpe)

@@ -1,7 +1,7 @@
 """A training through the real engine, small enough for a loop over methods and structures."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,13 @@ def network() -> nn.Sequential:
 
 
 def adamw(**changes: Any) -> OptimizerBuilder:
-    return from_yaml("optimizer/adamw", **{"lr": 0.01, "warmup": 0.0, **changes})
+    return from_yaml(
+        "optimizer/adamw", **{"lr": 0.01, "warmup": 0.0, "schedule": "constant", **changes}
+    )
 
 
-def sgd() -> OptimizerBuilder:
-    return from_yaml("optimizer/sgd", warmup=0.0)
+def sgd(**changes: Any) -> OptimizerBuilder:
+    return from_yaml("optimizer/sgd", **{"warmup": 0.0, "schedule": "constant", **changes})
 
 
 @dataclass
@@ -77,8 +79,8 @@ class Training:
     report: Report
     state: TrainingState
     stepper: Stepper
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    data: Iterator[tuple[Tensor, Tensor]] = field(default_factory=batches)
+    rows: list[dict[str, Any]]
+    data: Iterator[tuple[Tensor, Tensor]]
 
     def run(self, steps: int, after: Callable[["Training"], object] | None = None) -> "Training":
         for _ in range(steps):
@@ -102,8 +104,10 @@ def start(
     storage: Storage = "packed",
     ema_decay: float | None = None,
     low_rank: int = 0,
+    world: World | None = None,
+    saved: Mapping[str, Any] | None = None,
 ) -> Training:
-    """A training of `steps` steps, none of which is taken yet."""
+    """A training of `steps` steps, none of which is taken yet, or as many as `saved` has taken."""
     model = network() if model is None else model
     learner = NoPermutation() if learner is None else learner
     report = sparsify(
@@ -118,10 +122,13 @@ def start(
         ),
         logger=NoLogger(), seed=0, backend="torch",
     )  # fmt: skip
-    world, rows = World(), list[dict[str, Any]]()
-    state = TrainingState(experiment, world=world, saved=None, path=Path())
+    rows = list[dict[str, Any]]()
+    state = TrainingState(experiment, world=world or World(), saved=saved, path=Path())
     stepper = Stepper(
         experiment, state, say=lambda line: None,
         record=lambda kind, values: rows.append({"kind": kind, **values}),
     )  # fmt: skip
-    return Training(model, report, state, stepper, rows)
+    data = batches()
+    for _ in range(state.step):
+        next(data)
+    return Training(model, report, state, stepper, rows, data)

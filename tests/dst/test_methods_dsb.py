@@ -10,9 +10,8 @@ from dst.small_training import Training, start
 from from_yaml import from_yaml
 from padst_exp.dst import DSB, Entries, Signals, Topology
 from padst_exp.dst.dsb import similar_rows
-from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
-from padst_exp.structures import Block, FanIn, ShuffledBlock, random_units
+from padst_exp.structures import ShuffledBlock, random_units
 
 Cell = tuple[int, int]
 
@@ -171,13 +170,3 @@ def test_a_frozen_weight_computes_what_its_matrix_says() -> None:
             layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias),
             atol=1e-5, rtol=1e-5,
         )  # fmt: skip
-
-
-def test_other_structures_are_refused() -> None:
-    for structure in (Block(size=8, balanced=False), FanIn(group=8)):
-        with pytest.raises(UserError) as error:
-            start(from_yaml("dst/dsb"), structure, steps=1)
-        assert str(error.value) == (
-            f"structure: expected shuffled_block as this dst needs, got {type(structure).__name__} "
-            "(layer 0.weights.0)"
-        )

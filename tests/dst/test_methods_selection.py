@@ -1,18 +1,27 @@
 """Methods that weigh all units first and choose among them later."""
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dst.small_training import Training, start
 from from_yaml import from_yaml
-from padst_exp.dst import DynaDiag, Selection
+from padst_exp.dst import Algorithm, DynaDiag, MagnitudeGate, Selection
 from padst_exp.engine import changes
-from padst_exp.errors import UserError
 from padst_exp.layers import SparseWeight, sparse_weights
-from padst_exp.structures import NM, Block, Diagonal, FanIn, Structure, Unstructured
+from padst_exp.structures import (
+    NM,
+    Block,
+    Diagonal,
+    FanIn,
+    Structure,
+    Unstructured,
+    gather_entries,
+)
 
 DIAG = Diagonal(bundle=1, stride=16, width=16)
 STRUCTURES: list[Structure] = [
@@ -158,19 +167,92 @@ def test_a_density_of_one_leaves_nothing_to_select() -> None:
     training.run(2)
 
 
-def test_bad_settings_are_told_in_one_line() -> None:
-    for key, value, message in [
-        (
-            "final_temperature",
-            0.6,
-            "expected positive and at most 0.5, so that the top-k is hard in the end, got 0.6",
-        ),
-        ("final_temperature", 0.0, "expected positive and at most 0.5, so that [^\n]*, got 0.0"),
-        ("temperature", 0.0001, r"expected at least dst.final_temperature=0.001, got 0.0001"),
-        ("schedule", "step", "expected cosine or linear or constant, got 'step'"),
-        ("freeze", 0.0, r"expected a share of training in \(0, 1\], got 0.0"),
-        ("l1", -1.0, "expected at least 0, got -1.0"),
-        ("lr", 0.0, "expected positive, got 0.0"),
-    ]:
-        with pytest.raises(UserError, match=rf"^dst\.{key}: {message}$"):
-            dynadiag(**{key: value})
+GATED: list[tuple[str, Structure, float]] = [
+    ("sr_ste", NM(n=2, m=4, group=1), 0.5),
+    ("sr_ste", NM(n=2, m=None, group=16), 0.3),
+    ("top_kast", Unstructured(), 0.3),
+    ("top_kast", Block(size=8, balanced=False), 0.3),
+]
+
+
+def gated(name: str, **changes: Any) -> Algorithm:
+    return from_yaml(f"dst/{name}", **{"interval": 1, "freeze": 0.5, **changes})
+
+
+def largest(magnitudes: Tensor, gate: MagnitudeGate, counts: Tensor) -> list[int]:
+    """Units of the largest magnitudes of each pool, by sorting in Python."""
+    chosen = []
+    for pool, count in enumerate(counts.tolist()):
+        own = [int(i) for i in (gate.pools == pool).nonzero()]
+        own.sort(key=lambda i: (-float(magnitudes[i]), i))
+        chosen += own[:count]
+    return sorted(chosen)
+
+
+def test_gates_compute_with_the_largest_and_pass_gradients_to_more() -> None:
+    for name, structure, density in GATED:
+        for storage in ("packed", "masked"):
+            training = start(gated(name), structure, steps=20, density=density, storage=storage)  # type: ignore[arg-type]
+            training.run(3)
+            weight = sparse_weights(training.model)["0.weights.0"]
+            gate = weight.selection
+            assert isinstance(gate, MagnitudeGate) and gate.soft
+            magnitudes = weight.magnitudes()
+            kept = largest(magnitudes, gate, weight.target)
+            share = 1.0 if name == "sr_ste" else 0.5
+            numbers = (weight.geometry.candidates * share).round().long().maximum(weight.target)
+            learning = largest(magnitudes, gate, numbers)
+            forward, backward = torch.zeros(len(magnitudes)), torch.zeros(len(magnitudes))
+            forward[kept], backward[learning] = 1, 1
+            assert torch.equal(weight.packed(), weight.unweighed() * forward[:, None])
+            weight.values.grad = None
+            upstream = torch.randn(weight.shape)
+            (weight.matrix() * upstream).sum().backward()
+            found = weight.values.grad
+            assert found is not None
+            entries = weight.entries()
+            if storage == "masked":
+                found = gather_entries(found, entries)
+            wanted = gather_entries(upstream, entries) * backward[:, None]
+            torch.testing.assert_close(found, wanted)
+
+            weight.values.grad = torch.zeros_like(weight.values)
+            training.state.learners[1].regularize_weights()
+            added = weight.values.grad
+            added = gather_entries(added, entries) if storage == "masked" else added
+            if name == "sr_ste":
+                rate = 0.0002 * (1 - forward)
+            else:
+                density_kept = len(kept) / len(forward)
+                rate = 0.0001 * (forward + (backward - forward) / density_kept)
+            torch.testing.assert_close(added, rate[:, None] * weight.unweighed())
+
+
+def test_gates_freeze_to_what_computes_then() -> None:
+    for name, structure, density in GATED:
+        for freeze in (0.5, 1.0):
+            training = start(
+                gated(name, freeze=freeze), structure, steps=12, density=density, ema_decay=0.9
+            )
+            training.run(12)
+            kinds = [row for row in training.rows if row["kind"] == "harden"]
+            assert [row["step"] for row in kinds] == [int(12 * freeze)] * 2
+            for row in kinds:
+                # What went had not computed, so that nothing changes at all.
+                assert row["loss_after"] == pytest.approx(row["loss_before"], rel=1e-5)
+            for weight in sparse_weights(training.model).values():
+                assert torch.equal(weight.topology().counts(), weight.target)
+                assert weight.values.shape[0] == int(weight.target.sum())
+            average = training.state.average
+            assert average is not None
+            for name_, weight in sparse_weights(average.model).items():
+                assert torch.equal(weight.active, sparse_weights(training.model)[name_].active)
+
+
+def test_a_copy_of_a_gate_looks_at_the_copy_of_its_weight() -> None:
+    training = start(gated("sr_ste"), NM(n=2, m=4, group=1), steps=4, density=0.5)
+    weight = sparse_weights(training.model)["0.weights.0"]
+    other = copy.deepcopy(weight)
+    with torch.no_grad():
+        other.values.copy_(other.values.flip(0))
+    assert torch.equal(other.packed() != 0, (weight.packed() != 0).flip(0))

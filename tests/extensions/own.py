@@ -13,9 +13,8 @@ from padst_exp.permutations.sinkhorn import sharpness_penalty
 from padst_exp.structures import Geometry, Structure, Tiling
 
 
-class Butterfly(Structure):
-    """Blocks of a flat butterfly, a pattern that is fixed but for the density: the blocks at
-    distance 0, 1, 2, 4, ... of the diagonal (PixelatedBFly, Dao et al. 2022).
+class Arrow(Structure):
+    """Blocks of a fixed pattern: the first block row and column, and the diagonal.
 
     Args:
         size: of the blocks.
@@ -25,17 +24,17 @@ class Butterfly(Structure):
         self.size = size
 
     def geometry(self, out_features: int, in_features: int, density: float) -> Geometry:
-        return ButterflyGeometry(out_features, in_features, self.size)
+        return ArrowGeometry(out_features, in_features, self.size)
 
 
-class ButterflyGeometry(Geometry):
+class ArrowGeometry(Geometry):
     """Unit: one of the blocks; all other entries belong to none and are never active."""
 
     def __init__(self, out_features: int, in_features: int, size: int) -> None:
         rows, columns = -(-out_features // size), -(-in_features // size)
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        distance = (row % columns) ^ column
-        self.blocks = torch.stack([row, column], -1)[(distance & (distance - 1)) == 0]
+        pattern = (row == 0) | (column == 0) | (row % columns == column)
+        self.blocks = torch.stack([row, column], -1)[pattern]
         # Only where all blocks are whole are units of equal size: one pool is enough.
         assert out_features % size == in_features % size == 0
         super().__init__(

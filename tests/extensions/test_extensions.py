@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from extensions.own import Butterfly
+from extensions.own import Arrow
 from layers.layer_cases import LIVES, linear, sparse_layer
 from layers.reference import assert_close, expected, run
 from padst_exp.engine.run_directory import read_metrics
@@ -55,9 +55,8 @@ def kinds(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def test_an_own_structure_trains(train: Train) -> None:
-    summary, rows = train("structure=butterfly", "dst.interval=2")
-    assert summary["sparsification"]["structure"] == "Butterfly"
-    # A 64x32 weight has 22 of 32 blocks in the pattern, a 32x32 one 12 of 16.
+    summary, rows = train("structure=arrow", "dst.interval=2")
+    assert summary["sparsification"]["structure"] == "Arrow"
     assert summary["density_of_layers"] == pytest.approx(0.5, abs=0.07)
     assert len(kinds(rows, "rewire")) == 2 and summary["topology"]["units_replaced"] > 0
 
@@ -93,7 +92,7 @@ def test_own_images_train_a_resnet_with_sparse_3x3_convolutions(
 
 
 def test_an_own_structure_is_right_in_every_gradient() -> None:
-    structure = Butterfly(size=8)
+    structure = Arrow(size=8)
     for shape in ((64, 64), (96, 64), (64, 96)):
         for life in LIVES:
             for storage in ("packed", "masked"):

@@ -217,6 +217,16 @@ def test_other_damage_is_one_line(folder: Path, tmp_path: Path) -> None:
         load(folder)
 
 
+def test_no_weights_come_from_anywhere_else(folder: Path, tmp_path: Path) -> None:
+    path = folder / "model.json"
+    description = json.loads(path.read_text())
+    inputs = example("vit")
+    expected = load(folder)(inputs)
+    description["model"]["arguments"] |= {"pretrained": True, "checkpoint": "/etc/passwd"}
+    path.write_text(json.dumps(description))
+    assert_equal(load(folder)(inputs), expected, "loaded")
+
+
 def test_a_dense_export_loads_too(tmp_path: Path) -> None:
     plain = dense_model("vit")
     description = {"model": constructor("vit"), "layers": {}, "config": ""}

@@ -31,6 +31,7 @@ from padst_exp.inference.packing import dense_state, harden
 from padst_exp.layers import SparseLinear, SparseWeight, sparse_layers, sparse_weights
 from padst_exp.permutations import RandomPermutation
 from padst_exp.sparsify import Rule, sparsify
+from padst_kernels.entries import condense
 from permutation_cases import learned
 from structure_cases import STRUCTURES
 
@@ -146,7 +147,8 @@ def test_whatever_an_algorithm_made_of_a_topology_packs_alike() -> None:
 def test_rows_without_entries_take_no_storage() -> None:
     dense = torch.randn(12, 20) * (torch.rand(12, 20) < 0.3)
     dense[[0, 5, 11]] = 0
-    weight = PackedEntries.of(dense)
+    entries = dense.flatten().nonzero().squeeze(1)
+    weight = PackedEntries(condense(dense.flatten()[entries], entries, 12, 20))
     assert weight.rows.tolist() == [1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert weight.values.numel() == int((dense != 0).sum())
     layer = PackedLinear([weight], torch.randn(12), None)

@@ -31,7 +31,8 @@ from triton.runtime.jit import JITFunction
 
 from padst_kernels.activations import empty_features
 from padst_kernels.diagonals import kernels as diagonals
-from padst_kernels.tiles import kernels as gather
+from padst_kernels.entries import kernels as entries
+from padst_kernels.tiles import kernels as tiles
 from padst_kernels.tiles.kernels import input_gradient, product, weight_gradient
 
 _TOOLS = Path(os.path.dirname(triton.backends.nvidia.__file__)) / "bin"
@@ -140,13 +141,13 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         return empty_features(num_features, num_tokens, empty, major == "fm")
 
     def forward(x: torch.Tensor, **options: Any) -> Callable[[], Any]:
-        return partial(gather.launch_product, x, **options, precision=precision)
+        return partial(tiles.launch_product, x, **options, precision=precision)
 
     def dw(*arguments: Any, **options: Any) -> Callable[[], Any]:
-        return partial(gather.launch_weight_gradient, *arguments, **options, precision=precision)
+        return partial(tiles.launch_weight_gradient, *arguments, **options, precision=precision)
 
     def dx(*arguments: Any, **options: Any) -> Callable[[], Any]:
-        return partial(gather.launch_input_gradient, *arguments, **options, precision=precision)
+        return partial(tiles.launch_input_gradient, *arguments, **options, precision=precision)
 
     empty = torch.empty(0, dtype=dtype)
     x, dy, bias, rows = features(768), features(3072), torch.zeros(3072), index(3072)
@@ -172,8 +173,8 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"forward nm{height} fm fm gelu gradient",
             forward(x=x, **nm, rows=rows, bias=bias, gelu_gradient=dy),
         )
-        in_l1 = gather.Tile(tokens=64, columns=64, warps=4, stages=5, row_blocks=groups)
-        yield f"forward nm{height} fm fm in L1", forward(x=x, **nm, rows=rows, tile=in_l1)
+        in_l1 = tiles.LaunchShape(tokens=64, columns=64, warps=4, stages=5, row_blocks=groups)
+        yield f"forward nm{height} fm fm in L1", forward(x=x, **nm, rows=rows, launch=in_l1)
         yield f"forward nm{height} fm fm ragged", forward(x=few_x, **nm, rows=rows)
         yield f"forward nm{height} fm fm few", forward(x=features(768, 5), **nm, rows=rows)
         yield (
@@ -205,9 +206,9 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"dw nm{height} fm fm ragged", dw(few_x, few_dy, columns, None, rows, height)
         yield f"dw nm{height} fm tm", dw(x, dy_tm, columns, None, None, height)
         num_tiles = 3072 * 768 // (10 * height * height)
-        tiles, pointer = index(num_tiles, height), index(groups + 1)
+        columns, pointer = index(num_tiles, height), index(groups + 1)
         weight = torch.empty(num_tiles, height, height, dtype=dtype)
-        block = {"weight": weight, "columns": tiles, "row_pointer": pointer, "out_features": 3072}
+        block = {"weight": weight, "columns": columns, "row_pointer": pointer, "out_features": 3072}
         yield f"forward block{height} fm fm", forward(x=x, **block, rows=rows)
         yield (
             f"forward block{height} tm tm runs",
@@ -223,11 +224,11 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         )
         yield (
             f"dw block{height} fm fm",
-            dw(x, dy, tiles, pointer, rows, height, order=index(num_tiles), run=height),
+            dw(x, dy, columns, pointer, rows, height, order=index(num_tiles), run=height),
         )
         yield (
             f"dw block{height} tm tm runs",
-            dw(x_tm, dy_tm, tiles, pointer, None, height, order=index(num_tiles), run=height),
+            dw(x_tm, dy_tm, columns, pointer, None, height, order=index(num_tiles), run=height),
         )
     # Offsets in classes modulo 12: tiles of 64 inputs and 256 outputs.
     weight = torch.empty(12, 64, 256, dtype=dtype)
@@ -275,13 +276,26 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         "dw diagonals fm fm",
         partial(diagonals.launch_diagonals_gradient, x, dy, offsets, **sides),
     )
+    num_entries = 3072 * 768 // 10
+    values, numbers = (
+        torch.empty(num_entries, dtype=dtype),
+        torch.empty(num_entries, dtype=torch.uint16),
+    )
+    for num_tokens in (1, 4, 8, 64):
+        few_x = features(768, num_tokens, "fm" if num_tokens > 1 else "tm")
+        yield (
+            f"forward entries {num_tokens}",
+            partial(
+                entries.launch_condensed, few_x, values, numbers, index(3073), index(3072), 3072
+            ),
+        )
 
 
 def main(arch: int, dtype: torch.dtype, names: list[str]) -> None:
     for launch_name, launch in launches(dtype):
         if names and launch_name not in names:
             continue
-        with recorded(product, input_gradient, weight_gradient, diagonals) as recordings:
+        with recorded(product, input_gradient, weight_gradient, diagonals, entries) as recordings:
             launch()
         for kernel, args, kwargs in recordings:
             counts = compile_launch(kernel, args, kwargs, arch)

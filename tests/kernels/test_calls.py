@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from padst_kernels import devices
+from kernel_cases import DEVICE, Tiles, blocks, needs, vector_nm
+from padst_kernels import Backend, devices
 from padst_kernels.diagonals import diagonal_matmul
 from padst_kernels.entries import (
     Condensed,
@@ -26,87 +27,65 @@ from padst_kernels.tiles import (
     TileIndex,
     aligned_features,
     kernels,
-    passes,
     tile_matmul,
     tile_matmul_fused,
 )
-from padst_kernels.tiles.kernels import product
-from tile_cases import DEVICE, blocks, vector_nm
 
-Operation = Callable[[Tensor], Tensor]
-BACKENDS = ["native", "torch", "triton"]
+Operation = Callable[..., Tensor]
+BACKENDS: list[Backend] = ["native", "torch", "triton"]
 
 
-def moved(index: TileIndex | EntryIndex | Condensed, device: str) -> list:
+def moved(index: TileIndex | EntryIndex | Condensed, device: str) -> list[Any]:
     return [t.to(device) if isinstance(t, Tensor) else t for t in index]
 
 
-def operations(backend: str, device: str = DEVICE) -> dict[str, Operation]:
-    """Every operation of `[..., 45]`, its weights on `device`."""
+def operations(backend: Backend, device: str = DEVICE) -> dict[str, tuple[Operation, Tensor]]:
+    """Every operation of x `[..., 45]` and a weight, and the weight, on `device`."""
     case = vector_nm(True)
-    weight = case.weight.detach().to(device).requires_grad_()
-    index = TileIndex._make(None if t is None else t.to(device) for t in case.index)
+    index = TileIndex._make(moved(case.index, device))
     entries = torch.randperm(45 * 30)[:200]
-    values = torch.randn(200, device=device, requires_grad=True)
     single = EntryIndex(*moved(entry_index(entries, 30, 45), device))
     condensed = Condensed(*moved(condense(torch.randn(200), entries, 30, 45), device))
     offsets = torch.tensor([0, 3], dtype=torch.int32, device=device)
-    diagonals = torch.randn(2, 30, device=device, requires_grad=True)
     columns = torch.randperm(45, device=device, dtype=torch.int32)
-    made = {
-        "tile_matmul": lambda x: tile_matmul(x, weight, index, 44, backend=backend),
-        "tile_matmul_fused": lambda x: tile_matmul_fused(
-            aligned_features(x), weight, index, 44, backend=backend, gelu=True
-        ).t(),
-        "condensed_matmul": lambda x: condensed_matmul(x, condensed, backend=backend),
+    made: dict[str, tuple[Operation, Tensor]] = {
+        "tile_matmul": (
+            lambda x, w: tile_matmul(x, w, index, 44, backend=backend),
+            case.weight,
+        ),
+        "tile_matmul_fused": (
+            lambda x, w: tile_matmul_fused(
+                aligned_features(x), w, index, 44, backend=backend, gelu=True
+            ).t(),
+            case.weight,
+        ),
+        "condensed_matmul": (
+            lambda x, v: condensed_matmul(x, condensed._replace(values=v), backend=backend),
+            torch.randn(200),
+        ),
     }
     if backend != "triton":
-        made["entry_matmul"] = lambda x: entry_matmul(x, values, single, 30, backend=backend)
-    if backend != "native":
-        made["diagonal_matmul"] = lambda x: diagonal_matmul(
-            x, diagonals, offsets, 30, columns=columns, backend=backend
+        made["entry_matmul"] = (
+            lambda x, v: entry_matmul(x, v, single, 30, backend=backend),
+            torch.randn(200),
         )
-    return made
+    if backend != "native":
+        made["diagonal_matmul"] = (
+            lambda x, v: diagonal_matmul(x, v, offsets, 30, columns=columns, backend=backend),
+            torch.randn(2, 30),
+        )
+    return {name: (operation, weight.to(device)) for name, (operation, weight) in made.items()}
 
 
 NAMES = [(backend, name) for backend in BACKENDS for name in operations(backend)]
 
 
-# Where a copy is aligned, PyTorch itself tells multiples of 16 tokens, whose rows are contiguous,
-# from others. Eager `tile_matmul` on Triton makes no such copy of few tokens.
-@pytest.mark.parametrize(
-    ("backend", "name", "most"),
-    [
-        ("native", "tile_matmul", 1),
-        ("native", "tile_matmul_fused", 2),
-        ("native", "condensed_matmul", 1),
-        ("native", "entry_matmul", 1),
-        ("torch", "tile_matmul", 1),
-        ("torch", "tile_matmul_fused", 2),
-        ("torch", "diagonal_matmul", 1),
-        ("torch", "condensed_matmul", 1),
-        ("torch", "entry_matmul", 1),
-        ("triton", "tile_matmul", 3),
-        ("triton", "tile_matmul_fused", 2),
-        ("triton", "diagonal_matmul", 1),
-        ("triton", "condensed_matmul", 1),
-    ],
-)
-def test_a_graph_serves_many_numbers_of_tokens(backend: str, name: str, most: int) -> None:
-    operation = operations(backend)[name]
-    torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(operation, fullgraph=True, backend=graphs)
-    needs_grad = name != "condensed_matmul"
-    for tokens in (197, 64, 130, 96, 63, 16, 5, 48, 33):
-        x = torch.randn(tokens, 45, device=DEVICE, requires_grad=needs_grad)
-        y, expected = compiled(x), operation(x)
-        torch.testing.assert_close(y, expected)
-        if needs_grad:
-            dy = torch.randn_like(y)
-            torch.testing.assert_close(*(torch.autograd.grad(out, x, dy) for out in (y, expected)))
-    # And one of the first number alone.
-    assert graphs.frame_count == 1 + most
+def x_of(tokens: int, device: str = DEVICE) -> Tensor:
+    return torch.randn(tokens, 45, device=device)
+
+
+def differentiable(name: str) -> bool:
+    return name != "condensed_matmul"
 
 
 class Operators(TorchDispatchMode):
@@ -129,74 +108,141 @@ def copied(value: Any, with_gradient: bool) -> Any:
     return value.detach().requires_grad_(with_gradient and value.requires_grad)
 
 
+def run(operation: Operation, *inputs: Tensor) -> None:
+    """Forward, and backward where there is a gradient."""
+    y = operation(*inputs)
+    if y.requires_grad:
+        y.backward(torch.randn_like(y))
+
+
 @pytest.mark.parametrize(("backend", "name"), NAMES)
-def test_operators_pass_opcheck(backend: str, name: str) -> None:
-    operation = operations(backend)[name]
-    for tokens in (5, 70):
-        x = torch.randn(tokens, 45, device=DEVICE, requires_grad=name != "condensed_matmul")
+def test_operators_pass_opcheck(backend: Backend, name: str) -> None:
+    needs(backend)
+    operation, weight = operations(backend)[name]
+    # Of many tokens Triton reads copies in another layout.
+    for tokens in (5, 70) if backend == "triton" else (5,):
+        x = x_of(tokens).requires_grad_(differentiable(name))
         with Operators() as seen:
-            y = operation(x)
-            if x.requires_grad:
-                y.backward(torch.randn_like(y))
-        assert len(seen.calls) == (3 + (name == "tile_matmul_fused") if x.requires_grad else 1)
-        for func, args in seen.calls:
-            torch.library.opcheck(func, args)
+            run(operation, x, weight.requires_grad_(differentiable(name)))
+        (func, args), *backward = seen.calls
+        torch.library.opcheck(func, args)
+        for func, args in backward:
+            torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize(("backend", "name"), NAMES)
-def test_tensors_on_two_devices_are_refused(backend: str, name: str) -> None:
-    with pytest.raises(ValueError, match="is on"):
-        operations(backend, "meta")[name](torch.randn(5, 45, device=DEVICE))
-    with torch.no_grad(), pytest.raises(ValueError, match="is on"):
-        operations(backend, DEVICE)[name](torch.randn(5, 45, device="meta"))
+def test_only_the_gradients_asked_for_are_computed() -> None:
+    for backend, name in NAMES:
+        operation, weight = operations(backend)[name]
+        if not differentiable(name) or (backend == "native" and DEVICE != "cpu"):
+            continue
+        called = []
+        for needs_x, needs_weight in ((True, True), (True, False), (False, True), (False, False)):
+            x, weight = (
+                x_of(5).requires_grad_(needs_x),
+                weight.detach().requires_grad_(needs_weight),
+            )
+            with Operators() as seen:
+                run(operation, x, weight)
+            assert (x.grad is not None, weight.grad is not None) == (needs_x, needs_weight)
+            called.append(len(seen.calls))
+        both, first, second, none = called
+        assert none == 1 and first == second == both - 1
 
 
-@pytest.mark.parametrize("what", ["bias", "residual", "mean", "rstd", "row_sums"])
-def test_every_operand_is_on_the_device_of_x(what: str) -> None:
-    case = vector_nm(False)
-    x = aligned_features(torch.randn(5, 45, device=DEVICE))
-    tensors = {
-        "bias": torch.zeros(44),
-        "residual": torch.zeros(5, 44).t(),
-        "mean": torch.zeros(5),
-        "rstd": torch.zeros(5),
-        "row_sums": torch.zeros(44),
-    }
-    tensors = {name: t.to("meta" if name == what else DEVICE) for name, t in tensors.items()}
-    norm = tuple(tensors.pop(name) for name in ("mean", "rstd", "row_sums"))
-    with torch.no_grad(), pytest.raises(ValueError, match=f"{what} is on meta"):
-        tile_matmul_fused(x, case.weight, case.index, 44, norm=norm, **tensors)
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [pair for pair in NAMES if pair[0] == "triton" or pair == ("torch", "entry_matmul")],
+)
+def test_a_graph_serves_many_numbers_of_tokens(backend: Backend, name: str) -> None:
+    operation, weight = operations(backend)[name]
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(operation, fullgraph=True, backend=graphs)
+    weight.requires_grad_(differentiable(name))
+    for tokens in (70, 64, 80, 63, 16, 5, 33):
+        x = x_of(tokens).requires_grad_(differentiable(name))
+        y, expected = compiled(x, weight), operation(x, weight)
+        torch.testing.assert_close(y, expected)
+        if differentiable(name):
+            dy = torch.randn_like(y)
+            both = (torch.autograd.grad(out, (x, weight), dy) for out in (y, expected))
+            torch.testing.assert_close(*both)
+    # One of the first number alone, one of all others. Where a copy is aligned, PyTorch itself
+    # tells multiples of 16 tokens, whose rows are contiguous, from others.
+    copies = name == "tile_matmul_fused" or (backend, name) == ("triton", "tile_matmul")
+    assert graphs.frame_count <= (4 if copies else 2)
 
 
-@pytest.mark.parametrize(("backend", "name"), NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_on_two_devices_and_unknown_backends_are_refused(backend: Backend) -> None:
+    on_meta = operations(backend, "meta")
+    for name, (operation, weight) in operations(backend).items():
+        with pytest.raises(ValueError, match="is on"):
+            on_meta[name][0](x_of(5), on_meta[name][1])
+        with torch.no_grad(), pytest.raises(ValueError, match="is on"):
+            operation(x_of(5, "meta"), weight)
+        with pytest.raises(ValueError, match=r"backend is \'opencl\', expected one of"):
+            operation, weight = operations("opencl")[name]  # type: ignore[arg-type]
+            operation(x_of(5), weight)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="Triton is at home on a GPU")
+def test_says_where_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for operation, weight in operations("triton").values():
+        with pytest.raises(ValueError, match="backend 'triton' needs a GPU, got a tensor on cpu"):
+            operation(x_of(5), weight)
+
+
+@pytest.mark.gpu
+def test_native_kernels_want_a_cpu() -> None:
+    for operation, weight in operations("native").values():
+        with pytest.raises(ValueError, match="backend 'native' needs a CPU"):
+            operation(x_of(5), weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_tensors_without_memory_see_operators(backend: str, name: str) -> None:
-    operation, x = operations(backend)[name], torch.randn(5, 45, device=DEVICE)
-    expected = operation(x)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        # Also outside of the mode.
-        fake = operation(mode.from_tensor(x))
-    for y in (fake, operation(mode.from_tensor(x))):
-        assert y.shape == expected.shape and y.stride() == expected.stride()
-    graph = make_fx(operation)(x)
-    x = torch.randn(5, 45, device=DEVICE)
-    torch.testing.assert_close(graph(x), operation(x))
+def test_tensors_without_memory_see_operators(backend: Backend) -> None:
+    needs(backend)
+    for operation, weight in operations(backend).values():
+        x = x_of(5)
+        expected = operation(x, weight)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            # Also outside of the mode.
+            fake = operation(mode.from_tensor(x), weight)
+        for y in (fake, operation(mode.from_tensor(x), weight)):
+            assert y.shape == expected.shape and y.stride() == expected.stride()
+        graph = make_fx(operation)(x, weight)
+        x = x_of(5)
+        torch.testing.assert_close(graph(x, weight), operation(x, weight))
+
+
+def test_float64_goes_to_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # And is copied into no other layout.
+    monkeypatch.setattr(devices, "aligned_features", None)
+    for backend in BACKENDS if DEVICE == "cpu" else BACKENDS[1:]:
+        for name, (operation, weight) in operations(backend).items():
+            if differentiable(name):
+                x = x_of(70).double().requires_grad_()
+                run(operation, x, weight.double().requires_grad_())
+                inputs = x_of(2).double().requires_grad_(), weight.double().requires_grad_()
+                assert torch.autograd.gradcheck(operation, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("make", [vector_nm, lambda permuted: blocks((40, 67), 8, permuted)])
 def test_a_copy_in_another_layout_serves_both_passes(
-    make: Callable, backend: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[bool], Tiles], compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: dict[str, list[Tensor]] = {"x": [], "dy": []}
     product, weight_gradient = kernels.launch_product, kernels.launch_weight_gradient
 
-    def launch_product(x: Tensor, *rest: object, **options: object) -> Tensor:
+    def launch_product(x: Tensor, *rest: Any, **options: Any) -> Tensor:
         read["dy" if options.get("transposed") else "x"].append(x)
         return product(x, *rest, **options)
 
-    def launch_weight_gradient(x: Tensor, dy: Tensor, *rest: object, **options: object) -> Tensor:
+    def launch_weight_gradient(x: Tensor, dy: Tensor, *rest: Any, **options: Any) -> Tensor:
         read["x"].append(x)
         read["dy"].append(dy)
         return weight_gradient(x, dy, *rest, **options)
@@ -206,8 +252,8 @@ def test_a_copy_in_another_layout_serves_both_passes(
     case = make(True)
     torch._dynamo.reset()
     operation = torch.compile(tile_matmul, backend="aot_eager") if compiles else tile_matmul
-    x = torch.randn(70, case.shape[1], device=DEVICE, requires_grad=case.index.slots is None)
-    y = operation(x, case.weight, case.index, case.shape[0], backend=backend)
+    x = case.x(70).requires_grad_(case.index.slots is None)
+    y = operation(x, case.weight.requires_grad_(), case.index, case.shape[0], backend="triton")
     y.backward(torch.randn_like(y))
     assert len({t.data_ptr() for t in read["x"]}) == 1 and len(read["x"]) == 2
     assert len({t.data_ptr() for t in read["dy"]}) == 1
@@ -216,24 +262,19 @@ def test_a_copy_in_another_layout_serves_both_passes(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("backend", "name"), NAMES)
-def test_the_host_never_waits_for_the_device(backend: str, name: str) -> None:
-    operation = operations(backend)[name]
-    x = torch.randn(70, 45, device=DEVICE, requires_grad=name != "condensed_matmul")
-    for mode in ("default", "error"):  # Compiles, then runs.
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            y = operation(x)
-            if x.requires_grad:
-                y.backward(torch.ones_like(y))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+def test_the_host_never_waits_for_the_device() -> None:
+    for backend in BACKENDS[1:]:
+        for name, (operation, weight) in operations(backend).items():
+            x = x_of(70).requires_grad_(differentiable(name))
+            for mode in ("default", "error"):  # Compiles, then runs.
+                torch.cuda.set_sync_debug_mode(mode)
+                try:
+                    run(operation, x, weight)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["tile_matmul", "diagonal_matmul", "condensed_matmul"])
-def test_kernels_run_on_the_device_of_their_tensors(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[Tensor] = []
     inside: list[int] = []
 
@@ -245,32 +286,18 @@ def test_kernels_run_on_the_device_of_their_tensors(
         inside.pop()
 
     def checked(launched: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: object, **options: object) -> None:
+        def launch(*args: Any, **options: Any) -> None:
             assert inside
             launched(*args, **options)
 
-        return run
+        return launch
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    kind = type(product._product_kernel)
+    kind = type(kernels.product._product_kernel)
     get = kind.__getitem__
     monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: checked(get(kernel, grid)))
-    x = torch.randn(5, 45, device=DEVICE, requires_grad=name != "condensed_matmul")
-    y = operations("triton")[name](x)
-    if x.requires_grad:
-        y.sum().backward()
-    assert entered and all(t.device == x.device for t in entered)
-
-
-def test_float64_is_copied_into_no_other_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "aligned_features", None)
-    monkeypatch.setattr(devices, "aligned_features", None)
-    case = vector_nm(True)
-    x = torch.randn(70, 45, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    weight = case.weight.detach().double().requires_grad_()
-    tile_matmul(x, weight, case.index, 44, backend="triton").sum().backward()
-    y = tile_matmul_fused(
-        x.t(), weight, case.index, 44, backend="triton", gelu=True, feature_major=False
-    )
-    y.sum().backward()
-    assert x.grad is not None
+    for name, (operation, weight) in operations("triton").items():
+        entered.clear()
+        x = x_of(5).requires_grad_(differentiable(name))
+        run(operation, x, weight)
+        assert entered and all(t.device == x.device for t in entered)

@@ -40,7 +40,7 @@ needs_nvrtc = pytest.mark.skipif(nvrtc.compiler() is None, reason="no libnvrtc")
     ("arch", "dtype"),
     [
         (90, torch.bfloat16),
-        (80, torch.float16),
+        pytest.param(80, torch.float16, marks=pytest.mark.slow),
         pytest.param(90, torch.float16, marks=pytest.mark.slow),
         pytest.param(80, torch.bfloat16, marks=pytest.mark.slow),
     ],
@@ -69,36 +69,27 @@ def test_compiler_errors_say_what_is_wrong() -> None:
         nvrtc.compile_source(input_gradient.SOURCE, 90, {"HEIGHT": 16, "BFLOAT16": 1})
 
 
-@pytest.mark.parametrize("height", input_gradient.HEIGHTS)
-def test_tiles_fit_into_shared_memory(height: int) -> None:
-    for arch, shared_memory in SHARED_MEMORY.items():
-        for in_features in (1, 768, 1600, 3072, 5120):
-            slices = cuda.num_slices(in_features, height, shared_memory)
-            needed = input_gradient.shared_bytes(height, None, -(-in_features // slices))
-            assert needed <= shared_memory
-            assert slices == 1 or needed > shared_memory * (slices - 1) / slices - (64 << 10)
-        assert cuda.num_slices(768, height, shared_memory) == {80: 2, 90: 1}[arch]
+def test_tiles_fit_into_shared_memory() -> None:
+    for height in input_gradient.HEIGHTS:
+        for arch, shared_memory in SHARED_MEMORY.items():
+            for in_features in (1, 768, 1600, 3072, 5120):
+                slices = cuda.num_slices(in_features, height, shared_memory)
+                needed = input_gradient.shared_bytes(height, None, -(-in_features // slices))
+                assert needed <= shared_memory
+                assert slices == 1 or needed > shared_memory * (slices - 1) / slices - (64 << 10)
+            assert cuda.num_slices(768, height, shared_memory) == {80: 2, 90: 1}[arch]
 
 
-@pytest.mark.parametrize(
-    ("kind", "major", "library", "expected"),
-    [
+def test_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, major, library, expected in (
         ("cuda", 9, "NVRTC", True),
         ("cuda", 8, "NVRTC", True),
         ("cuda", 7, "NVRTC", False),
         ("cuda", 9, None, False),
         ("cpu", 9, "NVRTC", False),
-    ],
-)
-def test_available(
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    major: int,
-    library: str | None,
-    expected: bool,
-) -> None:
-    properties = SimpleNamespace(major=major)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(nvrtc, "compiler", lambda: library)
-    monkeypatch.setattr(nvrtc, "driver", lambda: "driver")
-    assert cuda.available(torch.device(kind)) is expected
+    ):
+        properties = SimpleNamespace(major=major)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
+        monkeypatch.setattr(nvrtc, "compiler", lambda found=library: found)
+        monkeypatch.setattr(nvrtc, "driver", lambda: "driver")
+        assert cuda.available(torch.device(kind)) is expected

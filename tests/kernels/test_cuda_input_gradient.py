@@ -4,7 +4,6 @@ import ctypes
 import functools
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,22 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.activations import empty_features
-from padst_kernels.tiles import cuda, kernels, tile_index, tile_matmul
+from kernel_cases import DEVICE, activation, assert_agrees, make_tiles
+from padst_kernels.tiles import cuda, kernels
 from padst_kernels.tiles.cuda import input_gradient, nvrtc
 from padst_kernels.tiles.kernels import launch_input_gradient
 
 HERE = Path(__file__).parent
-DTYPES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty() -> Iterator[None]:
-    """Tensors made by `empty` hold NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 
 
 @dataclass
@@ -67,19 +57,13 @@ def make_case(
     return Case(weight, columns, rows.int(), dense[:-1, :-1])
 
 
-def activation(num_features: int, num_tokens: int, like: Tensor) -> Tensor:
-    """Standard normal, feature-major, with NaN in the padding."""
-    x = empty_features(num_features, num_tokens, like)
-    return x.copy_(torch.randn(num_features, num_tokens))
-
-
 def input_gradient_of(
-    case: Case, dy: Tensor, slices: int = 1, tile: cuda.Tile | None = None
+    case: Case, dy: Tensor, slices: int = 1, launch: cuda.LaunchShape | None = None
 ) -> Tensor:
     in_features = case.dense.shape[1]
     entries = cuda.slice_entries(case.columns, in_features, slices)
     return cuda.launch_input_gradient_tile(
-        dy, case.weight, case.rows, entries, in_features, tile=tile
+        dy, case.weight, case.rows, entries, in_features, launch=launch
     )
 
 
@@ -131,6 +115,8 @@ class Emulator:
 @pytest.fixture
 def emulator(monkeypatch: pytest.MonkeyPatch) -> Emulator:
     """The launcher works on CPU tensors."""
+    if DEVICE != "cpu":
+        pytest.skip("the emulation is of tensors on a CPU")
     settings = Emulator()
 
     class Kernel(nvrtc.Kernel):
@@ -170,41 +156,50 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Emulator:
     return settings
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("height", input_gradient.HEIGHTS)
-def test_equals_the_dense_reference(emulator: Emulator, height: int, dtype: torch.dtype) -> None:
-    case = make_case(dtype, height, num_groups=5, width=40, sizes=(61, 150))
-    dy = activation(150, 70, case.weight)
+# Compiling an emulation takes longer than running it.
+@pytest.mark.parametrize(
+    ("height", "dtype"),
+    [
+        (16, BFLOAT16),
+        (32, FLOAT16),
+        (64, BFLOAT16),
+        (128, FLOAT16),
+        pytest.param(16, FLOAT16, marks=pytest.mark.slow),
+        pytest.param(32, BFLOAT16, marks=pytest.mark.slow),
+        pytest.param(64, FLOAT16, marks=pytest.mark.slow),
+        pytest.param(128, BFLOAT16, marks=pytest.mark.slow),
+    ],
+)
+def test_equals_the_dense_product(emulator: Emulator, height: int, dtype: torch.dtype) -> None:
+    case = make_case(dtype, height, num_groups=3, width=40, sizes=(61, 150))
+    dy = activation(150, 70, dtype=dtype)
     assert_rounded(input_gradient_of(case, dy), case, dy)
+    # No bank conflicts, whatever the columns: of multiples of 8 the rows of a matrix instruction
+    # all start in the same bank.
+    for columns in (torch.arange(0, 256, 8), torch.randperm(256)[:32]):
+        case = make_case(dtype, height, 1, 32, (256, 130), (columns,))
+        input_gradient_of(case, activation(130, 64, dtype=dtype))
+        assert emulator.conflicts == 0
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 64, 129])
-@pytest.mark.parametrize("sizes", [(200, 17), (9, 90)], ids=["wide", "tall"])
-def test_rectangles_and_tokens(emulator: Emulator, num_tokens: int, sizes: tuple[int, int]) -> None:
-    case = make_case(torch.bfloat16, 16, num_groups=3, width=min(sizes[0], 37), sizes=sizes)
-    dy = activation(sizes[1], num_tokens, case.weight)
-    assert_rounded(input_gradient_of(case, dy), case, dy)
+def test_rectangles_and_tokens(emulator: Emulator) -> None:
+    for sizes in ((200, 17), (9, 90)):
+        for num_tokens in (1, 16, 64, 129):
+            case = make_case(BFLOAT16, 16, num_groups=3, width=min(sizes[0], 37), sizes=sizes)
+            dy = activation(sizes[1], num_tokens, dtype=BFLOAT16)
+            assert_rounded(input_gradient_of(case, dy), case, dy)
 
 
-@pytest.mark.parametrize("slices", [1, 2, 5])
 @pytest.mark.parametrize(("warps", "stages"), [(4, 8), (10, 2)])
-def test_slices_of_any_columns(emulator: Emulator, slices: int, warps: int, stages: int) -> None:
+def test_slices_of_any_columns(emulator: Emulator, warps: int, stages: int) -> None:
     # 140 slots of a group take several turns of a block, or none where all lie in other slices.
     ends = torch.arange(140), torch.arange(560, 700).flip(0)
     case = make_case(torch.bfloat16, 16, 6, 140, (700, 40), first_columns=ends)
-    dy = activation(40, 33, case.weight)
-    assert_rounded(input_gradient_of(case, dy, slices, cuda.Tile(warps, stages)), case, dy)
-
-
-@pytest.mark.parametrize("height", input_gradient.HEIGHTS)
-def test_no_bank_conflicts_whatever_the_columns(emulator: Emulator, height: int) -> None:
-    # Multiples of 8: the rows of a matrix instruction all start in the same bank.
-    columns = torch.arange(0, 256, 8), torch.randperm(256)[:32]
-    case = make_case(torch.float16, height, 1, 32, (256, 130), columns[:1])
-    for given in columns:
-        case.columns[0] = given
-        input_gradient_of(case, activation(130, 64, case.weight), tile=cuda.Tile(4, 2))
-        assert emulator.conflicts == 0
+    dy = activation(40, 33, dtype=case.weight.dtype)
+    for slices in (1, 2, 5):
+        assert_rounded(
+            input_gradient_of(case, dy, slices, cuda.LaunchShape(warps, stages)), case, dy
+        )
 
 
 @pytest.mark.parametrize(
@@ -226,42 +221,52 @@ def test_the_emulation_finds_faults(emulator: Emulator, old: str, new: str, foun
     case = make_case(torch.float16, 16, 12, 64, (64, 40))
     emulator.fault = old, new
     with pytest.raises(AssertionError, match=found):
-        input_gradient_of(case, activation(40, 20, case.weight))
+        input_gradient_of(case, activation(40, 20, dtype=case.weight.dtype))
 
 
-@pytest.mark.parametrize("unswizzled", ["(n ^ turn)", "(chunk ^ (place & 7))"])
-def test_the_emulation_counts_bank_conflicts(emulator: Emulator, unswizzled: str) -> None:
-    case = make_case(torch.float16, 16, 1, 32, (256, 40))
-    case.columns[:] = torch.arange(32)
-    emulator.fault = unswizzled, unswizzled.split()[0][1:]
-    input_gradient_of(case, activation(40, 64, case.weight), tile=cuda.Tile(4, 8))
-    assert emulator.conflicts > 0
+def test_the_emulation_counts_bank_conflicts(emulator: Emulator) -> None:
+    for unswizzled in ("(n ^ turn)", "(chunk ^ (place & 7))"):
+        case = make_case(FLOAT16, 16, 1, 32, (256, 40))
+        case.columns[:] = torch.arange(32)
+        emulator.fault = unswizzled, unswizzled.split()[0][1:]
+        input_gradient_of(case, activation(40, 64, dtype=FLOAT16), launch=cuda.LaunchShape(4, 8))
+        assert emulator.conflicts > 0
 
 
-@pytest.mark.parametrize("num_tokens", [5, 70])
 def test_the_backend_computes_dx_with_it(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the whole operator: permuted columns and rows, token-major activations."""
     columns = torch.stack([torch.randperm(45)[:9] for _ in range(4)])
-    arguments = columns, None, torch.randperm(64)[:61]
-    options = {"height": 16, "num_row_groups": 4, "in_features": 45, "out_features": 61}
-    index = tile_index(*arguments, **options, num_slices=2)
-    x = torch.randn(num_tokens, 45).half().requires_grad_()
-    weight = torch.randn(4, 9, 16).half().requires_grad_()
-    dy = torch.randn(num_tokens, 61).half()
-    y = tile_matmul(x, weight, index, 61, backend="triton")
-    expected = torch.autograd.grad(y, (x, weight), dy)
+    case = make_tiles(
+        columns, None, (61, 45), height=16, num_row_groups=4, permuted=True, num_slices=2
+    )
+    # Not by the kernel that it replaces.
     monkeypatch.setattr(kernels, "launch_input_gradient", None)
-    y = tile_matmul(x, weight, index, 61, backend="cuda")
-    for ours, theirs in zip(torch.autograd.grad(y, (x, weight), dy), expected, strict=True):
-        assert ours.is_contiguous() and ours.dtype == theirs.dtype
-        assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
+    for num_tokens in (5, 70):
+        x, weight = case.x(num_tokens, dtype=FLOAT16), case.weight.half()
+        for gradient in assert_agrees(case.product("cuda"), case.reference, x, weight):
+            assert gradient.is_contiguous()
+
+
+@torch.no_grad()
+def test_operators_pass_opcheck(emulator: Emulator) -> None:
+    columns = torch.stack([torch.randperm(45)[:9] for _ in range(4)])
+    case = make_tiles(
+        columns, None, (61, 45), height=16, num_row_groups=4, permuted=True, num_slices=2
+    )
+    dy, weight = torch.randn(70, 61).half(), case.weight.half()
+    for feature_major in (False, True):
+        torch.library.opcheck(
+            torch.ops.padst.tile_matmul_input_gradient.default,
+            (dy, weight, *case.index, feature_major, "cuda"),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator) -> None:
-    case = make_case(torch.bfloat16, 32, 9, 70, (90, 60))
-    dy = activation(60, 40, case.weight)
+    case = make_case(BFLOAT16, 32, 9, 70, (90, 60))
+    dy = activation(60, 40, dtype=case.weight.dtype)
     results = []
     for emulator.seed in range(4):
         results.append(input_gradient_of(case, dy, 2))
@@ -270,9 +275,9 @@ def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator) -> None:
 
 def test_nothing_to_do(emulator: Emulator) -> None:
     case = make_case(torch.bfloat16, 16, 2, 8, (20, 32))
-    assert input_gradient_of(case, activation(32, 0, case.weight)).shape == (20, 0)
+    assert input_gradient_of(case, activation(32, 0, dtype=case.weight.dtype)).shape == (20, 0)
     case = Case(case.weight[:0], case.columns[:0], case.rows[:0], torch.zeros(32, 20))
-    assert (input_gradient_of(case, activation(32, 3, case.weight)) == 0).all()
+    assert (input_gradient_of(case, activation(32, 3, dtype=case.weight.dtype)) == 0).all()
 
 
 def test_an_unaligned_weight_is_copied(emulator: Emulator) -> None:
@@ -280,7 +285,7 @@ def test_an_unaligned_weight_is_copied(emulator: Emulator) -> None:
     shifted = torch.empty(case.weight.numel() + 1, dtype=torch.bfloat16)[1:]
     case.weight = shifted.copy_(case.weight.flatten()).view(case.weight.shape)
     assert case.weight.data_ptr() % 16
-    dy = activation(32, 3, case.weight)
+    dy = activation(32, 3, dtype=case.weight.dtype)
     assert_rounded(input_gradient_of(case, dy), case, dy)
 
 
@@ -303,7 +308,7 @@ def test_slices_too_wide_for_the_device_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     case = make_case(torch.bfloat16, 64, 1, 8, (768, 64))
     with pytest.raises(ValueError, match="768 inputs in a slice need 221184 bytes of shared mem"):
-        input_gradient_of(case, activation(64, 3, case.weight))
+        input_gradient_of(case, activation(64, 3, dtype=case.weight.dtype))
 
 
 def test_slices_partition_the_slots() -> None:
@@ -322,10 +327,14 @@ def test_slices_partition_the_slots() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
 @pytest.mark.parametrize("height", input_gradient.HEIGHTS)
-@pytest.mark.parametrize("sizes", [(768, 3072), (3072, 768), (90, 200)], ids=str)
-def test_on_a_device(height: int, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+def test_on_a_device(height: int, dtype: torch.dtype) -> None:
+    for sizes in ((768, 3072), (3072, 768), (90, 200)):
+        compare_on_a_device(height, dtype, sizes)
+
+
+def compare_on_a_device(height: int, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if not cuda.available(device):
         pytest.skip("below sm_80, or no NVRTC")
@@ -334,7 +343,7 @@ def test_on_a_device(height: int, dtype: torch.dtype, sizes: tuple[int, int]) ->
     case = make_case(dtype, height, num_groups, width, sizes)
     case.weight, case.columns = case.weight.to(device), case.columns.to(device)
     case.rows = case.rows.to(device)
-    dy = activation(out_features, 4 * 197, case.weight)
+    dy = activation(out_features, 4 * 197, dtype=dtype)
     shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     fewest = cuda.num_slices(in_features, height, shared_memory)
     for slices in (fewest, fewest + 2):

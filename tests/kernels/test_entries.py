@@ -1,153 +1,196 @@
-"""Condensed weights for inference."""
+"""Training of weights whose rows have inputs of their own: `entry_matmul`, `entry_index`."""
 
 import pytest
 import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from padst_kernels.entries import Condensed, condense, condensed_matmul, native
+from kernel_cases import (
+    DEVICE,
+    FLOORS,
+    Entries,
+    assert_agrees,
+    make_entries,
+    needs,
+    random_entries,
+)
+from padst_kernels import Backend
+from padst_kernels.entries import EntryIndex, entry_index, entry_matmul, native
+from padst_kernels.entries.reference import dense_weight
 
-# Outputs, inputs, entries in each row that has any, rows without entries.
+BACKENDS: list[Backend] = ["native", "torch"]
+# Shape, entries, padding.
 SHAPES = [
-    (67, 41, 5, 0),
-    (67, 41, 41, 3),
-    (33, 300, 17, 30),
-    (1, 3, 1, 0),
-    (48, 64, 8, 47),
-    (48, 64, 8, 48),
+    ((67, 41), 300, 5),
+    ((41, 67), 41 * 67, 1),
+    ((3, 300), 90, 0),
+    ((130, 64), 700, 9),
+    ((1, 3), 1, 0),
+    ((20, 9), 0, 2),
 ]
-FLOORS = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Condensed, Tensor]:
-    """A condensed weight with ragged rows and padding, and the same weight dense in float64."""
-    out_features, in_features, count, num_dead = shape
-    scores = torch.rand(out_features, in_features)
-    kept = scores >= scores.topk(count, dim=1).values[:, -1:]
-    kept[torch.randperm(out_features)[:num_dead]] = False
-    kept[:, 0] &= torch.rand(out_features) < 0.5
-    dense = torch.where(kept, torch.randn(out_features, in_features), 0.0).to(dtype)
-    entries = kept.flatten().nonzero().squeeze(1)
-    entries = entries[torch.randperm(len(entries))]
-    values = torch.cat([dense.flatten()[entries], torch.ones(2, dtype=dtype)])
-    entries = torch.cat([entries, torch.full((2,), dense.numel())])  # padding
-    return condense(values, entries, out_features, in_features), dense.double()
+def small() -> Entries:
+    return random_entries(*SHAPES[0])
 
 
-@pytest.fixture(params=["native", "torch"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "native" and not native.functions():
-        pytest.skip("no compiler")
-    return request.param
+def test_the_reference_multiplies_with_the_weight_that_the_index_was_made_for() -> None:
+    for shape in SHAPES:
+        for by_row in (False, True):
+            case = random_entries(*shape, by_row=by_row)
+            assert torch.equal(dense_weight(case.values, case.index, shape[0][0]), case.dense())
+
+
+def check_shapes(backend: Backend, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        for by_row in (False, True):
+            for tokens in (0, 1, 5, 9, 33, 197):
+                case = random_entries(*shape, by_row=by_row)
+                *_, dvalues = assert_agrees(
+                    case.product(backend),
+                    case.reference,
+                    case.x(tokens, dtype=dtype),
+                    case.values.to(dtype),
+                    about=(shape, by_row, tokens),
+                )
+                assert (dvalues[case.entries == case.shape[0] * case.shape[1]] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", FLOORS, ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 16, 33, 70])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_dense_product(
-    shape: tuple[int, ...], tokens: int, dtype: torch.dtype, backend: str
-) -> None:
-    weight, dense = make(shape, dtype)
-    x = torch.randn(tokens, shape[1]).to(dtype)
-    y = condensed_matmul(x, weight, backend=backend)
-    expected = x.double() @ dense.T
-    half_error = float((x @ dense.to(dtype).T - expected).norm())
-    assert y.dtype == dtype and y.shape == expected.shape and y.is_contiguous()
-    assert float((y - expected).norm()) <= max(2 * half_error, FLOORS[dtype] * expected.norm())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_the_reference(backend: Backend, dtype: torch.dtype) -> None:
+    needs(backend)
+    check_shapes(backend, dtype)
 
 
-def test_rows_without_entries_take_no_storage() -> None:
-    weight, dense = make((33, 300, 17, 30), torch.float32)
-    assert len(weight.rows) == int(dense.any(dim=1).sum())
-    assert len(weight.values) == int((dense != 0).sum())
-    assert weight.columns.dtype == torch.uint16
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_instructions")
+def test_equals_the_reference_with_other_instructions() -> None:
+    for dtype in FLOORS:
+        check_shapes("native", dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_half_of_the_neurons_removed(tokens: int, backend: str) -> None:
-    """SRigL's ablation: those that stay keep their place, the others are zero."""
-    weight, dense = make((200, 96, 9, 100), torch.float32)
-    assert len(weight.rows) == 100
-    x = torch.randn(tokens, 96)
-    y = condensed_matmul(x, weight, backend=backend)
-    torch.testing.assert_close(y, (x.double() @ dense.T).float())
-    assert (y[:, ~dense.any(dim=1)] == 0).all()
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_equals_the_reference_whatever_the_shape(data: st.DataObject) -> None:
+    outputs, inputs = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    count = data.draw(st.integers(0, outputs * inputs))
+    by_row = data.draw(st.booleans())
+    case = random_entries((outputs, inputs), count, data.draw(st.integers(0, 9)), by_row=by_row)
+    dtype = data.draw(st.sampled_from(list(FLOORS)))
+    backend = data.draw(st.sampled_from(BACKENDS if DEVICE == "cpu" else BACKENDS[1:]))
+    x = case.x(data.draw(st.integers(0, 70)), dtype=dtype)
+    assert_agrees(case.product(backend), case.reference, x, case.values.to(dtype))
 
 
-def test_infinities_reach_only_the_rows_that_read_them(backend: str) -> None:
-    weight, dense = make((67, 41, 5, 3), torch.float32)
-    for tokens in (1, 3, 40):
-        x = torch.randn(tokens, 41)
-        x[:, 7] = torch.inf
-        y = condensed_matmul(x, weight, backend=backend)
-        assert torch.equal(y[0].isfinite(), dense[:, 7] == 0)
+def test_a_wrong_native_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("native")
+    case = small()
+    x = case.x(9)
+    assert_agrees(case.product("native"), case.reference, x, case.values)
+    for name in ("product", "input_gradient", "values_gradient"):
+        right = getattr(native, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, name, lambda *a, right=right: right(*a) * 1.01)
+            with pytest.raises(AssertionError, match=r"y|gradient"):
+                assert_agrees(case.product("native"), case.reference, x, case.values)
 
 
-def test_takes_any_strides_and_leading_dimensions(backend: str) -> None:
-    weight, dense = make((67, 41, 5, 3), torch.float32)
-    x = torch.randn(41, 6, 5).permute(2, 1, 0)
-    torch.testing.assert_close(condensed_matmul(x, weight, backend=backend), x @ dense.T.float())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_entries_any_strides_and_leading_dimensions(backend: Backend) -> None:
+    needs(backend)
+    entries = torch.arange(0, 40 * 30, 7)
+    case = make_entries((40, 30), entries[entries // 30 % 2 == 0])
+    y, *_ = assert_agrees(case.product(backend), case.reference, case.x(6), case.values)
+    assert (y[:, 1::2] == 0).all()
 
-
-def test_wide_inputs_use_wide_columns() -> None:
-    entries = torch.tensor([3, 70_000, 70_000 + 69_999])
-    weight = condense(torch.ones(3), entries, 2, 70_000)
-    x = torch.arange(70_000.0)[None]
-    assert condensed_matmul(x, weight, backend="native").tolist() == [[3.0, 69_999.0]]
-
-
-@pytest.mark.parametrize("tokens", [1, 8, 40])
-@pytest.mark.parametrize(
-    ("field", "place", "number"),
-    [
-        ("columns", 3, 41),
-        ("columns", -1, 65_535),
-        ("rows", -1, 67),
-        ("rows", 5, -1),
-        ("row_pointer", 4, 1 << 20),
-        ("row_pointer", -1, 1 << 20),
-        ("row_pointer", 0, -1),
-    ],
-)
-def test_an_index_out_of_range_is_an_error_not_a_crash(
-    field: str, place: int, number: int, tokens: int
-) -> None:
-    if not native.functions():
-        pytest.skip("no compiler")
-    weight, _ = make((67, 41, 5, 3), torch.float32)
-    getattr(weight, field)[place] = number
-    with pytest.raises(IndexError, match="out of range"):
-        condensed_matmul(torch.randn(tokens, 41), weight, backend="native")
+    case = small()
+    x = case.x(60).t().contiguous().t().view(5, 12, 41)
+    values = torch.cat([case.values, case.values], 1)[:, :1]
+    dy = torch.randn(67, 12, 5, device=DEVICE).permute(2, 1, 0)
+    assert_agrees(case.product(backend), case.reference, x, values, dy=dy)
 
 
 def test_threads_change_no_bit() -> None:
-    weight, _ = make((900, 300, 160, 20), torch.float32)
-    for tokens in (1, 8, 40, 500):
-        x = torch.randn(tokens, 300)
-        single = condensed_matmul(x, weight, backend="native")
-        torch.set_num_threads(2)
-        try:
-            double = condensed_matmul(x, weight, backend="native")
-        finally:
-            torch.set_num_threads(1)
-        assert torch.equal(single, double)
+    needs("native")
+    for dtype in (torch.float32, torch.bfloat16):
+        case = random_entries((700, 300), 140_000, 20)
+        values = case.values.to(dtype).requires_grad_()
+        for tokens in (1, 8, 16, 500):
+            x = case.x(tokens, dtype=dtype).requires_grad_()
+            results: list[tuple[Tensor, ...]] = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                try:
+                    y = case.product("native")(x, values)
+                    dy = torch.ones_like(y)
+                    results.append((y, *torch.autograd.grad(y, (x, values), dy)))
+                finally:
+                    torch.set_num_threads(1)
+            for one, two in zip(*results, strict=True):
+                assert torch.equal(one, two)
 
 
-def test_compiles_whole() -> None:
-    weight, dense = make((67, 41, 5, 3), torch.float32)
-    x = torch.randn(9, 41)
+def test_one_compilation_and_one_set_of_tensors_serve_every_topology() -> None:
     torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def run(x: Tensor) -> Tensor:
-        return condensed_matmul(x, weight, backend="native").relu()
+    @torch.compile(fullgraph=True, backend=count)
+    def run(x: Tensor, values: Tensor, index: EntryIndex) -> Tensor:
+        return entry_matmul(x, values, index, 67, backend="native").relu()
 
-    with torch.no_grad():
-        torch.testing.assert_close(run(x), (x @ dense.T.float()).relu())
+    first = small()
+    assert random_entries(*SHAPES[0], by_row=True).index.order is None
+    for _ in range(2):
+        case = small()
+        for old, new in zip(first.index, case.index, strict=True):
+            assert old is not None and new is not None
+            assert (old.shape, old.dtype) == (new.shape, new.dtype)
+            old.copy_(new)
+        assert_agrees(
+            lambda x, v: run(x, v, first.index),
+            lambda x, v, case=case: case.reference(x, v).relu(),
+            case.x(40),
+            case.values,
+        )
+    assert count.frame_count == 1
 
 
-def test_refuses_what_it_cannot_do() -> None:
-    weight, _ = make((67, 41, 5, 3), torch.float32)
+def test_an_index_out_of_range_is_an_error_not_a_crash() -> None:
+    needs("native")
+    for tokens in (1, 9, 40):
+        for by_row, by_column, place, number in (
+            ("columns", "rows", 3, 67),
+            ("order", "slots", 7, 305),
+            ("order", "slots", 3, -1),
+            ("row_pointer", "column_pointer", 9, 1 << 20),
+        ):
+            case = small()
+            x, values, index, dy = case.x(tokens), case.values, case.index, torch.ones(tokens, 67)
+            getattr(index, by_row)[place] = number
+            getattr(index, by_column)[place] = number
+            with pytest.raises(IndexError, match="out of range"):
+                native.product(x, values, index, 67)
+            with pytest.raises(IndexError, match="out of range"):
+                native.input_gradient(dy, values, index)
+            with pytest.raises(IndexError, match="out of range"):
+                native.values_gradient(x, dy, index)
+    case = small()
+    case.index.columns[3] = 41
+    with pytest.raises(IndexError, match="out of range"):
+        case.product("torch")(case.x(4), case.values)
+
+
+def test_names_shapes_dtypes_and_promises_that_do_not_hold() -> None:
+    case = small()
+    x, values = case.x(4), case.values
+    with pytest.raises(ValueError, match="expected 305 elements"):
+        entry_matmul(x, values[1:], case.index, 67)
     with pytest.raises(ValueError, match="expected 41 features"):
-        condensed_matmul(torch.randn(2, 40), weight, backend="native")
-    with pytest.raises(ValueError, match="inference only"):
-        condensed_matmul(torch.randn(2, 41, requires_grad=True), weight, backend="native")
+        entry_matmul(x[:, :40], values, case.index, 67)
+    with pytest.raises(ValueError, match=r"expected 41 features of torch\.float64"):
+        entry_matmul(x, values.double(), case.index, 67)
+    with pytest.raises(ValueError, match="do not ascend"):
+        entry_index(case.entries, 67, 41, by_row=True)

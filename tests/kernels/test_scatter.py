@@ -1,23 +1,21 @@
 import torch
 
-from padst_kernels.scatter import scatter_matmul
+from kernel_cases import assert_agrees
+from padst_kernels.scatter import scatter_matmul, scatter_matmul_reference
 
 
-def test_equals_the_dense_product_and_ignores_padding() -> None:
-    x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
-    values = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+def test_equals_the_reference_and_ignores_padding() -> None:
     entries = torch.tensor([[0, 13], [34, 7], [20, 35], [35, 35]])  # 35 = 7 * 5: padding
-    inside = entries.flatten() < 35
-
-    y = scatter_matmul(x, values, entries, 7)
-    dense = torch.zeros(35, dtype=torch.float64)
-    dense = dense.index_put((entries.flatten()[inside],), values.flatten()[inside])
-    reference = x @ dense.view(7, 5).T
-    dy = torch.randn_like(y)
-    torch.testing.assert_close(y, reference)
-    for grad, expected in zip(
-        torch.autograd.grad(y, (x, values), dy),
-        torch.autograd.grad(reference, (x, values), dy),
-        strict=True,
-    ):
-        torch.testing.assert_close(grad, expected)
+    dense = scatter_matmul_reference(torch.eye(5), torch.arange(1.0, 9).view(4, 2), entries, 7).t()
+    assert dense.flatten().nonzero().flatten().tolist() == [0, 7, 13, 20, 34]
+    assert dense.flatten()[[0, 7, 13, 20, 34]].tolist() == [1, 4, 2, 5, 3]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for index in (entries, entries.int()):
+            for tokens in ((), (9,), (2, 0), (2, 3)):
+                _, _, dvalues = assert_agrees(
+                    lambda x, v, index=index: scatter_matmul(x, v, index, 7),
+                    lambda x, v: scatter_matmul_reference(x, v, entries, 7),
+                    torch.randn(*tokens, 5).to(dtype),
+                    torch.randn(4, 2).to(dtype),
+                )
+                assert (dvalues[entries == 35] == 0).all()

@@ -1,4 +1,7 @@
-"""Numerics of the Triton kernels against dense float64; interpreted where there is no GPU."""
+"""What only launchers of Triton kernels can be asked for, against dense float64.
+
+Interpreted where there is no GPU.
+"""
 
 from dataclasses import dataclass
 
@@ -6,12 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from padst_kernels.activations import empty_features
+from kernel_cases import DEVICE, activation, dtypes_of, relative_error
 from padst_kernels.tiles import kernels
-
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -79,16 +78,17 @@ def make_case(
     )
 
 
-def activation(num_features: int, num_tokens: int, feature_major: bool = True) -> Tensor:
-    """Standard normal, with NaN in the padding."""
-    like = torch.empty(0, device=DEVICE)
-    x = empty_features(num_features, num_tokens, like, feature_major)
-    return x.copy_(torch.randn(num_features, num_tokens))
+def assert_close(value: Tensor, expected: Tensor, about: object = "") -> None:
+    error = relative_error(value.cpu(), expected)
+    assert error < 1e-5, (about, error)
 
 
-def assert_close(value: Tensor, expected: Tensor) -> None:
-    error = (value.double().cpu() - expected).norm() / expected.norm()
-    assert error < 1e-4, float(error)
+def gradient_index(case: Case, in_features: int) -> tuple[Tensor, Tensor, int]:
+    """What `launch_input_gradient` reads to find the slots of each input."""
+    flat = case.columns.flatten().cpu()
+    counts = torch.bincount(flat, minlength=in_features).cumsum(0)
+    pointer = torch.cat([torch.zeros(1), counts])
+    return int32(pointer), int32(flat.argsort(stable=True)), in_features
 
 
 CASES = {
@@ -102,55 +102,30 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("num_tokens", [1, 197])
-@pytest.mark.parametrize("permuted", [False, True])
-def test_product_of_any_shape(name: str, num_tokens: int, permuted: bool) -> None:
-    case = make_case(*CASES[name], permuted=permuted)
-    x = activation(case.dense.shape[1], num_tokens)
-    y = kernels.launch_product(
-        x, case.weight, case.columns, case.row_pointer, case.out_features, rows=case.rows
-    )
-    assert_close(y, case.dense @ x.double().cpu())
+def test_product_and_weight_gradient_of_any_shape(name: str) -> None:
+    for permuted, num_tokens in ((False, 1), (True, 70)):
+        case = make_case(*CASES[name], permuted=permuted)
+        out_features, in_features = case.dense.shape
+        height = case.weight.shape[2]
+        x, dy = activation(in_features, num_tokens), activation(out_features, num_tokens, permuted)
+        y = kernels.launch_product(
+            x, case.weight, case.columns, case.row_pointer, out_features, rows=case.rows
+        )
+        assert_close(y, case.dense @ x.double().cpu(), (permuted, num_tokens))
+        if case.rows is None:
+            continue
+        dense = dy.double().cpu() @ x.double().cpu().T
+        dense = torch.cat([dense, dense.new_zeros(1, in_features)])  # padding rows
+        rows = case.rows.view(-1, height)[case.owner].long().cpu()
+        expected = dense[rows[:, None, :], case.columns.long().cpu()[:, :, None]]
+        for splits in (1, 3):
+            dweight = kernels.launch_weight_gradient(
+                x, dy, case.columns, case.row_pointer, case.rows, height, splits=splits
+            )
+            assert_close(dweight, expected, splits)
 
 
-@pytest.mark.parametrize("x_layout", [True, False])
-@pytest.mark.parametrize("y_layout", [True, False])
-@pytest.mark.parametrize("num_tokens", [5, 33])
-@pytest.mark.parametrize("epilogue", ["", "bias", "bias gelu", "residual", "bias gelu residual"])
-def test_layouts_and_epilogues(
-    x_layout: bool, y_layout: bool, num_tokens: int, epilogue: str
-) -> None:
-    case = make_case(*CASES["nm16"])
-    x = activation(case.dense.shape[1], num_tokens, x_layout)
-    bias = torch.randn(case.out_features, device=DEVICE) if "bias" in epilogue else None
-    residual = None
-    if "residual" in epilogue:
-        residual = activation(case.out_features, num_tokens, y_layout)
-    y = kernels.launch_product(
-        x,
-        case.weight,
-        case.columns,
-        case.row_pointer,
-        case.out_features,
-        rows=case.rows,
-        bias=bias,
-        gelu="gelu" in epilogue,
-        residual=residual,
-        feature_major=y_layout,
-    )
-    assert y.stride(1 if y_layout else 0) == 1
-    expected = case.dense @ x.double().cpu()
-    if bias is not None:
-        expected += bias.double().cpu()[:, None]
-    if "gelu" in epilogue:
-        expected = torch.nn.functional.gelu(expected)
-    if residual is not None:
-        expected += residual.double().cpu()
-    assert_close(y, expected)
-
-
-@pytest.mark.parametrize("size", [8, 16, 32])
-@pytest.mark.parametrize("feature_major", [True, False])
+@pytest.mark.parametrize(("size", "feature_major"), [(8, True), (16, False), (32, True)])
 def test_transposed_product_is_the_input_gradient_of_blocks(size: int, feature_major: bool) -> None:
     in_blocks, counts = 5, [2, 0, 4]
     in_features, out_features = in_blocks * size, 3 * size - 3
@@ -181,68 +156,35 @@ def test_transposed_product_is_the_input_gradient_of_blocks(size: int, feature_m
 
 
 @pytest.mark.parametrize("name", ["nm16", "nm64", "nm8_wide", "tall"])
-@pytest.mark.parametrize("num_tokens", [1, 197])
-@pytest.mark.parametrize("layouts", [(True, True), (False, False)], ids=str)
-def test_input_gradient_by_slots(name: str, num_tokens: int, layouts: tuple[bool, bool]) -> None:
+def test_input_gradient_by_slots(name: str) -> None:
     case = make_case(*CASES[name])
     case.weight.nan_to_num_(nan=7.0)  # padding is finite
     assert case.rows is not None
     out_features, in_features = case.dense.shape
-    flat = case.columns.flatten().cpu()
-    counts = torch.bincount(flat, minlength=in_features).cumsum(0)
-    dy = activation(out_features, num_tokens, layouts[0])
-    dx = kernels.launch_input_gradient(
-        dy,
-        case.weight,
-        case.rows.view(len(case.weight), -1),
-        int32(torch.cat([torch.zeros(1), counts])),
-        int32(flat.argsort(stable=True)),
-        in_features,
-        feature_major=layouts[1],
-        workspace=1,  # cuts 197 tokens into two chunks
-    )
-    assert_close(dx, case.dense.T @ dy.double().cpu())
+    # A workspace for 128 tokens: two chunks.
+    for num_tokens, feature_major in ((1, False), (133, True)):
+        dy = activation(out_features, num_tokens, feature_major)
+        dx = kernels.launch_input_gradient(
+            dy,
+            case.weight,
+            case.rows.view(len(case.weight), -1),
+            *gradient_index(case, in_features),
+            feature_major=feature_major,
+            workspace=1,
+        )
+        assert_close(dx, case.dense.T @ dy.double().cpu(), num_tokens)
 
 
-@pytest.mark.parametrize("feature_major", [True, False])
-def test_input_gradient_reads_natural_rows_in_runs(feature_major: bool) -> None:
+def test_input_gradient_reads_natural_rows_in_runs() -> None:
     case = make_case(*CASES["nm16"], permuted=False)
     case.weight.nan_to_num_(nan=7.0)
-    flat = case.columns.flatten().cpu()
-    counts = torch.bincount(flat, minlength=60).cumsum(0)
-    dy = activation(41, 33, feature_major)
-    dx = kernels.launch_input_gradient(
-        dy,
-        case.weight,
-        torch.arange(48, device=DEVICE, dtype=torch.int32).clamp(max=41).view(3, 16),
-        int32(torch.cat([torch.zeros(1), counts])),
-        int32(flat.argsort(stable=True)),
-        60,
-        run=16,
-        feature_major=feature_major,
-    )
-    assert_close(dx, case.dense.T @ dy.double().cpu())
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("num_tokens", [5, 197])
-@pytest.mark.parametrize("layouts", [(True, True), (False, False), (True, False)], ids=str)
-def test_weight_gradient(name: str, num_tokens: int, layouts: tuple[bool, bool]) -> None:
-    case = make_case(*CASES[name])
-    assert case.rows is not None
-    out_features, in_features = case.dense.shape
-    height = case.weight.shape[2]
-    x = activation(in_features, num_tokens, layouts[0])
-    dy = activation(out_features, num_tokens, layouts[1])
-    dense = dy.double().cpu() @ x.double().cpu().T
-    dense = torch.cat([dense, dense.new_zeros(1, in_features)])  # padding rows
-    rows = case.rows.view(-1, height)[case.owner].long().cpu()
-    expected = dense[rows[:, None, :], case.columns.long().cpu()[:, :, None]]
-    for splits in (1, 3):
-        dweight = kernels.launch_weight_gradient(
-            x, dy, case.columns, case.row_pointer, case.rows, height, splits=splits
+    rows = torch.arange(48, device=DEVICE, dtype=torch.int32).clamp(max=41).view(3, 16)
+    for feature_major in (True, False):
+        dy = activation(41, 33, feature_major)
+        dx = kernels.launch_input_gradient(
+            dy, case.weight, rows, *gradient_index(case, 60), run=16, feature_major=feature_major
         )
-        assert_close(dweight, expected)
+        assert_close(dx, case.dense.T @ dy.double().cpu())
 
 
 @pytest.mark.parametrize("feature_major", [True, False])
@@ -282,14 +224,16 @@ def test_no_tokens() -> None:
     assert (dweight == 0).all()
 
 
-@pytest.mark.parametrize("row_blocks", [3, 4])
-def test_several_row_blocks_in_a_program(row_blocks: int) -> None:
+def test_several_row_blocks_in_a_program() -> None:
     case = make_case(16, 7, [2, 0, 3, 1, 1, 1], 40, 90)
     x = activation(40, 33)
     arguments = case.weight, case.columns, case.row_pointer, case.out_features
-    tile = kernels.Tile(tokens=16, columns=16, warps=4, stages=2, row_blocks=row_blocks)
-    y = kernels.launch_product(x, *arguments, rows=case.rows, tile=tile)
-    assert_close(y, case.dense @ x.double().cpu())
+    for row_blocks in (3, 4):
+        launch = kernels.LaunchShape(
+            tokens=16, columns=16, warps=4, stages=2, row_blocks=row_blocks
+        )
+        y = kernels.launch_product(x, *arguments, rows=case.rows, launch=launch)
+        assert_close(y, case.dense @ x.double().cpu())
 
 
 def test_columns_out_of_range_read_zero() -> None:
@@ -308,38 +252,25 @@ def test_columns_out_of_range_read_zero() -> None:
     assert dweight.isfinite().all()
 
 
-# The interpreter multiplies the bits of bfloat16 as integers.
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-)
-def test_low_precision_is_as_good_as_that_of_torch(dtype: torch.dtype) -> None:
+def test_low_precision_is_as_good_as_that_of_torch() -> None:
     case = make_case(16, 40, [1, 1, 1], 60, 48, permuted=False)
-    weight = case.weight.to(dtype)
-    dense = case.dense.to(DEVICE, dtype)
-    x = empty_features(60, 33, weight).copy_(torch.randn(60, 33))
-    dy = empty_features(48, 33, weight).copy_(torch.randn(48, 33))
-    flat = case.columns.flatten().cpu()
-    counts = torch.bincount(flat, minlength=60).cumsum(0)
-    dx = kernels.launch_input_gradient(
-        dy,
-        weight,
-        torch.arange(48, device=DEVICE, dtype=torch.int32).view(3, 16),
-        int32(torch.cat([torch.zeros(1), counts])),
-        int32(flat.argsort(stable=True)),
-        60,
-    )
-    dweight = kernels.launch_weight_gradient(x, dy, case.columns, None, None, 16, splits=2)
+    rows = torch.arange(48, device=DEVICE, dtype=torch.int32).view(3, 16)
     groups, columns = torch.arange(48).view(3, 1, 16), case.columns.long().cpu()[:, :, None]
-    pairs = [
-        (kernels.launch_product(x, weight, case.columns, None, 48), dense, x),
-        (dx, dense.T, dy),
-        (dweight, dy, x.T),
-    ]
-    for value, left, right in pairs:
-        truth, of_torch = left.double() @ right.double(), (left @ right).double()
-        if value is dweight:
-            truth, of_torch = truth[groups, columns], of_torch[groups, columns]
-        assert (value.double() - truth).norm() <= 2 * (of_torch - truth).norm()
+    for dtype in dtypes_of("triton")[2:]:
+        weight, dense = case.weight.to(dtype), case.dense.to(DEVICE, dtype)
+        x, dy = activation(60, 33, dtype=dtype), activation(48, 33, dtype=dtype)
+        dx = kernels.launch_input_gradient(dy, weight, rows, *gradient_index(case, 60))
+        dweight = kernels.launch_weight_gradient(x, dy, case.columns, None, None, 16, splits=2)
+        pairs = [
+            (kernels.launch_product(x, weight, case.columns, None, 48), dense, x),
+            (dx, dense.T, dy),
+            (dweight, dy, x.T),
+        ]
+        for value, left, right in pairs:
+            truth, of_torch = left.double() @ right.double(), (left @ right).double()
+            if value is dweight:
+                truth, of_torch = truth[groups, columns], of_torch[groups, columns]
+            assert (value.double() - truth).norm() <= 2 * (of_torch - truth).norm()
 
 
 def test_unaligned_feature_major_is_refused() -> None:

@@ -1,11 +1,13 @@
 """Models have the published sizes, map tiny inputs to logits, and say what does not fit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
 
 from from_yaml import leaf
 from padst_exp.config import build
@@ -144,6 +146,95 @@ def test_gpt2_weights_load_in_float32_and_must_be_complete(tmp_path: Path) -> No
     same = small("gpt2", depth=1, checkpoint=str(tmp_path))
     loaded = build(same, "model", SMALL_TEXT)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-    deeper = small("gpt2", depth=2, checkpoint=str(tmp_path))
+    for key, value in (("depth", 2), ("heads", 1)):
+        other = small("gpt2", **{"depth": 1, key: value}, checkpoint=str(tmp_path))
+        with pytest.raises(UserError, match=rf"^model\.{key}: expected \d as in .*, got {value}$"):
+            build(other, "model", SMALL_TEXT)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["transformer.h.0.attn.c_attn.weight"]
+    save_file(weights, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"^model\.checkpoint: expected weights of .* without \S+$"):
-        build(deeper, "model", SMALL_TEXT)
+        build(same, "model", SMALL_TEXT)
+
+
+def test_a_gpt2_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    node = small("gpt2", depth=1, checkpoint=str(tmp_path))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in (
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-3),
+        ("n_inner", 32),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+        ("model_type", "llama"),
+    ):
+        path.write_text(json.dumps({**config, name: value}))
+        line = mistake(node, SMALL_TEXT)
+        assert line.startswith(f"model.checkpoint: expected a model with {name}=")
+        assert line.endswith(f"with {name}={value}")
+    path.write_text(json.dumps({**config, "n_inner": 64, "resid_pdrop": 0.5}))
+    build(node, "model", SMALL_TEXT)
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    state = build(small("vit"), "model", SMALL_IMAGES).state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    save_file(state, tmp_path / "a.safetensors")
+    nan = {key: torch.full_like(value, torch.nan) for key, value in state.items()}
+    torch.save(nan, tmp_path / "nan.pth")
+    for name in ("a.pth", "a.safetensors", "model.safetensors", "config.json"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        for content in (b"", pointer, whole[: len(whole) // 2], whole[:9], b"\xff" * 99, b"[1]"):
+            path.write_bytes(content)
+            if name.startswith("a."):
+                line = mistake(small("vit", checkpoint=str(path)), SMALL_IMAGES)
+                assert ("Git LFS" in line) == (content == pointer)
+            else:
+                line = mistake(small("gpt2", depth=1, checkpoint=str(tmp_path)), SMALL_TEXT)
+            assert line.startswith("model.checkpoint: expected weights to load, got ")
+            assert str(path.parent) in line
+            assert len(line) < 500
+        path.write_bytes(whole)
+    for content in (None, [1], {"model": 3}, {"head.bias": 3}, {1: 2}):
+        torch.save(content, tmp_path / "odd.pth")
+        line = mistake(small("vit", checkpoint=str(tmp_path / "odd.pth")), SMALL_IMAGES)
+        assert line.startswith("model.checkpoint: expected weights to load, got ")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["transformer.ln_f.bias"][0] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    line = mistake(small("gpt2", depth=1, checkpoint=str(tmp_path)), SMALL_TEXT)
+    assert line.startswith("model.checkpoint: expected weights that are finite")
+    line = mistake(small("vit", checkpoint=str(tmp_path / "nan.pth")), SMALL_IMAGES)
+    assert line.endswith("(a weight is not finite)")
+
+
+def test_a_backbone_without_a_head_leaves_it_fresh(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, head in (("vit", "head"), ("mixer", "head")):
+        state = build(small(name), "model", SMALL_IMAGES).state_dict()
+        bare = {key: value for key, value in state.items() if not key.startswith(head)}
+        mae = {"decoder_embed.weight": torch.ones(3), "mask_token": torch.ones(1)}
+        for content in (bare, {"model": {**bare, **mae}}, {**bare, f"{head}.bias": torch.ones(3)}):
+            torch.save(content, tmp_path / "weights.pth")
+            node = small(name, checkpoint=str(tmp_path / "weights.pth"))
+            capsys.readouterr()
+            loaded = build(node, "model", SMALL_IMAGES).state_dict()
+            assert all(torch.equal(loaded[key], value) for key, value in bare.items())
+            assert not torch.equal(loaded[f"{head}.bias"], torch.ones(3))
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("model.checkpoint: the classifier in ")
+            assert line.endswith("it starts fresh")

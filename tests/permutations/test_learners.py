@@ -45,25 +45,20 @@ def penalty_gradient(permutation: Permutation) -> torch.Tensor:
     return grad
 
 
-def test_no_permutation_creates_nothing() -> None:
-    assert NoPermutation().create(8, torch.Generator()) is None
-
-
 def test_creation_follows_the_generator() -> None:
     for learner in (RandomPermutation(side="in"), *forms()):
         first, again, other = fresh(learner, 33), fresh(learner, 33), fresh(learner, 33, seed=1)
         assert torch.equal(first.matrix(), again.matrix()) and first.agreement() == 1
         assert not torch.equal(first.matrix(), other.matrix())
         assert first.soft == isinstance(learner, DoublyStochastic)
+    assert NoPermutation().create(8, torch.Generator()) is None
+    # One feature needs no learning.
+    assert not fresh(learned(), 1).soft
 
 
 def test_noise_starts_near_uniform_and_lognormal_does_not() -> None:
     noise = fresh(learned(init="noise", scale=0.1), 64)
     assert noise.penalty() > 0.99 > 0.95 > fresh(learned(), 64).penalty()
-
-
-def test_one_feature_needs_no_learning() -> None:
-    assert not fresh(learned(), 1).soft
 
 
 def test_a_planted_permutation_is_learned() -> None:

@@ -39,13 +39,9 @@ def test_hardening_gives_a_bijection_and_drops_the_matrix() -> None:
             assert (permutation.index == -1).all()
             permutation.harden()
             assert torch.equal(permutation.index.sort().values, torch.arange(size))
-            assert torch.equal(permutation.index, nearest) and torch.equal(
-                nearest, permutation.initial
-            )
+            assert torch.equal(permutation.index, nearest)
+            assert torch.equal(permutation.initial, nearest)
             assert not permutation.soft and not list(permutation.parameters())
-
-
-def test_hardening_refuses_what_is_no_bijection() -> None:
     with pytest.raises(AssertionError, match="not a permutation"):
         soft(5).harden(torch.tensor([0, 1, 2, 3, 3]))
 
@@ -56,9 +52,6 @@ def test_nearest_is_the_best_assignment_where_argmax_collides() -> None:
     permutation = Permutation(matrix.log())
     assert not is_bijection(permutation.matrix().argmax(1))
     assert permutation.nearest().tolist() == [0, 1, 2]
-
-
-def test_nearest_equals_scipy() -> None:
     for projected in FORMS:
         permutation = soft(33, projected=projected)
         matrix = permutation.matrix().detach()
@@ -107,26 +100,20 @@ def sharpness(logits: Tensor, iterations: int) -> Tensor:
     return sharpness_penalty(sinkhorn(logits, iterations))
 
 
-def test_gradients_through_sinkhorn() -> None:
+def test_gradients_of_sinkhorn_and_of_the_penalty() -> None:
     for iterations in (1, 2, 10):
         logits = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(sinkhorn, (logits, iterations))
         assert torch.autograd.gradcheck(sharpness, (logits, iterations))
-
-
-def test_gradient_of_the_penalty_of_a_matrix() -> None:
     matrix = torch.rand(5, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(sharpness_penalty, matrix)
 
 
-def test_projection_restarts_empty_rows_and_columns() -> None:
+def test_projected_entries_are_doubly_stochastic_whatever_a_step_made_of_them() -> None:
     for dim in (0, 1):
         projected = project(torch.rand(5, 5).index_fill(dim, torch.tensor([2]), -1.0), 50)
         torch.testing.assert_close(projected.sum(0), torch.ones(5))
         torch.testing.assert_close(projected.sum(1), torch.ones(5), rtol=0, atol=1e-3)
-
-
-def test_projected_entries_are_doubly_stochastic_again_after_a_step() -> None:
     permutation = soft(33, projected=True)
     assert permutation.logits is not None
     permutation.logits.data -= 0.02
@@ -142,9 +129,7 @@ def test_normalising_sharp_logits_step_by_step_makes_them_doubly_stochastic() ->
     for _ in range(300):
         permutation.project_()
     torch.testing.assert_close(permutation.matrix().sum(1), torch.ones(33), rtol=0, atol=0.02)
-
-
-def test_normalising_balanced_logits_changes_nothing() -> None:
+    # Balanced ones stay as they are.
     permutation = soft(33, iterations=50)
     before = permutation.matrix()
     permutation.project_()
@@ -179,17 +164,13 @@ def test_gain_and_agreement() -> None:
     assert permutation.gain() == pytest.approx(math.sqrt(8 / 9))
 
 
-def test_soft_state_round_trip() -> None:
+def test_a_state_restores_what_is_soft_and_hardens_what_was_hard() -> None:
     for projected in FORMS:
         source, target = soft(9, projected=projected), soft(9, projected=projected)
         result = target.load_state_dict(source.state_dict(), strict=True)
         assert not result.missing_keys and not result.unexpected_keys
         assert target.soft and torch.equal(source.matrix(), target.matrix())
         assert torch.equal(source.initial, target.initial)
-
-
-def test_hard_state_hardens_a_fresh_model() -> None:
-    for projected in FORMS:
         source = nn.Sequential(nn.Linear(9, 9), soft(9, projected=projected))
         target = copy.deepcopy(source)
         source[1].harden(torch.randperm(9))
@@ -197,22 +178,16 @@ def test_hard_state_hardens_a_fresh_model() -> None:
         assert not result.missing_keys and not result.unexpected_keys
         assert not target[1].soft and torch.equal(target[1].index, source[1].index)
         assert len(list(target.parameters())) == 2
-
-
-def test_fixed_permutation_takes_the_index_of_the_checkpoint() -> None:
     source, target = Permutation(torch.randperm(9)), Permutation(torch.arange(9))
     target.load_state_dict(source.state_dict())
     assert torch.equal(source.index, target.index)
 
 
-def test_damaged_index_in_a_checkpoint_is_reported() -> None:
+def test_a_state_that_is_damaged_or_too_soft_is_reported() -> None:
     state = Permutation(torch.arange(9)).state_dict()
     state["index"][3] = 4
     with pytest.raises(UserError, match=r"^index: not a permutation of 9 features"):
         soft(9).load_state_dict(state)
-
-
-def test_soft_checkpoint_in_a_hard_model_is_reported() -> None:
     with pytest.raises(UserError, match="still soft in the checkpoint"):
         Permutation(torch.arange(9)).load_state_dict(soft(9).state_dict())
 

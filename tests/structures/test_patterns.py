@@ -1,9 +1,7 @@
 """Butterflies, shuffled blocks, and what structures say of their units."""
 
-import pytest
 import torch
 
-from padst_exp.errors import UserError
 from padst_exp.pools import TRAITS
 from padst_exp.structures import Butterfly, ShuffledBlock, random_units
 from structure_cases import STRUCTURES, shapes
@@ -47,15 +45,6 @@ def test_other_densities_take_part_of_the_last_stride() -> None:
     # 256 blocks: 16 on the diagonal, and 10 of the 16 of stride 1.
     assert geometry.candidates.tolist() == [16, 16] and counts.tolist() == [16, 10]
     assert geometry.strides.tolist() == [0, 1]
-
-
-def test_a_butterfly_holds_no_more_than_its_pattern() -> None:
-    with pytest.raises(UserError) as error:
-        Butterfly(size=8).geometry(128, 128, 0.5)
-    assert str(error.value) == (
-        "sparsity: expected at least 0.6875, all that a butterfly of 16x16 cells holds of a "
-        "128x128 weight (or a smaller structure.size), got 0.5"
-    )
 
 
 def test_shuffled_blocks_start_as_whole_blocks() -> None:

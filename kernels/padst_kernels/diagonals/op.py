@@ -15,12 +15,8 @@ from torch import Tensor
 
 from padst_kernels import Backend
 from padst_kernels.calls import operator
-from padst_kernels.devices import (
-    MIN_RUN,
-    pays_to_transpose,
-    readable,
-    runs_on_triton,
-)
+from padst_kernels.devices import MIN_RUN, pays_to_transpose, readable, runs_on_triton
+from padst_kernels.scatter import scatter_matmul
 
 BACKENDS = ("torch", "triton")
 
@@ -90,9 +86,7 @@ def product(
     """`[T, O]` of x `[T, I]`; with O and I, rows and columns, and `by_row` exchanged, dX."""
     if not runs_on_triton(x, backend):
         entries = _entries(offsets, out_features, x.shape[1], columns, rows, by_row)
-        dense = values.new_zeros(out_features * x.shape[1])
-        dense.scatter_(0, entries.flatten(), values.flatten())
-        return x @ dense.view(out_features, -1).t()
+        return scatter_matmul(x, values, entries, out_features)
     from padst_kernels.diagonals.kernels import launch_diagonals
 
     transposes = (columns is not None or rows is not None) and pays_to_transpose(x)

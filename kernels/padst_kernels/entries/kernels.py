@@ -1,6 +1,6 @@
 """Triton kernel of condensed weights for few tokens, and its launcher: tensors in, tensors out.
 
-    launch_condensed(x, values, columns, row_pointer, rows, out_features, *, tile) -> y [O, T]
+    launch_condensed(x, values, columns, row_pointer, rows, out_features) -> y [O, T]
 
 Shape letters: T tokens, I and O features in and out, S entries, N rows that have entries.
 Activations are `[features, T]` views, feature-major or token-major, see activations.py.
@@ -12,24 +12,12 @@ the weight are what counts: each is read once for up to 16 tokens, x comes from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from padst_kernels.activations import readable_tokens
 from padst_kernels.devices import on_its_device
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes: `rows` x `tokens`, `entries` of each row in a step, by `warps`."""
-
-    rows: int
-    entries: int
-    tokens: int
-    warps: int
 
 
 @triton.jit
@@ -131,8 +119,6 @@ def launch_condensed(
     row_pointer: Tensor,
     rows: Tensor,
     out_features: int,
-    *,
-    tile: Tile | None = None,
 ) -> Tensor:
     """y[rows[r]] = sum of values[k] x[columns[k]] over the entries k of row r; zero elsewhere.
 
@@ -143,7 +129,6 @@ def launch_condensed(
         row_pointer: int32 `[N + 1]`, entries of row r are row_pointer[r] to row_pointer[r + 1].
         rows: int32 `[N]`, distinct.
         out_features: O.
-        tile: default by the number of tokens. Chosen from compiled code, not measured.
 
     Returns:
         `[O, T]`, token-major, dtype of x. Sums are in float32.
@@ -158,8 +143,18 @@ def launch_condensed(
     x_tokens = readable_tokens("x", x)
     if num_tokens == 0 or len(rows) == 0:
         return y
-    tile = tile or _default_tile(num_tokens)
-    grid = triton.cdiv(len(rows), tile.rows), triton.cdiv(num_tokens, tile.tokens)
+    # A program computes `block_r` rows of `block_t` tokens, `block_k` entries of a row in a step: a
+    # thread of the first two reads eight neighbouring values, and their columns, at once. Chosen
+    # from compiled code, not measured.
+    if num_tokens == 1:
+        block_r, block_k, block_t, warps = 4, 128, 1, 2
+    elif num_tokens <= 4:
+        block_r, block_k, block_t, warps = 4, 64, 4, 1
+    elif num_tokens <= 8:
+        block_r, block_k, block_t, warps = 4, 64, 8, 2
+    else:
+        block_r, block_k, block_t, warps = 4, 32, 16, 4
+    grid = triton.cdiv(len(rows), block_r), triton.cdiv(num_tokens, block_t)
     _condensed_kernel[grid](
         x,
         values,
@@ -176,20 +171,9 @@ def launch_condensed(
         *x.stride(),
         *y.stride(),
         VECTOR=8,
-        BLOCK_R=tile.rows,
-        BLOCK_K=tile.entries,
-        BLOCK_T=tile.tokens,
-        num_warps=tile.warps,
+        BLOCK_R=block_r,
+        BLOCK_K=block_k,
+        BLOCK_T=block_t,
+        num_warps=warps,
     )
     return y
-
-
-def _default_tile(num_tokens: int) -> Tile:
-    # A thread of the first two reads eight neighbouring values, and their columns, at once.
-    if num_tokens == 1:
-        return Tile(rows=4, entries=128, tokens=1, warps=2)
-    if num_tokens <= 4:
-        return Tile(rows=4, entries=64, tokens=4, warps=1)
-    if num_tokens <= 8:
-        return Tile(rows=4, entries=64, tokens=8, warps=2)
-    return Tile(rows=4, entries=32, tokens=16, warps=4)

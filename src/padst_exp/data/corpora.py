@@ -1,14 +1,22 @@
 """WikiText-103 and C4 as GPT-2 tokens, tokenised once by `datasets` and read from its cache."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 
+from padst_exp.cache import cached_array
 from padst_exp.data.sources import (
+    Place,
     Split,
+    Table,
     existing,
-    first_line,
     load_files,
     load_hub,
     require_columns,
@@ -17,6 +25,8 @@ from padst_exp.data.sources import (
 from padst_exp.data.task import LanguageModeling
 from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks
 from padst_exp.errors import UserError, require
+from padst_exp.files import reading, reason
+from padst_exp.messages import say
 
 if TYPE_CHECKING:
     import datasets
@@ -31,28 +41,53 @@ def gpt2_tokenizer(vocab: str | None, merges: str | None) -> Tokenizer:
 
     Args:
         vocab, merges: local files in GPT-2's format (encoder.json or vocab.json; vocab.bpe or
-            merges.txt), or neither, for the hub's.
+            merges.txt), or `vocab` alone: a tokenizer.json, or neither, for the hub's.
 
     Raises:
-        UserError: a file is missing or broken, or the hub cannot be reached.
+        UserError: a file is missing, broken or does not fit the other, or the hub cannot be
+            reached.
     """
-    if (vocab is None) != (merges is None):
-        missing, given = ("merges", "vocab") if merges is None else ("vocab", "merges")
-        require(False, f"dataset.{missing}", None, f"a file to go with dataset.{given}")
-    if vocab is None or merges is None:
+    if vocab is None:
+        require(merges is None, "dataset.vocab", None, "a file to go with dataset.merges")
         return _hub_tokenizer()
-    files = str(existing(vocab, "vocab")), str(existing(merges, "merges"))
-    try:
-        tokenizer = Tokenizer(models.BPE.from_file(*files))
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise UserError(
-            f"dataset.vocab: expected GPT-2's two files, here and in dataset.merges, got {vocab} "
-            f"and {merges} ({first_line(error)})"
-        ) from error
+    path = existing(vocab, "vocab")
+    with reading("dataset.vocab", path, "GPT-2's tokens, or a tokenizer.json"):
+        content = json.loads(path.read_text("utf-8"))
+        whole = isinstance(content.get("model"), dict)
+        tokenizer = Tokenizer.from_file(str(path)) if whole else None
+        tokens = content if tokenizer is None else tokenizer.get_vocab()
+        if not all(type(number) is int for number in tokens.values()):
+            raise ValueError("not every token has a number")
+    require(END_OF_TEXT in tokens, "dataset.vocab", vocab, f"a file with the token {END_OF_TEXT}")
+    ids, size = set(tokens.values()), len(tokens)
+    found = f"others in {vocab}, up to {max(ids, default='none')}"
+    wanted = f"the numbers 0 to {size - 1} for its {size} tokens"
+    require(ids == set(range(size)), "dataset.vocab", found, wanted)
+    if tokenizer is not None:
+        require(merges is None, "dataset.merges", merges, "null beside a tokenizer.json")
+        return tokenizer
+    if merges is None:
+        raise UserError(f"dataset.merges: expected a file to go with {vocab}, got None")
+    return _byte_level(tokens, existing(merges, "merges"))
+
+
+def _byte_level(tokens: dict[str, int], merges: Path) -> Tokenizer:
+    with reading("dataset.merges", merges, "the merges of the tokens in dataset.vocab"):
+        lines = merges.read_text("utf-8").split("\n")
+        words = [line.split() for line in lines if not line.startswith("#version")]
+        pairs = [(pair[0], " ".join(pair[1:])) for pair in words if pair]
+        # Every token but single bytes and special ones comes out of a merge.
+        special = re.compile(r"<.*>|\[.*\]", re.DOTALL)
+        unmade = {token for token in tokens if len(token) > 1 and not special.fullmatch(token)}
+        for pair in pairs:
+            if not {*pair, "".join(pair)} <= tokens.keys():
+                raise ValueError(f"{' '.join(pair)!r} is no merge of two tokens")
+            unmade.discard("".join(pair))
+        if unmade:
+            raise ValueError(f"no merge makes {min(unmade)!r} and {len(unmade) - 1} others")
+        tokenizer = Tokenizer(models.BPE(tokens, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    has_end = tokenizer.token_to_id(END_OF_TEXT) is not None
-    require(has_end, "dataset.vocab", vocab, f"a file with the token {END_OF_TEXT}")
     return tokenizer
 
 
@@ -66,43 +101,45 @@ def _hub_tokenizer() -> Tokenizer:
     except Exception as error:  # of the hub, of httpx: what matters is the line
         raise UserError(
             f"dataset.vocab: expected {local}, got None; the hub did not give {GPT2_HUB} "
-            f"({first_line(error)})"
+            f"({reason(error)})"
         ) from error
 
 
-def tokenised(rows: "datasets.Dataset", tokenizer: Tokenizer) -> TokenStream:
+def tokenised(table: Table, tokenizer: Tokenizer) -> TokenStream:
     """All rows of a column `text`, an end-of-text token after each that is not blank.
 
-    Tokenising happens once for a text and a tokenizer: `datasets` keeps the result on disk, and
-    the stream reads it from there, memory-mapped.
+    Tokenising happens once for a text and a tokenizer: the tokens are kept in `cache_folder()`,
+    from where the stream is mapped into memory. A damaged copy is made again.
 
     Raises:
-        UserError: there is no column `text`.
+        UserError: there is no column `text`, or a cell of it holds none.
     """
-    import datasets
     from datasets.fingerprint import Hasher
 
+    rows = table.rows
     require_columns(rows, "text")
     end = tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None
+    # By content: a tokenizer's pickle is no stable name.
+    name = Hasher.hash([rows._fingerprint, tokenizer.to_str(), "tokenised 2"])
 
-    def tokenise(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
-        # The hub writes blank lines as empty rows, text files as spaces and a line break.
-        texts = [text for text in batch["text"] if text.strip()]
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return {"ids": [[*encoding.ids, end] for encoding in encodings]}
+    def pieces() -> Iterator[NDArray[np.int32]]:
+        progress = tqdm(total=len(rows), desc="tokenising", unit=" rows", leave=False)
+        for batch in rows.select_columns("text").iter(1000):
+            odd = [number for number, text in enumerate(batch["text"]) if type(text) is not str]
+            if odd:
+                place = Place(table, progress.n + odd[0])
+                require(False, "dataset.root", f"{batch['text'][odd[0]]} in {place}", "text")
+            # The hub writes blank lines as empty rows, text files as spaces and a line break.
+            texts = [text for text in batch["text"] if text.strip()]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            yield np.array([i for e in encodings for i in (*e.ids, end)], np.int32)
+            progress.update(len(batch["text"]))
+        progress.close()
 
-    table = rows.map(
-        tokenise,
-        batched=True,
-        remove_columns=rows.column_names,
-        features=datasets.Features({"ids": datasets.Sequence(datasets.Value("int32"))}),
-        # By content: a tokenizer's pickle is no stable name.
-        new_fingerprint=Hasher.hash([rows._fingerprint, tokenizer.to_str(), "tokenised 1"]),
-        desc="tokenising",
-    )
-    chunks = table.data.column("ids").chunks
-    return TokenStream([chunk.flatten().to_numpy() for chunk in chunks])
+    stream = TokenStream(cached_array(f"tokens-{name}", pieces))
+    say(f"{len(stream):,} tokens in {table.source}")
+    return stream
 
 
 def count_words(rows: "datasets.Dataset") -> int:
@@ -116,15 +153,16 @@ def count_words(rows: "datasets.Dataset") -> int:
 class Wikitext103(LanguageModeling):
     """WikiText-103 (Merity et al. 2016), raw, in GPT-2 tokens.
 
-    Perplexity is per token; word_perplexity is exp(mean loss * tokens / words), with words as in
-    `count_words` of the evaluated split, which makes tokenizers comparable.
+    Perplexity is per token; word_perplexity is exp(sum of the tokens' losses / words), with words
+    as in `count_words` of the evaluated split, which makes tokenizers comparable. The first token
+    of the split has nothing to be predicted from: it adds no loss, its word counts.
 
     Args:
         root: a folder with wiki.train.raw and wiki.valid.raw (or .tokens, or the hub's parquet
             files); null: the hub's Salesforce/wikitext, wikitext-103-raw-v1.
         split: to evaluate on.
         context_length: tokens of one sample.
-        vocab, merges: local files of GPT-2's tokenizer, see `gpt2_tokenizer`.
+        vocab, merges: local files of a tokenizer, see `gpt2_tokenizer`.
     """
 
     def __init__(
@@ -137,18 +175,15 @@ class Wikitext103(LanguageModeling):
         merges: str | None,
     ) -> None:
         tokenizer = gpt2_tokenizer(vocab, merges)
+        super().__init__(vocab_size=tokenizer.get_vocab_size(), context_length=context_length)
         train, held_out = (self._rows(root, name) for name in ("train", split))
         train_stream, stream = tokenised(train, tokenizer), tokenised(held_out, tokenizer)
-        super().__init__(
-            vocab_size=tokenizer.get_vocab_size(),
-            context_length=context_length,
-            tokens_per_word=len(stream) / count_words(held_out),
-        )
+        self.words = count_words(held_out.rows)
         self.train = TrainBlocks(train_stream, context_length, moving=False)
         self.validation = ValidationBlocks(stream, context_length)
 
     @staticmethod
-    def _rows(root: str | None, split: Split) -> "datasets.Dataset":
+    def _rows(root: str | None, split: Split) -> Table:
         if root is None:
             return load_hub("Salesforce/wikitext", name="wikitext-103-raw-v1", split=split)
         return load_files(existing(root, "root"), split)
@@ -165,7 +200,7 @@ class C4(LanguageModeling):
         documents: use only the first so many training documents, null for all.
         validation_documents: the same for validation.
         context_length: tokens of one sample.
-        vocab, merges: local files of GPT-2's tokenizer, see `gpt2_tokenizer`.
+        vocab, merges: local files of a tokenizer, see `gpt2_tokenizer`.
     """
 
     def __init__(
@@ -199,13 +234,13 @@ class C4(LanguageModeling):
         self.validation = ValidationBlocks(tokenised(validation, tokenizer), context_length)
 
     @staticmethod
-    def _rows(
-        root: str | None, split: Split, shards: int, documents: int | None
-    ) -> "datasets.Dataset":
+    def _rows(root: str | None, split: Split, shards: int, documents: int | None) -> Table:
         if root is None:
             total = C4_HUB_SHARDS[split]
             names = [f"en/c4-{split}.{i:05d}-of-{total:05d}.json.gz" for i in range(shards)]
-            rows = load_hub("allenai/c4", name=None, split=split, files=names)
+            table = load_hub("allenai/c4", name=None, split=split, files=names)
         else:
-            rows = load_files(existing(root, "root"), split)
-        return rows if documents is None else rows.select(range(min(documents, len(rows))))
+            table = load_files(existing(root, "root"), split)
+        if documents is None:
+            return table
+        return Table(table.rows.select(range(min(documents, len(table.rows)))), table.files)

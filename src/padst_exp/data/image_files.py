@@ -1,18 +1,20 @@
-"""Readers of two classic formats, which trust nothing in the file."""
+"""Readers of single images and of two classic formats, which trust nothing in the file."""
 
 import gzip
 import io
 import pickle
 import tarfile
-import zlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
+from padst_exp.files import reading
 
 _PICKLE_NAMES = {
     ("numpy._core.multiarray", "_reconstruct"),
@@ -48,18 +50,69 @@ CIFAR_10 = CifarFiles(
 CIFAR_100 = CifarFiles("cifar-100-python", b"fine_labels", ("train",), ("test",))
 
 
+def read_image(content: str | bytes, name: object, mode: Literal["L", "RGB"]) -> Image.Image:
+    """Decodes an image; 16-bit grey levels keep their order, in 8 bits.
+
+    Args:
+        content: path of a file, or what is in it.
+        name: where the image is, printed in messages.
+        mode: Pillow's; grey or colour.
+
+    Raises:
+        UserError: it is no whole image of integer pixels, or one of more than 178 million.
+    """
+    with reading("dataset.root", name, "an image"), warnings.catch_warnings():
+        # Some of ImageNet's files carry broken EXIF, which nothing here reads.
+        warnings.filterwarnings("ignore", module="PIL")
+        image: Image.Image = Image.open(
+            content if isinstance(content, str) else io.BytesIO(content)
+        )
+        if image.mode.startswith("I"):  # Pillow itself would clip at 255
+            levels = np.asarray(image).astype(np.int64)
+            if levels.min() < 0 or levels.max() > 65535:
+                raise ValueError(
+                    f"its grey levels are {levels.min()} to {levels.max()}, not 16-bit"
+                )
+            image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("its grey levels are floats, whose range nothing tells")
+        return image.convert(mode)
+
+
+def checked_labels(values: object, name: str, num_classes: int) -> NDArray[np.int64]:
+    """Labels as int64 `[N]`.
+
+    Args:
+        values: a list or an array.
+        name: what they belong to, for messages.
+        num_classes: of the data set.
+
+    Raises:
+        UserError: there is none, or one is no integer from 0 to `num_classes` - 1.
+    """
+    wanted = f"labels from 0 to {num_classes - 1} in {name}"
+    with reading("dataset.root", "others", wanted):
+        labels = np.asarray(values)
+    require(labels.size > 0, "dataset.root", "none", wanted)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        odd = (x for x in labels.ravel().tolist() if type(x) is not int)
+        raise UserError(f"dataset.root: expected {wanted}, got {next(odd, labels.tolist()[0])}")
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    found = f"{labels[bad[0]]} in row {bad[0]}" if len(bad) else ""
+    require(len(bad) == 0, "dataset.root", found, wanted)
+    return labels.astype(np.int64)
+
+
 def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     """Reads an idx file of unsigned bytes, plain or gzipped (LeCun's MNIST format).
 
     Raises:
         UserError: the file is not gzip, cut short, not idx, or of another number of dimensions.
     """
-    try:
+    with reading("dataset.root", path, "a whole file"):
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if path.suffix == ".gz" and content:
             content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"dataset.root: expected whole files, got {path} ({error})") from error
     header = 4 + 4 * ndim
     if len(content) < header or content[:4] != bytes([0, 0, 8, ndim]):
         raise UserError(
@@ -89,8 +142,8 @@ class _Unpickler(pickle.Unpickler):
 
 def read_cifar(
     root: Path, name: str, files: CifarFiles = CIFAR_100
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | None:
-    """Images `[N, 3, 32, 32]` and (fine) labels `[N]` of one file of a "python version".
+) -> tuple[NDArray[np.uint8], object] | None:
+    """Images `[N, 3, 32, 32]` and (fine) labels, unchecked, of one file of a "python version".
 
     Args:
         root: the folder of the files, the one around it, or the one with its tar.
@@ -104,18 +157,13 @@ def read_cifar(
         UserError: the file is not what it should be.
     """
     source = root / name
-    try:
+    with reading("dataset.root", source, f"a file of {files.folder}"):
         content = _cifar_bytes(root, files.folder, name)
         if content is None:
             return None
         table = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-        images = np.asarray(table[b"data"])
-        labels = np.asarray(table[files.label], np.int64)
-    except Exception as error:  # a broken pickle can raise almost anything
-        raise UserError(
-            f"dataset.root: expected a file of {files.folder}, got {source} "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        images, labels = np.asarray(table[b"data"]), table[files.label]
+        len(labels)
     if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
         raise UserError(
             f"dataset.root: expected uint8 [{len(labels)}, 3072] in {source}, "

@@ -1,22 +1,28 @@
 """ImageNet-1k and its subsets, decoded and transformed image by image (timm's transforms)."""
 
-import io
-import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from PIL import Image
+from timm.data.auto_augment import posterize
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file
 
+from padst_exp.data.image_files import checked_labels, read_image
 from padst_exp.data.sources import (
+    IMAGES,
     SPLIT_NAMES,
+    Place,
     Split,
+    Table,
     existing,
-    first_line,
     load_files,
     load_hub,
     require_columns,
@@ -24,10 +30,9 @@ from padst_exp.data.sources import (
 )
 from padst_exp.data.task import Address, Batch, Classification
 from padst_exp.errors import UserError, require
+from padst_exp.files import reading
+from padst_exp.messages import say
 from padst_exp.seeds import preserved_rng, seed_of
-
-if TYPE_CHECKING:
-    import datasets
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -41,69 +46,72 @@ class _Source(Protocol):
 class FolderImages:
     """Images in one folder per class, numbered in the order of the folders' names.
 
+    Files and folders whose names begin with a dot are skipped.
+
     Raises:
         UserError: a class folder is empty, or there is none.
     """
 
     def __init__(self, folder: Path) -> None:
-        from torchvision.datasets import ImageFolder
-
-        try:
-            found = ImageFolder(str(folder))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"dataset.root: expected class folders, got {folder} ({first_line(error)})"
-            ) from error
+        with reading("dataset.root", folder, "class folders with images"):
+            found = _ClassFolders(str(folder), is_valid_file=partial(_is_visible_image, folder))
         self.samples: list[tuple[str, int]] = found.samples
         self.classes: list[str] = found.classes
+        say(f"{folder}: {len(self.samples):,} images in {len(self.classes):,} class folders")
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return _opened(path, path), label
+        return read_image(path, path, "RGB"), label
+
+
+class _ClassFolders(ImageFolder):  # type: ignore[misc]
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = sorted(path.name for path in _class_folders(Path(directory)))
+        return names, {name: number for number, name in enumerate(names)}
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _is_visible_image(root: Path, path: str) -> bool:
+    below = Path(path).relative_to(root).parts
+    return is_image_file(path) and not any(part.startswith(".") for part in below)
 
 
 class TableImages:
     """Rows of a data set with columns image ({bytes, path}) and label, as the hub has them.
 
     Raises:
-        UserError: a column is missing.
+        UserError: a column is missing, or its labels are not 0, 1, ...
     """
 
-    def __init__(self, rows: "datasets.Dataset") -> None:
+    def __init__(self, table: Table) -> None:
         import datasets
 
-        require_columns(rows, "image", "label")
-        feature = rows.features["label"]
+        require_columns(table.rows, "image", "label")
+        feature, labels = table.rows.features["label"], table.rows["label"][:]
         if isinstance(feature, datasets.ClassLabel):
             self.classes = list(feature.names)
+            checked_labels(labels, table.source, len(self.classes))
         else:
-            labels = sorted(rows.unique("label"))
-            found = f"{len(labels)} from {labels[0]} to {labels[-1]}"
-            require(labels == list(range(len(labels))), "dataset.root", found, "labels 0, 1, ...")
-            self.classes = [str(label) for label in labels]
-        self.rows = rows.select_columns(["image", "label"]).cast_column(
-            "image", datasets.Image(decode=False)
-        )
+            seen = set(checked_labels(labels, table.source, 2**31).tolist())
+            found = f"{len(seen)} from {min(seen)} to {max(seen)} in {table.source}"
+            require(max(seen) < len(seen), "dataset.root", found, "labels 0, 1, ... without gaps")
+            self.classes = [str(label) for label in sorted(seen)]
+        self.table = Table(table.rows.select_columns(["image", "label"]), table.files)
+        self.table = self.table.undecoded("image")
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table.rows)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        row = self.rows[index]
-        return _opened(io.BytesIO(row["image"]["bytes"]), f"row {index}"), row["label"]
-
-
-def _opened(source: str | io.BytesIO, name: str) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            # Some of ImageNet's files carry broken EXIF, which nothing here reads.
-            warnings.filterwarnings("ignore", module="PIL")
-            return Image.open(source).convert("RGB")
-    except OSError as error:
-        raise UserError(f"dataset.root: expected images, got {name} ({error})") from error
+        row = self.table.rows[index]
+        content = self.table.image(row["image"], index)
+        return read_image(content, Place(self.table, index), "RGB"), row["label"]
 
 
 class TrainImages(Dataset[Batch]):
@@ -185,8 +193,6 @@ class Imagenet1k(Classification):
         require(0 < crop_pct <= 1, "dataset.crop_pct", crop_pct, "a share in (0, 1]")
         require(color_jitter >= 0, "dataset.color_jitter", color_jitter, "at least 0")
         self.repeats = repeats
-        from timm.data.transforms_factory import create_transform
-
         try:
             augmented = create_transform(
                 image_size,
@@ -222,26 +228,33 @@ class Imagenet1k(Classification):
 def _allow_no_bits(transform: Callable[..., object]) -> None:
     # timm's stronger policies posterize to 0 bits now and then. Pillow used to answer with a
     # black image, on which published recipes were trained; since version 13 it refuses.
-    from timm.data.auto_augment import posterize
-
-    def posterized(image: Image.Image, bits: int, **unused: object) -> Image.Image:
-        return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
-
     for step in getattr(transform, "transforms", ()):
         for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
             if op.aug_fn is posterize:
-                op.aug_fn = posterized
+                op.aug_fn = _posterized
+
+
+def _posterized(image: Image.Image, bits: int, **unused: object) -> Image.Image:
+    return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _source(root: str | None, split: Split) -> FolderImages | TableImages:
     if root is None:
         return TableImages(load_hub("ILSVRC/imagenet-1k", name=None, split=split))
     folder = existing(root, "root")
-    for name in sorted(SPLIT_NAMES[split]):
-        split_folder = folder / name
-        if split_folder.is_dir() and any(child.is_dir() for child in split_folder.iterdir()):
-            return FolderImages(split_folder)
+    folders = [path for name in sorted(SPLIT_NAMES[split]) if (path := folder / name).is_dir()]
+    filled = [path for path in folders if _class_folders(path)]
+    if len(filled) > 1:
+        names = ", ".join(map(str, filled))
+        raise UserError(f"dataset.root: expected one folder of {split} images, got {names}")
+    if filled:
+        return FolderImages(filled[0])
+    found = folder.is_dir() and split_files(folder, split, IMAGES) is not None
+    if folders and not found:
+        raise UserError(
+            f"dataset.root: expected a folder for each class in {folders[0]}, got none "
+            "(images are sorted into class folders, a file of labels is not read)"
+        )
     wanted = f"train/ and val/ of class folders, or {split} parquet files"
-    has_files = folder.is_dir() and split_files(folder, split) is not None
-    require(has_files, "dataset.root", root, wanted)
-    return TableImages(load_files(folder, split))
+    require(found, "dataset.root", root, wanted)
+    return TableImages(load_files(folder, split, IMAGES))

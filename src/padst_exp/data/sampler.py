@@ -1,16 +1,22 @@
 """Which samples make which optimizer step: a function of the seed and the step, nothing else."""
 
+from __future__ import annotations
+
 import copy
-from collections.abc import Iterable, Iterator
+import os
+import shutil
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from padst_exp.data.task import Address, Batch, Task
-from padst_exp.errors import require
+from padst_exp.errors import UserError, require
 from padst_exp.seeds import seed_of
+
+SHARED_MEMORY = "/dev/shm"
 
 
 class StepSampler(Sampler[list[Address]]):
@@ -92,7 +98,7 @@ def train_loader(
     rank: int,
     world_size: int,
     workers: int,
-) -> DataLoader[Batch]:
+) -> Batches:
     """Yields the micro-batches of this rank in order, `micro_batches` for each optimizer step.
 
     Args:
@@ -113,12 +119,12 @@ def train_loader(
         world_size=world_size,
         repeats=task.repeats,
     )
-    return _loader(dataset, sampler, task, workers)
+    return Batches(dataset, sampler, workers)
 
 
 def validation_loader(
     task: Task, *, batch_size: int, rank: int, world_size: int, workers: int
-) -> DataLoader[Batch]:
+) -> Batches:
     """Yields each validation sample once over all ranks, in order and without padding.
 
     The ranks' numbers of batches differ by one at most, and a rank may have none: synchronise
@@ -131,19 +137,103 @@ def validation_loader(
     stop = (rank + 1) * length // world_size
     starts = range(rank * length // world_size, stop, batch_size)
     batches = [list(range(start, min(start + batch_size, stop))) for start in starts]
-    return _loader(task.validation, batches, task, workers)
+    return Batches(task.validation, batches, workers)
 
 
-def _loader(
-    dataset: Dataset[Batch], batches: Iterable[list[Any]], task: Task, workers: int
-) -> DataLoader[Batch]:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=task.collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        # Without one of its own, a loader draws from the global generator at every epoch,
-        # and a resumed run would part from a straight one.
-        generator=torch.Generator(),
+class Batches:
+    """Iterates over batches; what goes wrong in a data worker is raised here in one line.
+
+    Args:
+        dataset: map-style.
+        addresses: of the samples of each batch.
+        workers: processes that prepare batches; 0: this one does.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Batch],
+        addresses: Sampler[list[Address]] | list[list[int]],
+        workers: int,
+    ) -> None:
+        self.dataset, self.addresses, self.workers = dataset, addresses, workers
+
+    def __len__(self) -> int:
+        assert isinstance(self.addresses, Sized)
+        return len(self.addresses)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Start the workers and yield what they prepare, in order.
+
+        Raises:
+            UserError: a sample cannot be read, or the workers have too little shared memory.
+        """
+        loader = DataLoader(
+            _Collated(self.dataset, shared=self.workers > 0),
+            batch_sampler=self.addresses,
+            collate_fn=_unchanged,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            # Without one of its own, a loader draws from the global generator at every epoch,
+            # and a resumed run would part from a straight one.
+            generator=torch.Generator(),
+        )
+        try:
+            for batch in loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except (OSError, RuntimeError) as error:
+            if not _is_memory_error(error):
+                raise
+            raise _too_little_memory(self.workers) from error
+
+
+class _Collated(Dataset[Any]):
+    """A data set whose items are whole batches, or the `UserError` met when making one.
+
+    An exception that leaves a worker arrives with the traceback in its message; a returned one
+    arrives as it is.
+
+    Args:
+        shared: whether batches go to another process. They are moved to shared memory here, where
+            a lack of it can be told: the queue would lose the batch, and its reader wait for ever.
+    """
+
+    def __init__(self, dataset: Any, *, shared: bool) -> None:
+        self.dataset, self.shared = dataset, shared
+
+    def __getitems__(self, addresses: list[Any]) -> Batch | UserError:
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                inputs, targets = self.dataset.__getitems__(addresses)
+            else:
+                parts = zip(*(self.dataset[address] for address in addresses), strict=True)
+                inputs, targets = (torch.stack(part) for part in parts)
+        except UserError as error:
+            return error
+        if self.shared:
+            try:
+                inputs, targets = inputs.share_memory_(), targets.share_memory_()
+            except RuntimeError as error:
+                if not _is_memory_error(error):
+                    raise
+                info = get_worker_info()
+                return _too_little_memory(1 if info is None else info.num_workers)
+        return inputs, targets
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _is_memory_error(error: Exception) -> bool:
+    text = str(error)
+    return any(sign in text for sign in ("No space left", "shared memory", "Bus error", "shm"))
+
+
+def _too_little_memory(workers: int) -> UserError:
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 0
+    return UserError(
+        f"trainer.workers: expected 0, or more shared memory (docker run --shm-size=8g), got "
+        f"{workers} with {free / 2**20:.1f} MiB free in {SHARED_MEMORY}"
     )

@@ -1,8 +1,7 @@
 """Digits (inside scikit-learn), Fashion-MNIST and the CIFARs, held in memory."""
 
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,18 +11,27 @@ from padst_exp.data.image_files import (
     CIFAR_10,
     CIFAR_100,
     CifarFiles,
+    checked_labels,
     read_cifar,
     read_idx,
+    read_image,
 )
 from padst_exp.data.images import AugmentedImages, TensorImages
-from padst_exp.data.sources import existing, load_files, load_hub, require_columns, split_files
+from padst_exp.data.sources import (
+    IMAGES,
+    Place,
+    Table,
+    existing,
+    load_files,
+    load_hub,
+    require_columns,
+    split_files,
+)
 from padst_exp.data.task import Classification
 from padst_exp.errors import UserError, require
 
-if TYPE_CHECKING:
-    import datasets
-
-Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+Arrays = tuple[NDArray[np.uint8], object]
+"""Images `[N, C, H, W]` and their labels, unchecked."""
 
 FASHION_MNIST_SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
@@ -42,17 +50,13 @@ class _SmallImages(Classification):
     ) -> None:
         size, channels = self.model_shape["image_size"], self.model_shape["channels"]
         require(0 <= shift < size, "dataset.shift", shift, f"0 or a few of {size} pixels")
-        for name, (images, labels) in (("training", train), ("validation", validation)):
+        sets = []
+        for name, (images, values) in (("training", train), ("validation", validation)):
+            labels = checked_labels(values, f"the {name} split", self.model_shape["num_classes"])
             shape = (len(labels), channels, size, size)
             found = f"shape {list(images.shape)}"
             require(images.shape == shape, "dataset.root", found, f"{name} images {list(shape)}")
-            last = self.model_shape["num_classes"] - 1
-            valid = len(labels) > 0 and labels.min() >= 0 and labels.max() <= last
-            require(valid, "dataset.root", "others", f"{name} labels from 0 to {last}")
-        sets = [
-            TensorImages(torch.tensor(images), torch.tensor(labels), mean, std)
-            for images, labels in (train, validation)
-        ]
+            sets.append(TensorImages(torch.tensor(images), torch.tensor(labels), mean, std))
         self.train = AugmentedImages(sets[0], shift=shift, flip=flip)
         self.validation = sets[1]
 
@@ -193,11 +197,11 @@ class Cifar100(_SmallImages):
         parts = [arrays for arrays in found if arrays is not None]
         if len(parts) == len(names):
             images, labels = zip(*parts, strict=True)
-            return np.concatenate(images), np.concatenate(labels)
+            return np.concatenate(images), [label for part in labels for label in part]
         wanted = f"{self.files.folder} (folder or .tar.gz) or {split} parquet files"
-        has_files = folder.is_dir() and split_files(folder, split) is not None
+        has_files = folder.is_dir() and split_files(folder, split, IMAGES) is not None
         require(has_files, "dataset.root", root, wanted)
-        return decoded(load_files(folder, split), "img", label, "RGB")
+        return decoded(load_files(folder, split, IMAGES), "img", label, "RGB")
 
 
 class Cifar10(Cifar100):
@@ -219,7 +223,7 @@ class Cifar10(Cifar100):
 def _idx_pair(folder: Path, prefix: str) -> Arrays:
     images = read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"), 3)
     labels = read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), 1)
-    return images[:, None], labels.astype(np.int64)
+    return images[:, None], labels
 
 
 def _idx_file(folder: Path, name: str) -> Path:
@@ -229,29 +233,24 @@ def _idx_file(folder: Path, name: str) -> Path:
     raise UserError(f"dataset.root: expected a folder with {name}, plain or .gz, got {folder}")
 
 
-def decoded(rows: "datasets.Dataset", image: str, label: str, mode: Literal["L", "RGB"]) -> Arrays:
-    """Decodes rows of equally large images into uint8 `[N, C, H, W]` and int64 `[N]`.
+def decoded(table: Table, image: str, label: str, mode: Literal["L", "RGB"]) -> Arrays:
+    """Decodes rows of equally large images into uint8 `[N, C, H, W]`, with their labels.
 
     Args:
-        rows: a data set with columns `image` ({bytes, path}) and `label`.
+        table: with columns `image` ({bytes, path}) and `label`.
         mode: Pillow's; grey or colour.
 
     Raises:
         UserError: a column is missing or an image cannot be decoded.
     """
-    from datasets import Image as ImageFeature
-    from PIL import Image
-
-    require_columns(rows, image, label)
-    rows = rows.cast_column(image, ImageFeature(decode=False))
-    try:
-        images = [
-            np.array(Image.open(io.BytesIO(cell["bytes"])).convert(mode)) for cell in rows[image]
-        ]
-    except (OSError, TypeError) as error:
-        raise UserError(f"dataset.root: expected images, got others ({error})") from error
+    require_columns(table.rows, image, label)
+    cells = table.undecoded(image).rows[image]
+    images = [
+        np.array(read_image(table.image(cell, index), Place(table, index), mode))
+        for index, cell in enumerate(cells)
+    ]
     shapes = {pixels.shape for pixels in images}
     require(len(shapes) == 1, "dataset.root", f"{len(shapes)} sizes", "images of one size")
     stacked = np.stack(images)
     stacked = stacked[:, None] if mode == "L" else stacked.transpose(0, 3, 1, 2)
-    return stacked, np.array(rows[label], np.int64)
+    return stacked, table.rows[label][:]

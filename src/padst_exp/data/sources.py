@@ -1,12 +1,16 @@
 """Where rows come from: local files of any common format, or the Hugging Face hub."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from padst_exp.cache import cache_folder
 from padst_exp.errors import UserError, require
+from padst_exp.files import reading, reason
+from padst_exp.messages import say
 
 if TYPE_CHECKING:
     import datasets
@@ -22,6 +26,9 @@ BUILDERS = {
     ".raw": "text",
     ".tokens": "text",
 }
+PACKINGS = (".gz", ".zst")
+IMAGES = (".parquet",)
+"""Formats that hold images with their labels."""
 HUB_TIMEOUT_S = 5
 
 
@@ -36,62 +43,161 @@ def existing(path: str, key: str) -> Path:
     return found
 
 
-def split_files(root: Path, split: Split) -> tuple[str, list[str]] | None:
+@dataclass(frozen=True)
+class Table:
+    """The rows of a split, and the files they were read from (none where the hub gave them)."""
+
+    rows: "datasets.Dataset"
+    files: tuple[str, ...] = ()
+
+    def undecoded(self, image: str) -> "Table":
+        """The same with cells {bytes, path} in column `image`."""
+        import datasets
+
+        with reading("dataset.root", self.source, f"images in column {image!r}"):
+            rows = self.rows.cast_column(image, datasets.Image(decode=False))
+        return Table(rows, self.files)
+
+    def image(self, cell: object, index: int) -> bytes:
+        """The bytes in a cell of row `index`.
+
+        Raises:
+            UserError: there are none.
+        """
+        content = cell.get("bytes") if isinstance(cell, dict) else None
+        require(bool(content), "dataset.root", f"none in {Place(self, index)}", "an image")
+        assert isinstance(content, bytes)
+        return content
+
+    @property
+    def source(self) -> str:
+        """Where the rows are from, for messages."""
+        return self.files[0] if self.files else "the hub"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Names the file and the row of a row of a table, looked up when it is printed."""
+
+    table: Table
+    index: int
+
+    def __str__(self) -> str:
+        first = 0
+        for file in self.table.files if self.table.source.endswith(".parquet") else ():
+            import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+            count = pq.ParquetFile(file).metadata.num_rows
+            if self.index < first + count:
+                return f"row {self.index - first} of {file}"
+            first += count
+        return f"row {self.index} of {self.table.source}"
+
+
+def split_files(
+    root: Path, split: Split, formats: Collection[str] = tuple(BUILDERS)
+) -> tuple[str, list[str]] | None:
     """The `datasets` builder and the files of a split below `root`, None where there are none.
 
-    A file belongs to a split if a word of its path below `root` names it: `train-00000.parquet`,
-    `wiki.valid.raw`, `en/c4-validation.00000-of-00008.json.gz`, `test/a.txt`. Of several formats,
-    the first in `BUILDERS` is taken.
+    The name of a file decides: a word in it is the name of a split, as in `train-00000.parquet`,
+    `wiki.valid.raw`, `c4-validation.00000-of-00008.json.gz`. A file whose name has no such word
+    belongs to the innermost folder below `root` that is called like a split, as `test/a.txt`.
+    Files and folders whose names begin with a dot are skipped.
+
+    Args:
+        formats: endings of files that can hold what is wanted; all other files are skipped.
+
+    Raises:
+        UserError: there are two candidates: files that are no shards of each other, or a name with
+            the words of two splits.
     """
-    found: dict[str, list[str]] = {}
+    candidates: dict[tuple[str, ...], list[str]] = {}
     for path in sorted(root.rglob("*")):
-        suffix = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
-        words = set(re.split("[^a-z]+", str(path.relative_to(root)).lower()))
-        if suffix in BUILDERS and words & SPLIT_NAMES[split]:
-            found.setdefault(BUILDERS[suffix], []).append(str(path))
-    for builder in BUILDERS.values():
-        if builder in found:
-            return builder, found[builder]
+        place = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in place.parts)
+        suffixes = [suffix.lower() for suffix in path.suffixes]
+        packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
+        suffix = suffixes[-1] if suffixes else ""
+        if hidden or suffix not in formats or not path.is_file():
+            continue
+        named = _splits(set(re.split("[^a-z]+", path.name.lower())))
+        if len(named) > 1 and split in named:
+            raise UserError(
+                f"dataset.root: expected the name of one split in each file name, got {path}"
+            )
+        folder: tuple[str, ...] = place.parts[:-1]
+        # Shards differ in their numbers only, and say alike how many they are.
+        stem = re.sub(r"(of-\d+)|\d+", lambda match: match[1] or "#", path.name.lower())
+        while not named and folder:
+            named, stem = _splits({folder[-1].lower()}), f"*{suffix}{packing}"
+            folder = folder if named else folder[:-1]
+        if named == {split}:
+            candidates.setdefault((suffix, *folder, stem), []).append(str(path))
+    if len(candidates) > 1:
+        found = sorted(str(Path(files[0]).relative_to(root)) for files in candidates.values())
+        raise UserError(
+            f"dataset.root: expected one copy of the {split} files, got {len(found)} in {root}: "
+            f"{', '.join(found[:8])}"
+        )
+    for (suffix, *_), files in candidates.items():
+        return BUILDERS[suffix], files
     return None
 
 
-def load_files(root: Path, split: Split) -> "datasets.Dataset":
+def _splits(words: set[str]) -> set[str]:
+    return {split for split, names in SPLIT_NAMES.items() if names & words}
+
+
+def load_files(root: Path, split: Split, formats: Collection[str] = tuple(BUILDERS)) -> Table:
     """The rows of a split found by `split_files`, cached as Arrow below `cache_folder()`.
 
     Raises:
-        UserError: the split has no file, or one cannot be read.
+        UserError: the split has no file or no row, or a file cannot be read.
     """
-    import datasets
-
-    found = split_files(root, split)
+    found = split_files(root, split, formats)
     if found is None:
         names = "|".join(sorted(SPLIT_NAMES[split]))
         raise UserError(
             f"dataset.root: expected a folder with {split} files (names with {names} ending in "
-            f"{' '.join(BUILDERS)}, .gz allowed), got {root}"
+            f"{' '.join(formats)}, .gz allowed), got {root}"
         )
     builder, files = found
-    # A line break is a token of the text.
-    options = {"keep_linebreaks": True} if builder == "text" else {}
+    for file in files:
+        with reading("dataset.root", file, f"a readable {split} {builder} file"):
+            if os.path.getsize(file) == 0:
+                raise EOFError
     try:
-        return datasets.load_dataset(
-            builder,
-            data_files=files,
-            split="train",
-            cache_dir=str(cache_folder() / "datasets"),
-            **options,
-        )
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise UserError(
-            f"dataset.root: expected readable {split} {builder} files, got {root} "
-            f"({first_line(cause)})"
-        ) from error
+        rows = _load(builder, files)
+    except Exception:
+        for file in files:  # which one is it?
+            with reading("dataset.root", file, f"a readable {split} {builder} file"):
+                for _ in _load(builder, [file], streaming=True):
+                    pass
+        # None of them, so that what is damaged is our own copy.
+        with reading("dataset.root", root, f"readable {split} {builder} files"):
+            rows = _load(builder, files, download_mode="force_redownload")
+    require(len(rows) > 0, "dataset.root", f"none in {files[0]}", f"rows of the {split} split")
+    say(f"{split}: {len(files)} {builder} file(s), {len(rows):,} rows, from {files[0]}")
+    return Table(rows, tuple(files))
+
+
+def _load(builder: str, files: list[str], **options: object) -> "datasets.Dataset":
+    import datasets
+
+    if builder == "text":
+        options["keep_linebreaks"] = True  # a line break is a token of the text
+    return datasets.load_dataset(
+        builder,
+        data_files=files,
+        split="train",
+        cache_dir=str(cache_folder() / "datasets"),
+        **options,
+    )
 
 
 def load_hub(
     path: str, *, name: str | None, split: Split, files: Sequence[str] | None = None
-) -> "datasets.Dataset":
+) -> Table:
     """A split of a data set on the hub, downloaded once into the hub's own cache.
 
     Raises:
@@ -101,7 +207,7 @@ def load_hub(
 
     require_hub("dataset.root", f"a local copy of {path}")
     try:
-        return datasets.load_dataset(
+        rows = datasets.load_dataset(
             path,
             name,
             # Naming files makes one split of them, called train.
@@ -111,8 +217,10 @@ def load_hub(
     except Exception as error:  # of the hub, of httpx, of datasets: what matters is the line
         raise UserError(
             f"dataset.root: expected a local copy of {path}, got None; the hub did not give it "
-            f"({first_line(error)}), accept its terms and log in if it asks"
+            f"({reason(error)}), accept its terms and log in if it asks"
         ) from error
+    say(f"{split}: {len(rows):,} rows of {path}, from the hub")
+    return Table(rows)
 
 
 def require_columns(rows: "datasets.Dataset", *names: str) -> None:
@@ -141,10 +249,5 @@ def require_hub(key: str, instead: str) -> None:
     except Exception as error:  # httpx or requests, as the hub's version has it
         raise UserError(
             f"{key}: expected {instead}, got None; {constants.ENDPOINT} cannot be reached "
-            f"({first_line(error)}), set HF_HUB_OFFLINE=1 if the hub's cache has it"
+            f"({reason(error)}), set HF_HUB_OFFLINE=1 if the hub's cache has it"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,13 +43,6 @@ class Task(abc.ABC):
     repeats: int = 1
     train: Any
     validation: Any
-
-    def collate(self, items: Batch | Sequence[Batch]) -> Batch:
-        """Stacks samples; a whole batch out of `__getitems__` passes through."""
-        if isinstance(items, tuple):
-            return items
-        inputs, targets = zip(*items, strict=True)
-        return torch.stack(inputs), torch.stack(targets)
 
     def augment(self, inputs: Tensor, targets: Tensor, seed: int) -> Batch:
         """Augments a training batch on its device, reproducibly from `seed`. Identity here."""
@@ -183,20 +176,25 @@ class LanguageModeling(Task):
     Args:
         vocab_size: number of token ids.
         context_length: tokens of one sample.
-        tokens_per_word: tokens of the validation text over its words, or None where words have
-            no agreed count; turns the token loss into a perplexity per word.
+
+    Attributes:
+        words: of the validation text, or None where words have no agreed count; turns the token
+            losses into a perplexity per word.
+
+    Raises:
+        UserError: a size is below 1.
     """
 
     kind = "language_modeling"
     gives = ("vocab_size", "context_length")
     monitor = ("perplexity", "min")
+    words: int | None = None
 
-    def __init__(
-        self, *, vocab_size: int, context_length: int, tokens_per_word: float | None = None
-    ) -> None:
+    def __init__(self, *, vocab_size: int, context_length: int) -> None:
+        require(vocab_size >= 1, "dataset.vocab_size", vocab_size, "at least 1")
+        require(context_length >= 1, "dataset.context_length", context_length, "at least 1")
         self.model_shape = {"vocab_size": vocab_size, "context_length": context_length}
         self.items_per_sample = context_length
-        self.tokens_per_word = tokens_per_word
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits `[B, T, V]`, targets int64 `[B, T]` (`IGNORED` skipped) -> mean nats a token."""
@@ -222,8 +220,9 @@ class LanguageModeling(Task):
         """Mean "loss" in nats per token, "perplexity" per token and, if defined, per word."""
         loss = float(sums["nll"]) / float(sums["tokens"])
         summary = {"loss": loss, "perplexity": _exp(loss)}
-        if self.tokens_per_word is not None:
-            summary["word_perplexity"] = _exp(loss * self.tokens_per_word)
+        if self.words is not None:
+            # All losses over all words: no token without a target is given the mean loss.
+            summary["word_perplexity"] = _exp(float(sums["nll"]) / self.words)
         return summary
 
 

@@ -1,7 +1,8 @@
 """Small texts: a tokenizer of their own, a bigram baseline, no download."""
 
-import contextlib
+import gzip
 import hashlib
+import io
 import lzma
 from importlib import resources
 
@@ -9,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from padst_exp.atomic import replacing
-from padst_exp.cache import cache_folder
+from padst_exp.cache import cached_text
 from padst_exp.data.bigram import Bigram
 from padst_exp.data.sources import existing
 from padst_exp.data.task import LanguageModeling
 from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks
-from padst_exp.errors import UserError, require
+from padst_exp.errors import require
+from padst_exp.files import reading
+from padst_exp.messages import say
 
 BYTES = 256
 WORK_SEPARATOR = "\f\n"
@@ -26,10 +28,11 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
 
     Any text can be encoded; the same text gives the same tokenizer.
     """
-    digest = hashlib.sha256(f"bpe 1 {vocab_size} {text}".encode()).hexdigest()[:16]
-    path = cache_folder() / f"bpe-{digest}.json"
-    if path.is_file():
-        return Tokenizer.from_file(str(path))
+    digest = hashlib.sha256(f"bpe 2 {vocab_size} {text}".encode()).hexdigest()[:16]
+    return Tokenizer.from_str(cached_text(f"bpe-{digest}", lambda: _trained(text, vocab_size)))
+
+
+def _trained(text: str, vocab_size: int) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,10 +42,8 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
-    # A home that cannot be written only costs the second of training it again.
-    with contextlib.suppress(OSError), replacing(path) as file:
-        file.write(tokenizer.to_str().encode())
-    return tokenizer
+    made: str = tokenizer.to_str()
+    return made
 
 
 class _OwnTokenizer(LanguageModeling):
@@ -62,8 +63,12 @@ class _OwnTokenizer(LanguageModeling):
         super().__init__(vocab_size=size, context_length=context_length)
         self.train_tokens = self._encoded(train_text)
         self.validation_tokens = self._encoded(validation_text)
-        self.train = TrainBlocks(TokenStream([self.train_tokens]), context_length, moving=True)
-        self.validation = ValidationBlocks(TokenStream([self.validation_tokens]), context_length)
+        say(
+            f"text: {len(self.train_tokens):,} tokens for training, "
+            f"{len(self.validation_tokens):,} for validation"
+        )
+        self.train = TrainBlocks(TokenStream(self.train_tokens), context_length, moving=True)
+        self.validation = ValidationBlocks(TokenStream(self.validation_tokens), context_length)
 
     def _encoded(self, text: str) -> NDArray[np.int64]:
         return np.array(self.tokenizer.encode_batch_fast([text])[0].ids, np.int64)
@@ -95,11 +100,11 @@ class Shakespeare(_OwnTokenizer):
 
 
 class TextFile(_OwnTokenizer):
-    """A text file of yours, in UTF-8; its end is the validation split.
+    """A text file of yours, in UTF-8, plain or gzipped; its end is the validation split.
 
     Args:
         path: the file.
-        validation_fraction: share of its characters, cut at a line break.
+        validation_fraction: share of its characters, cut at a line break if there is one.
         vocab_size: tokens of the BPE, at least 256.
         context_length: tokens of one sample.
 
@@ -117,12 +122,19 @@ class TextFile(_OwnTokenizer):
     ) -> None:
         valid = 0 < validation_fraction < 1
         require(valid, "dataset.validation_fraction", validation_fraction, "between 0 and 1")
-        try:
-            text = existing(path, "path").read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"dataset.path: expected UTF-8 text, got {path} ({error})") from error
-        cut = text.rfind("\n", 0, int(len(text) * (1 - validation_fraction))) + 1
-        require(cut > 0, "dataset.path", path, "a line break to cut the validation split at")
+        file = existing(path, "path")
+        with reading("dataset.path", file, "UTF-8 text"):
+            content = file.read_bytes()
+            if file.suffix == ".gz":
+                content = gzip.decompress(content)
+            # As text files are read: whatever ends a line becomes a line break.
+            text = io.TextIOWrapper(io.BytesIO(content), "utf-8").read()
+            if not text:
+                raise EOFError("there is no text in it")
+        wanted = int(len(text) * (1 - validation_fraction))
+        # At a line break, or between words in a text of one line.
+        cut = (text.rfind("\n", 0, wanted) + 1) or (text.rfind(" ", 0, wanted) + 1) or wanted
+        require(cut > 0, "dataset.path", path, "a text long enough to be cut in two")
         super().__init__(
             train_text=text[:cut],
             validation_text=text[cut:],

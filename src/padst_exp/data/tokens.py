@@ -13,32 +13,29 @@ from padst_exp.seeds import seed_of
 
 
 class TokenStream:
-    """The concatenation of arrays of token ids, which may be memory-mapped and is never copied."""
+    """One-dimensional token ids, which may be mapped into memory and are never copied."""
 
-    def __init__(self, chunks: Sequence[NDArray[np.integer]]) -> None:
-        self.chunks = [chunk for chunk in chunks if len(chunk)]
-        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
+    def __init__(self, tokens: NDArray[np.integer]) -> None:
+        self.tokens = tokens
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return len(self.tokens)
 
     def windows(self, starts: Sequence[int], length: int) -> NDArray[np.int64]:
         """Tokens [start, start + length) for each start, `[len(starts), length]`."""
         assert min(starts) >= 0 and max(starts) + length <= len(self)
-        if len(self.chunks) == 1:
-            places = np.array(starts)[:, None] + np.arange(length)
-            return self.chunks[0][places].astype(np.int64)
-        return np.stack([self._window(start, length) for start in starts])
+        places = np.array(starts)[:, None] + np.arange(length)
+        return self.tokens[places].astype(np.int64)
 
-    def _window(self, start: int, length: int) -> NDArray[np.int64]:
-        number = int(np.searchsorted(self.starts, start, side="right")) - 1
-        pieces = []
-        while length > 0:
-            first = start - int(self.starts[number])
-            piece = self.chunks[number][first : first + length]
-            pieces.append(piece)
-            start, length, number = start + len(piece), length - len(piece), number + 1
-        return np.concatenate(pieces, dtype=np.int64)
+    def __reduce__(self) -> tuple[object, ...]:
+        # A data worker that is not forked maps the file again instead of receiving all of it.
+        if isinstance(self.tokens, np.memmap) and self.tokens.filename is not None:
+            return _remapped, (str(self.tokens.filename), self.tokens.dtype, self.tokens.shape)
+        return TokenStream, (self.tokens,)
+
+
+def _remapped(path: str, dtype: "np.dtype[np.integer]", shape: tuple[int, ...]) -> TokenStream:
+    return TokenStream(np.memmap(path, dtype, "r", shape=shape))
 
 
 class TrainBlocks(Dataset[Batch]):

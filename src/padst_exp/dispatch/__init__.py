@@ -4,7 +4,7 @@ A kernel is right when it agrees with plain PyTorch through a dense weight, forw
 gradient. What does not is not chosen, whichever backend it is and however fast.
 """
 
-from padst_exp.dispatch.agreement import agrees, difference
+from padst_exp.dispatch.agreement import agrees, difference, fastest_right
 from padst_exp.dispatch.backends import Pick, choose, forced, require_device, restore, reuse, save
 from padst_exp.dispatch.inputs import Input, inputs_of
 from padst_exp.dispatch.timing import device_name, is_recording, timings
@@ -18,6 +18,7 @@ __all__ = [
     "choose",
     "device_name",
     "difference",
+    "fastest_right",
     "forced",
     "inputs_of",
     "is_recording",

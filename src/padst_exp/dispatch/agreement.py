@@ -1,11 +1,17 @@
-"""Whether one way to compute something computes the same as another."""
+"""Whether one way to compute something computes the same as another; the fastest that does."""
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from padst_exp.dispatch.timing import timings
+
+Call = Callable[[], Sequence[Tensor]]
+Name = TypeVar("Name", bound=str)
 
 # Largest relative error at which a kernel may replace plain PyTorch.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -36,7 +42,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float(torch.stack(found).max())
 
 
-def agrees(name: str, call: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor]) -> bool:
+def agrees(name: str, call: Call, expected: Sequence[Tensor]) -> bool:
     """Whether `call` runs and returns what is `expected`, up to rounding. Says so when not.
 
     Args:
@@ -58,3 +64,39 @@ def agrees(name: str, call: Callable[[], Sequence[Tensor]], expected: Sequence[T
         reason = f"its results differ by {wrong:.2g}"
     logging.getLogger(__name__).warning("backend %s is not used here: %s", name, reason)
     return False
+
+
+def fastest_right(
+    what: Mapping[str, object],
+    candidates: Mapping[Name, Call],
+    dense: Call,
+    truth: Sequence[Tensor],
+    *,
+    device: torch.device,
+) -> tuple[Name | None, dict[str, float]]:
+    """The fastest of `candidates` that computes the `truth`; None where none does.
+
+    Times may come from the cache, the truth never does.
+
+    Args:
+        what, device: as in `timings`.
+        candidates: ways to compute it, by name.
+        dense: is timed beside them, as "dense".
+        truth: what a dense weight in plain PyTorch computes.
+
+    Returns:
+        Its name, and the seconds of all that are right as far as is known.
+    """
+    seconds = timings(
+        what,
+        lambda: {
+            **{name: call for name, call in candidates.items() if agrees(name, call, truth)},
+            "dense": dense,
+        },
+        device=device,
+    )
+    for name in sorted(candidates.keys() & seconds.keys(), key=seconds.__getitem__):
+        if agrees(name, candidates[name], truth):
+            return name, seconds
+        del seconds[name]
+    return None, seconds

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dispatch.agreement import agrees
+from padst_exp.dispatch.agreement import Call, fastest_right
 from padst_exp.dispatch.inputs import Input, inputs_of, random
-from padst_exp.dispatch.timing import device_name, timings
+from padst_exp.dispatch.timing import device_name
 from padst_exp.errors import UserError, require
 from padst_exp.layers import SparseConv2d, SparseLinear, sparse_layers
 from padst_exp.soft import choices
@@ -59,7 +59,7 @@ def choose(
     """Measure every kind of sparse layer of `model` and let each use its fastest right backend.
 
     Forward and backward together. A kernel that disagrees with a dense weight in plain PyTorch is
-    not picked, whichever it is.
+    not picked, whichever it is. Times are kept on disk, but the truth is asked anew each time.
 
     Args:
         model: on `device`; only its backends change.
@@ -71,20 +71,26 @@ def choose(
 
     Raises:
         ValueError: a layer has none of the `allowed` backends.
+        UserError: none of them computes what a dense weight does.
     """
     # Nothing that is not proven yet runs in the example.
     forced(model, "torch", device)
     layers = sparse_layers(model)
     inputs = inputs_of(example, layers)
-    picks = {}
+    picks: dict[str, Pick] = {}
+    alike: dict[str, Pick] = {}
     for name, layer in layers.items():
         possible = [backend for backend in layer.backends(device) if backend in allowed]
         if not possible:
             raise ValueError(f"no backend is left of {layer.backends(device)}")
         if layer.storage == "masked" or name not in inputs:
             picks[name] = Pick("torch" if "torch" in possible else possible[0])
-        else:
-            picks[name] = _measured(layer, possible, inputs[name][-1], samples, device, compiled)
+            continue
+        given = _measured(layer, inputs[name][-1], samples, MAX_TOKENS[device.type])
+        what = _description(layer, possible, given, compiled)
+        if repr(what) not in alike:
+            alike[repr(what)] = _fastest(what, layer, possible, given, device)
+        picks[name] = alike[repr(what)]
     reuse(model, picks)
     return picks
 
@@ -149,63 +155,33 @@ def restore(saved: object, model: nn.Module, device: torch.device) -> dict[str, 
     return picks if fits else None
 
 
-def _measured(
-    layer: SparseLinear,
-    possible: Sequence[Backend],
-    sample: Input,
-    samples: int,
-    device: torch.device,
-    compiled: bool,
-) -> Pick:
-    most = MAX_TOKENS[device.type]
+def _measured(layer: SparseLinear, sample: Input, samples: int, most: int) -> Input:
+    """What to measure with: about a batch, in few different sizes, of at most so many tokens."""
     if isinstance(layer, SparseConv2d):
         number = min(_power_of_two(samples), max(1, most // sample.tokens))
         shape, tokens = (number, *sample.shape[1:]), number * sample.tokens
     else:
         tokens = min(_power_of_two(sample.tokens * samples), most)
         shape = tokens, layer.in_features
-    seconds = training_seconds(layer, possible, shape, sample.dtype, device, compiled)
-    backend = min((one for one in possible if one in seconds), key=seconds.__getitem__)
-    return Pick(backend, tokens, sample.dtype_name, seconds)
+    return Input(shape, tuple(range(len(shape))), tokens, sample.dtype)
 
 
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def training_seconds(
-    layer: SparseLinear,
-    backends: Sequence[Backend],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    compiled: bool,
-) -> dict[str, float]:
-    """Times of forward and backward of layers like `layer`.
-
-    Args:
-        layer: any of its kind; a copy of it is measured.
-        backends: the candidates.
-        shape: of the input, a batch for a convolution.
-        dtype: of activations and values.
-        device: where to measure.
-        compiled: part of what timings are kept under. Measured eagerly all the same: compiled
-            code calls these very kernels.
-
-    Returns:
-        The seconds of each of `backends` that is right, and of a dense layer ("dense").
-
-    Raises:
-        UserError: none of them is right.
-    """
-    what = {
+def _description(
+    layer: SparseLinear, backends: Sequence[Backend], given: Input, compiled: bool
+) -> dict[str, object]:
+    """All that the times of a layer depend on, in plain values."""
+    return {
         "pass": "forward and backward",
         "layer": repr(layer.window) if isinstance(layer, SparseConv2d) else "linear",
         "weights": [
             [
                 type(weight.geometry).__name__,
                 *(weight.shape, weight.geometry.frame, len(weight.active)),
-                # What units merge to, and what their rows are scattered by.
+                # What units merge to, and whether their rows are scattered.
                 tile_shape(weight.geometry, weight.active.long()),
                 weight.row_order is not None,
             ]
@@ -213,54 +189,49 @@ def training_seconds(
         ],
         "permuted": sorted({side for side, _ in layer.permutations()}),
         "backends": list(backends),
-        "input": shape,
-        "dtype": str(dtype),
+        "input": repr(given),
+        # Measured eagerly all the same: compiled code calls these very kernels.
         "compiled": compiled,
     }
-    return timings(what, lambda: _passes(layer, backends, shape, dtype, device), device=device)
 
 
-def _passes(
+def _fastest(
+    what: Mapping[str, object],
     layer: SparseLinear,
     backends: Sequence[Backend],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    given: Input,
     device: torch.device,
-) -> dict[str, Callable[[], Sequence[Tensor]]]:
-    """Forward and backward by each backend that agrees with a dense weight, and by that."""
+) -> Pick:
+    """The fastest right backend for forward and backward of layers like `layer`."""
     generator = torch.Generator(device).manual_seed(0)
-    layer = _example_of(layer, dtype, generator)
-    x = random(shape, dtype, generator).requires_grad_()
-    y = layer.dense_forward(x, layer.weight)
-    dy = random(y.shape, dtype, generator)
-    values = [weight.values for weight in layer.parts()]
+    example = _example_of(layer, given.dtype, generator)
+    x = given.random(generator).requires_grad_()
+    y = example.dense_forward(x, example.weight)
+    dy = random(y.shape, given.dtype, generator)
+    values = [weight.values for weight in example.parts()]
     truth = (y.detach(), *torch.autograd.grad(y, (x, *values), dy))
-    weight = layer.weight.detach().clone().requires_grad_()
+    weight = example.weight.detach().clone().requires_grad_()
 
     def dense() -> Sequence[Tensor]:
-        return torch.autograd.grad(layer.dense_forward(x, weight), (x, weight), dy)
+        return torch.autograd.grad(example.dense_forward(x, weight), (x, weight), dy)
 
-    passes: dict[str, Callable[[], Sequence[Tensor]]] = {}
-    for backend in backends:
-        call = _pass_of(layer, backend, x, dy)
-        if agrees(backend, call, truth):
-            passes[backend] = call
-    if not passes:
+    candidates = {backend: _pass(example, backend, x, dy) for backend in backends}
+    fastest, seconds = fastest_right(what, candidates, dense, truth, device=device)
+    if fastest is None:
         raise UserError(
             f"backend: none of {', '.join(backends)} computes what a dense weight does, "
             "expected at least plain PyTorch; this is a fault of the installation"
         )
-    return {**passes, "dense": dense}
+    return Pick(fastest, given.tokens, str(given.dtype).removeprefix("torch."), seconds)
 
 
-def _pass_of(
-    layer: SparseLinear, backend: Backend, x: Tensor, dy: Tensor
-) -> Callable[[], Sequence[Tensor]]:
+def _pass(layer: SparseLinear, backend: Backend, x: Tensor, dy: Tensor) -> Call:
+    """Forward and backward by one backend: y and the gradients of x and of all values."""
     own = copy.deepcopy(layer)
-    own.use_backend(backend)
     values = [weight.values for weight in own.parts()]
 
     def call() -> Sequence[Tensor]:
+        own.use_backend(backend)
         y = own(x)
         return (y.detach(), *torch.autograd.grad(y, (x, *values), dy))
 

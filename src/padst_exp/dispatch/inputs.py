@@ -27,11 +27,6 @@ class Input:
     tokens: int
     dtype: torch.dtype
 
-    @property
-    def dtype_name(self) -> str:
-        """E.g. "bfloat16"."""
-        return str(self.dtype).removeprefix("torch.")
-
     def random(self, generator: torch.Generator) -> Tensor:
         """Another such x, standard normal."""
         x = random([self.shape[dim] for dim in self.order], self.dtype, generator)

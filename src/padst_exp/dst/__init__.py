@@ -1,10 +1,12 @@
 """Dynamic sparse training: scores, schedules, the drop-and-grow rule, soft selections."""
 
 from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Static
+from padst_exp.dst.choosing import SRSTE, TopKAST
 from padst_exp.dst.cht import CH2L3, CH3L3, SoftMagnitude
 from padst_exp.dst.counts import Constant, Counts, Cubic, Elastic, Sigmoid
 from padst_exp.dst.dsb import DSB
 from padst_exp.dst.dynadiag import DynaDiag
+from padst_exp.dst.gates import MagnitudeGate
 from padst_exp.dst.scores import (
     DropScore,
     Gradient,
@@ -13,7 +15,7 @@ from padst_exp.dst.scores import (
     MagnitudeAndGradient,
     Uniform,
 )
-from padst_exp.dst.selection import Selection
+from padst_exp.dst.selection import Gate, Selection
 from padst_exp.dst.srigl import SRigL
 from padst_exp.dst.topology import Change, Entries, Signal, Signals, Topology
 
@@ -22,6 +24,7 @@ __all__ = [
     "CH3L3",
     "DSB",
     "MIN_DYNAMIC_UNITS",
+    "SRSTE",
     "Algorithm",
     "Change",
     "Constant",
@@ -32,10 +35,12 @@ __all__ = [
     "DynaDiag",
     "Elastic",
     "Entries",
+    "Gate",
     "Gradient",
     "GrowScore",
     "Magnitude",
     "MagnitudeAndGradient",
+    "MagnitudeGate",
     "SRigL",
     "Selection",
     "Sigmoid",
@@ -43,6 +48,7 @@ __all__ = [
     "Signals",
     "SoftMagnitude",
     "Static",
+    "TopKAST",
     "Topology",
     "Uniform",
 ]

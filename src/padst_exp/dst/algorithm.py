@@ -10,7 +10,7 @@ import torch
 
 from padst_exp.dst.counts import Counts
 from padst_exp.dst.scores import DropScore, GrowScore
-from padst_exp.dst.selection import Selection
+from padst_exp.dst.selection import Gate
 from padst_exp.dst.topology import Change, Signal, Signals, Topology
 from padst_exp.errors import require
 from padst_exp.pools import Trait, best_of_each
@@ -44,8 +44,8 @@ class Algorithm(abc.ABC):
         """The density a weight starts with whose final one is `density`; by default the same."""
         return density
 
-    def selection(self, topology: Topology, generator: torch.Generator) -> Selection | None:
-        """A soft selection among the units of a fresh `topology`; None: all of them stay."""
+    def selection(self, topology: Topology, generator: torch.Generator) -> Gate | None:
+        """What is to choose among the units of a fresh `topology`; None: all of them stay."""
         return None
 
     def can_change(self, topology: Topology) -> bool:
@@ -167,10 +167,12 @@ class DropGrow(Periodic):
     ) -> tuple[Change, float]:
         progress = step / total
         counts, scores = self.counts(topology, progress), self.drop(topology, signals)
-        table = scores.new_full(topology.exists().shape, -torch.inf)
-        table.view(-1)[topology.active] = scores
-        active = best_of_each(table, self.counts.kept(topology, progress)).view(-1)
-        scores, survivors = scores[active[topology.active]], active.nonzero().squeeze(1)
+        kept, survivors = self.counts.kept(topology, progress), topology.active
+        if not torch.equal(kept, topology.counts()):
+            table = scores.new_full(topology.exists().shape, -torch.inf)
+            table.view(-1)[topology.active] = scores
+            active = best_of_each(table, kept).view(-1)
+            scores, survivors = scores[active[topology.active]], active.nonzero().squeeze(1)
 
         # Few active units would round to zero drops for ever without the carry.
         wanted = self.drop_fraction(step, total) * len(survivors) + carry

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from padst_exp.dst.algorithm import Algorithm
-from padst_exp.dst.selection import Selection
-from padst_exp.dst.topology import Change, Signals, Topology
+from padst_exp.dst.choosing import Choosing
+from padst_exp.dst.selection import Gate, Selection
+from padst_exp.dst.topology import Topology
 from padst_exp.errors import require
 from padst_exp.soft import Learner, Readiness, Soft
 
@@ -19,12 +19,12 @@ from padst_exp.soft import Learner, Readiness, Soft
 MAX_FINAL_TEMPERATURE = 0.5
 
 
-class DynaDiag(Algorithm):
+class DynaDiag(Choosing):
     """All units of a weight live at first, weighed by a soft top-k of their importances.
 
     The temperature of the soft top-k falls from `temperature` to `final_temperature`; at `freeze`
     the units of the largest importances stay, their values times their coefficients, and all
-    others go. Until then a weight is dense and costs as much. Afterwards the topology is fixed.
+    others go.
 
     Args:
         temperature: at the beginning; importances start equal.
@@ -83,27 +83,11 @@ class DynaDiag(Algorithm):
         left = 1 - share if self.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
         return self.final_temperature + (self.temperature - self.final_temperature) * left
 
-    def initial_density(self, density: float) -> float:
-        return 1.0
-
-    def selection(self, topology: Topology, generator: torch.Generator) -> Selection | None:
-        if not self.can_change(topology):
-            return None
+    def gate(self, topology: Topology) -> Gate:
         zeros = torch.zeros(len(topology.active), device=topology.active.device)
         selection = Selection(topology, zeros)
         selection.temperature.fill_(self.temperature_at(0.0))
         return selection
-
-    def can_change(self, topology: Topology) -> bool:
-        return len(topology.active) > int(topology.target.sum())
-
-    def is_due(self, step: int, total: int) -> bool:
-        return False
-
-    def decide(
-        self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
-    ) -> tuple[Change, float]:
-        return Change(topology.active), carry
 
 
 class ImportanceLearner(Learner):

@@ -1,6 +1,9 @@
-"""A soft choice of which units of a weight stay."""
+"""Choices of which units of a weight stay."""
 
 from __future__ import annotations
+
+import abc
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +13,77 @@ from padst_exp.pools import best_of_each
 from padst_exp.soft import Soft
 
 
-class Selection(Soft):
-    """Which active units of a weight stay: a coefficient for each, the chosen ones once hard.
+class Gated(Protocol):
+    """What a gate sees of the weight whose units it weighs."""
+
+    values: nn.Parameter
+
+    def magnitudes(self) -> Tensor:
+        """Root mean square of the values of each unit, `[N]`, before any weighing."""
+
+    def per_value(self, units: Tensor) -> Tensor:
+        """One number for each unit, `[N]`, as a factor of `values`."""
+
+
+class Gate(Soft):
+    """Which active units of a weight stay: a factor for each until then, the chosen ones once hard.
+
+    Args:
+        topology: of the weight; its `target` says how many units of each pool stay.
+
+    Attributes:
+        units: int64 `[N]`, the ids of the units to choose among.
+        chosen: int64 ids of the units that stay, once hard; -1 before.
+        last: the coefficients `[N]` when it hardened, which the values take over.
+    """
+
+    units: Tensor
+    target: Tensor
+    chosen: Tensor
+    last: Tensor
+
+    def __init__(self, topology: Topology) -> None:
+        super().__init__()
+        self.logits = None
+        self.num_pools, self.pool_size = topology.num_pools, topology.pool_size
+        device = topology.active.device
+        nobody = torch.full((int(topology.target.sum()),), -1, device=device)
+        self.register_buffer("units", topology.active.clone())
+        self.register_buffer("target", topology.target, persistent=False)
+        self.register_buffer("chosen", nobody, persistent=False)
+        self.register_buffer("last", torch.ones(len(self.units), device=device), persistent=False)
+
+    @property
+    def pools(self) -> Tensor:
+        """The pool of each unit, int64 `[N]`."""
+        return self.units // self.pool_size
+
+    def attach(self, weight: Gated) -> None:
+        """Learn whose units these are."""
+
+    @abc.abstractmethod
+    def coefficients(self) -> Tensor:
+        """`[N]` in 0 .. 1, what the values of each unit count; differentiable where learned."""
+
+    def passing(self) -> Tensor | None:
+        """`[N]`, what gradients of the values are multiplied by; None: the coefficients."""
+        return None
+
+    @torch.no_grad()
+    def harden(self, choice: Tensor | None = None) -> None:
+        """Become hard; the weight drops the units that were not chosen when it `settle`s."""
+        self.last = self.coefficients()
+        self.chosen = (self.nearest() if choice is None else choice).to(self.units.device)
+        self.logits = None
+        self.changed()
+
+
+class Selection(Gate):
+    """A soft top-k of learned importances (DynaDiag, over the units of any structure).
 
     While soft, the values of unit n count `coefficients()[n]` times, in 0 .. 1; the coefficients
     of a pool add up to the number of its units that are to stay, at every temperature. The larger
-    of them survive when it hardens (DynaDiag's soft top-k, over the units of any structure).
+    of them survive when it hardens.
 
     Args:
         topology: of the weight; its `target` says how many units of each pool stay.
@@ -23,33 +91,16 @@ class Selection(Soft):
 
     Attributes:
         temperature: a scalar tensor; the lower, the sharper the choice.
-        units: int64 `[N]`, the ids of the units to choose among.
-        chosen: int64 ids of the units that stay, once hard; -1 before.
-        last: the coefficients `[N]` when it hardened, which the values take over.
     """
 
     temperature: Tensor
-    units: Tensor
-    target: Tensor
-    chosen: Tensor
-    last: Tensor
 
     def __init__(self, topology: Topology, logits: Tensor) -> None:
-        super().__init__()
+        super().__init__(topology)
         assert logits.shape == topology.active.shape, logits.shape
         self.logits = nn.Parameter(logits.detach().clone())
-        self.num_pools, self.pool_size = topology.num_pools, topology.pool_size
+        self.last = torch.ones_like(logits)
         self.register_buffer("temperature", logits.new_ones(()))
-        self.register_buffer("units", topology.active.clone())
-        nobody = torch.full((int(topology.target.sum()),), -1, device=logits.device)
-        self.register_buffer("target", topology.target, persistent=False)
-        self.register_buffer("chosen", nobody, persistent=False)
-        self.register_buffer("last", torch.ones_like(logits), persistent=False)
-
-    @property
-    def pools(self) -> Tensor:
-        """The pool of each unit, int64 `[N]`."""
-        return self.units // self.pool_size
 
     def coefficients(self) -> Tensor:
         """`[N]` in 0 .. 1, differentiable in the logits: sigmoid((logit - t) / temperature).
@@ -93,14 +144,6 @@ class Selection(Soft):
         scores[self.units] = self._logits()
         best = best_of_each(scores.view(self.num_pools, self.pool_size), self.target)
         return best.flatten().nonzero().squeeze(1)
-
-    @torch.no_grad()
-    def harden(self, choice: Tensor | None = None) -> None:
-        """Become hard; the weight drops the units that were not chosen when it `settle`s."""
-        self.last = self.coefficients()
-        self.chosen = (self.nearest() if choice is None else choice).to(self.units.device)
-        self.logits = None
-        self.changed()
 
     def _logits(self) -> Tensor:
         assert self.logits is not None

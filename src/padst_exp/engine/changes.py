@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from padst_exp.dst import Change
 from padst_exp.engine.experiment import Experiment
-from padst_exp.engine.optimizers import birth_dtype
+from padst_exp.engine.optimizers import birth_dtype, lr_scale
 from padst_exp.engine.state import TrainingState
 from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
 from padst_exp.permutations import Permutation
@@ -48,9 +48,13 @@ class Moments:
 
     def follow(self, name: str, weight: SparseWeight, move: Move, step: int) -> None:
         """Move the moments and births of one weight."""
-        if move.new is not move.old:
-            for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups:
+            if any(parameter is move.old for parameter in group["params"]):
                 group["params"] = [move.new if p is move.old else p for p in group["params"]]
+                if "lr_scale" in group:
+                    base = group["lr"] / group["lr_scale"]
+                    group["lr_scale"] = lr_scale(weight)
+                    group["lr"] = base * group["lr_scale"]
         state = self.optimizer.state.pop(move.old, None)
         if not state:
             return
@@ -152,9 +156,8 @@ def harden(
             if isinstance(choice, Permutation):
                 record["agreement"] = choice.agreement()
             logits = choice.logits
-            assert logits is not None
             hard = world.from_main(choice.nearest().cpu())
-            choice.harden(hard.to(logits.device))
+            choice.harden(hard.to(next(choice.buffers()).device))
             learner.release(name, logits)
             if state.average is not None:
                 state.average.harden(name, hard)

@@ -13,6 +13,7 @@ from padst_exp.dst import Algorithm
 from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.optimizers import OptimizerBuilder
 from padst_exp.engine.settings import Trainer
+from padst_exp.errors import require
 from padst_exp.permutations import PermutationLearner
 from padst_exp.soft import Learner
 from padst_exp.sparsify import Report
@@ -45,6 +46,14 @@ class Experiment:
     logger: NoLogger
     seed: int
     backend: Backend | Literal["auto"]
+
+    def __post_init__(self) -> None:
+        require(
+            self.optimizer.regrowth_warmup == 0 or self.algorithm.moments == "age",
+            "optimizer.regrowth_warmup",
+            self.optimizer.regrowth_warmup,
+            "0 with dst.moments=zero, which keeps no births",
+        )
 
     @property
     def learners(self) -> list[Learner]:

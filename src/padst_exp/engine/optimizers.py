@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.errors import require
-from padst_exp.layers import SparseWeight
+from padst_exp.layers import SparseWeight, sparse_weights
 from padst_exp.soft import Soft
 
 # How a learning rate falls: by name, or in steps (from which share of training on, what factor).
@@ -64,18 +64,32 @@ def _role(module: nn.Module, name: str) -> Role:
     return "weight"
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(
+    model: nn.Module, weight_decay: float, *, lr_by_density: bool
+) -> list[dict[str, Any]]:
     groups: dict[Role, list[nn.Parameter]] = {}
     for role, parameter in parameter_roles(model).values():
         groups.setdefault(role, []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": weight_decay if role in DECAYED else 0.0,
-            "role": role,
-        }
-        for role, parameters in groups.items()
+    # A group for each sparse weight; schedules multiply by its scale.
+    scaled: list[dict[str, Any]] = [
+        {"role": "packed", "params": [weight.values], "lr_scale": lr_scale(weight)}
+        for weight in sparse_weights(model).values()
+        if lr_by_density
     ]
+    if scaled:
+        del groups["packed"]
+    plain: list[dict[str, Any]] = [
+        {"role": role, "params": parameters} for role, parameters in groups.items()
+    ]
+    return [
+        {**group, "weight_decay": weight_decay if group["role"] in DECAYED else 0.0}
+        for group in [*plain, *scaled]
+    ]
+
+
+def lr_scale(weight: SparseWeight) -> float:
+    """The factor of the learning rate of a weight of this density, 1 / density (SMET)."""
+    return 1 / weight.topology().density
 
 
 class AgeAwareAdamW(torch.optim.AdamW):
@@ -86,7 +100,18 @@ class AgeAwareAdamW(torch.optim.AdamW):
     count is step - births[birth]. A grown weight then moves exactly as under a fresh AdamW started
     at its birth; with the global count its first step would be 3.2 times the learning rate at
     beta2 = 0.999.
+
+    Args:
+        groups, arguments: as in `torch.optim.AdamW`.
+        regrowth_warmup: steps after its birth over which the learning rate of an entry rises
+            linearly; 0: at once.
     """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, regrowth_warmup: int = 0, **arguments: Any
+    ) -> None:
+        super().__init__(groups, **arguments)
+        self.regrowth_warmup = regrowth_warmup
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; torch makes all of it floating point, as the parameters are."""
@@ -109,7 +134,8 @@ class AgeAwareAdamW(torch.optim.AdamW):
                 if parameter.grad is not None and "birth" in self.state[parameter]
             ]
             if grown:
-                _correct_bias(grown, [self.state[parameter] for parameter in grown], group)
+                states = [self.state[parameter] for parameter in grown]
+                _correct_bias(grown, states, group, self.regrowth_warmup)
         return loss
 
 
@@ -119,7 +145,10 @@ def birth_dtype(births: Tensor) -> torch.dtype:
 
 
 def _correct_bias(
-    parameters: list[Tensor], states: list[Mapping[str, Tensor]], group: dict[str, Any]
+    parameters: list[Tensor],
+    states: list[Mapping[str, Tensor]],
+    group: dict[str, Any],
+    warmup: int,
 ) -> None:
     """Replace the update that AdamW just made by the one of each entry's own age.
 
@@ -130,10 +159,11 @@ def _correct_bias(
     births = [state["birth"] for state in states]
     roots = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
 
-    def factors(ages: Tensor) -> tuple[Tensor, ...]:
+    def factors(ages: Tensor, ramp: Tensor | None = None) -> tuple[Tensor, ...]:
         # All weights at once: one number for each birth is little work, but many calls.
         correction = (1 - beta2**ages).sqrt()
         scale = correction / (1 - beta1**ages)
+        scale = scale if ramp is None else scale * ramp
         denominators = torch._foreach_add(roots, _in_shape(correction * group["eps"], births))
         return torch._foreach_div(_in_shape(scale, births), denominators)
 
@@ -144,7 +174,9 @@ def _correct_bias(
         for state, birth in zip(states, births, strict=True)
     ]
     steps = torch.cat(counts)
-    difference = torch._foreach_sub(factors(steps), factors(steps - born))
+    ages = steps - born
+    ramp = torch.where(born > 0, (ages / warmup).clamp(max=1), 1) if warmup else None
+    difference = torch._foreach_sub(factors(steps), factors(ages, ramp))
     means = [state["exp_avg"] for state in states]
     torch._foreach_addcmul_(parameters, means, difference, value=float(group["lr"]))
 
@@ -199,7 +231,13 @@ class OptimizerBuilder(abc.ABC):
         schedule: how it falls afterwards, down to `min_lr`; or in steps, such as ((0.5, 0.1),) for
             a tenth of it in the second half of training.
         min_lr: the final learning rate.
+        lr_by_density: whether the learning rate of a sparse weight is over its density (SMET).
+
+    Attributes:
+        regrowth_warmup: steps over which the learning rate of what is grown rises.
     """
+
+    regrowth_warmup: int = 0
 
     def __init__(
         self,
@@ -209,6 +247,7 @@ class OptimizerBuilder(abc.ABC):
         warmup: float,
         schedule: Fall,
         min_lr: float,
+        lr_by_density: bool,
     ) -> None:
         require(lr > 0, "optimizer.lr", lr, "positive")
         require(weight_decay >= 0, "optimizer.weight_decay", weight_decay, "at least 0")
@@ -223,13 +262,15 @@ class OptimizerBuilder(abc.ABC):
         self.warmup = warmup
         self.schedule = schedule
         self.min_lr = min_lr
+        self.lr_by_density = lr_by_density
 
     def create(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, Schedule]:
         """Return an optimizer of all but the soft choices of `model`, and its schedule.
 
         The model must be on its device already.
         """
-        optimizer = self._optimizer(_parameter_groups(model, self.weight_decay))
+        groups = _parameter_groups(model, self.weight_decay, lr_by_density=self.lr_by_density)
+        optimizer = self._optimizer(groups)
         return optimizer, self._schedule(optimizer, total_steps)
 
     @abc.abstractmethod
@@ -245,50 +286,25 @@ class OptimizerBuilder(abc.ABC):
         decay_steps = max(1, total_steps - warmup_steps)
         # The first step must not be lost to a learning rate of zero.
         start = self.lr / max(1, warmup_steps)
-        scheduler: Schedule
+        common: dict[str, Any] = {
+            "warmup_t": warmup_steps,
+            "warmup_lr_init": start,
+            "warmup_prefix": True,
+            "t_in_epochs": False,
+        }
+        made: object
         if not isinstance(self.schedule, str):
             factors = {round(share * total_steps): factor for share, factor in self.schedule}
-            scheduler = Steps(optimizer, factors, warmup_steps)
+            made = Steps(optimizer, factors, warmup_steps)
         elif self.schedule == "constant":
-            scheduler = cast(
-                Schedule,
-                StepLRScheduler(
-                    optimizer,
-                    decay_t=2 * total_steps,
-                    decay_rate=1.0,
-                    warmup_t=warmup_steps,
-                    warmup_lr_init=start,
-                    warmup_prefix=True,
-                    t_in_epochs=False,
-                ),
-            )
+            made = StepLRScheduler(optimizer, decay_t=2 * total_steps, decay_rate=1.0, **common)
         elif self.schedule == "linear":
-            scheduler = cast(
-                Schedule,
-                PolyLRScheduler(
-                    optimizer,
-                    t_initial=decay_steps,
-                    power=1.0,
-                    lr_min=self.min_lr,
-                    warmup_t=warmup_steps,
-                    warmup_lr_init=start,
-                    warmup_prefix=True,
-                    t_in_epochs=False,
-                ),
+            made = PolyLRScheduler(
+                optimizer, t_initial=decay_steps, power=1.0, lr_min=self.min_lr, **common
             )
         else:
-            scheduler = cast(
-                Schedule,
-                CosineLRScheduler(
-                    optimizer,
-                    t_initial=decay_steps,
-                    lr_min=self.min_lr,
-                    warmup_t=warmup_steps,
-                    warmup_lr_init=start,
-                    warmup_prefix=True,
-                    t_in_epochs=False,
-                ),
-            )
+            made = CosineLRScheduler(optimizer, t_initial=decay_steps, lr_min=self.min_lr, **common)
+        scheduler = cast(Schedule, made)
         scheduler.step_update(0)
         return scheduler
 
@@ -300,6 +316,8 @@ class AdamW(OptimizerBuilder):
         lr: as in `OptimizerBuilder`, like all others not named here.
         betas: decays of the two moments.
         eps: added to the root of the second moment.
+        regrowth_warmup: steps over which the learning rate of what is grown rises linearly (SMET
+            takes 100); 0: at once.
     """
 
     def __init__(
@@ -312,19 +330,37 @@ class AdamW(OptimizerBuilder):
         warmup: float,
         schedule: Fall,
         min_lr: float,
+        lr_by_density: bool,
+        regrowth_warmup: int,
     ) -> None:
         super().__init__(
-            lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, min_lr=min_lr
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            schedule=schedule,
+            min_lr=min_lr,
+            lr_by_density=lr_by_density,
         )
         valid = all(0 <= beta < 1 for beta in betas)
         require(valid, "optimizer.betas", betas, "two numbers of at least 0 and below 1")
         require(eps > 0, "optimizer.eps", eps, "positive")
+        require(
+            regrowth_warmup >= 0, "optimizer.regrowth_warmup", regrowth_warmup, "at least 0 steps"
+        )
         self.betas = betas
         self.eps = eps
+        self.regrowth_warmup = regrowth_warmup
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         # One kernel for each parameter, on a CPU as on a GPU.
-        return AgeAwareAdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        return AgeAwareAdamW(
+            groups,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            fused=True,
+            regrowth_warmup=self.regrowth_warmup,
+        )
 
 
 class SGD(OptimizerBuilder):
@@ -346,9 +382,15 @@ class SGD(OptimizerBuilder):
         warmup: float,
         schedule: Fall,
         min_lr: float,
+        lr_by_density: bool,
     ) -> None:
         super().__init__(
-            lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, min_lr=min_lr
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            schedule=schedule,
+            min_lr=min_lr,
+            lr_by_density=lr_by_density,
         )
         require(0 <= momentum < 1, "optimizer.momentum", momentum, "at least 0 and below 1")
         require(

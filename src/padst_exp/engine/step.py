@@ -1,5 +1,6 @@
 """One optimizer step, and the changes of topology that follow it."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -73,10 +74,13 @@ class Stepper:
         loss, seen = self._accumulate(batches, changing)
         self._average_soft_gradients()
         self._keep_gradients(changing)
+        for learner in state.learners:
+            learner.regularize_weights()
         norm = None
         if self.trainer.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.clip_norm)
-        self.lr = state.optimizer.param_groups[0]["lr"]
+        group = state.optimizer.param_groups[0]
+        self.lr = group["lr"] / group.get("lr_scale", 1.0)
         state.optimizer.step()
         state.schedule.step_update(step)
         for learner in state.learners:
@@ -233,6 +237,8 @@ class Stepper:
             # Code of shapes that are no more would fill up what torch keeps for each block.
             torch.compiler.reset()
         self._take_parameters()
+        if self.world.size > 1:
+            gc.collect()  # the former replica is part of a cycle, and holds room for all gradients
 
     @torch.no_grad()
     def _loss_of(self, seen: list[Batch]) -> float:

@@ -43,12 +43,12 @@ class FeatureBlock(nn.Module):
 
     def __init__(
         self,
-        *,
         qkv: FeatureLinear,
         proj: FeatureLinear,
         fc1: FeatureLinear,
         fc2: FeatureLinear,
         epsilons: tuple[float, float],
+        *,
         heads: int,
         scale: float,
         causal: bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers.attention import Attention
@@ -23,6 +23,18 @@ Build = Callable[[str, Layer, Fusion], FeatureLinear]
 """Makes one product of a block, given its module name, its layer and what is fused with it."""
 
 Gelu = Literal["none", "tanh", "exact"]
+
+
+class _Block(NamedTuple):
+    """What there is in a block of either family: see `FeatureBlock` and `Fusion`."""
+
+    products: tuple[str, str, str, str]  # qkv, proj, fc1, fc2
+    norms: tuple[nn.Module, nn.Module]
+    scales: tuple[Tensor | None, Tensor | None]
+    gelu: Gelu
+    heads: int
+    scale: float
+    causal: bool
 
 
 def stack_name(model: nn.Module) -> str:
@@ -59,16 +71,17 @@ def feature_stack(model: nn.Module, build: Build) -> nn.Module:
     packed = (module for module in stack.modules() if isinstance(module, PackedLinear))
     if all(layer.tiles is None for layer in packed):
         raise ValueError("no layer of its blocks has tiles")
-    convert = _vit_block if name == "blocks" else _gpt2_block
+    describe = _vit_block if name == "blocks" else _gpt2_block
     blocks = [
-        convert(f"{name}.{number}", block, build) for number, block in enumerate(stack.children())
+        _converted(f"{name}.{number}", block, describe(f"{name}.{number}", block), build)
+        for number, block in enumerate(stack.children())
     ]
     converted = FeatureStack(blocks).eval()
     # GPT-2 loops over its blocks.
     return converted if name == "blocks" else nn.ModuleList([converted])
 
 
-def _vit_block(name: str, block: Any, build: Build) -> FeatureBlock:
+def _vit_block(name: str, block: Any) -> _Block:
     attention, mlp = block.attn, block.mlp
     plain = type(attention) is Attention and type(mlp) is Mlp and attention.gate is None
     between = (attention.q_norm, attention.k_norm, attention.norm, mlp.norm) if plain else ()
@@ -76,10 +89,7 @@ def _vit_block(name: str, block: Any, build: Build) -> FeatureBlock:
         raise ValueError(f"{name} has more than plain attention and a plain MLP")
     if type(mlp.act) is not nn.GELU:
         raise ValueError(f"{name}.mlp.act is {type(mlp.act).__name__}, not GELU")
-    return _block(
-        name,
-        block,
-        build,
+    return _Block(
         products=("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
         norms=(block.norm1, block.norm2),
         scales=(_layer_scale(block.ls1), _layer_scale(block.ls2)),
@@ -90,17 +100,14 @@ def _vit_block(name: str, block: Any, build: Build) -> FeatureBlock:
     )
 
 
-def _gpt2_block(name: str, block: Any, build: Build) -> FeatureBlock:
+def _gpt2_block(name: str, block: Any) -> _Block:
     attention, config = block.attn, block.attn.config
     if hasattr(block, "crossattention") or config.reorder_and_upcast_attn:
         raise ValueError(f"{name} has more than plain attention")
     gelus: dict[str, Gelu] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
     if config.activation_function not in gelus:
         raise ValueError(f"{name}.mlp.act is {config.activation_function}, not GELU")
-    return _block(
-        name,
-        block,
-        build,
+    return _Block(
         products=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         norms=(block.ln_1, block.ln_2),
         scales=(None, None),
@@ -111,42 +118,23 @@ def _gpt2_block(name: str, block: Any, build: Build) -> FeatureBlock:
     )
 
 
-def _block(
-    name: str,
-    block: nn.Module,
-    build: Build,
-    *,
-    products: tuple[str, str, str, str],
-    norms: tuple[nn.Module, nn.Module],
-    scales: tuple[Tensor | None, Tensor | None],
-    gelu: Gelu,
-    heads: int,
-    scale: float,
-    causal: bool,
-) -> FeatureBlock:
-    first, second = norms
+def _converted(name: str, block: nn.Module, has: _Block, build: Build) -> FeatureBlock:
+    first, second = has.norms
     if not isinstance(first, nn.LayerNorm) or not isinstance(second, nn.LayerNorm):
         raise ValueError(f"{name} has other norms than LayerNorm")
     fusions = (
         Fusion(norm=first, feature_major=False),
-        Fusion(scale=scales[0], reads_feature_major=False, residual=True),
-        Fusion(norm=second, gelu=gelu),
-        Fusion(scale=scales[1], residual=True),
+        Fusion(scale=has.scales[0], reads_feature_major=False, residual=True),
+        Fusion(norm=second, gelu=has.gelu),
+        Fusion(scale=has.scales[1], residual=True),
     )
     qkv, proj, fc1, fc2 = (
         build(f"{name}.{path}", _layer(f"{name}.{path}", block.get_submodule(path)), fusion)
-        for path, fusion in zip(products, fusions, strict=True)
+        for path, fusion in zip(has.products, fusions, strict=True)
     )
-    return FeatureBlock(
-        qkv=qkv,
-        proj=proj,
-        fc1=fc1,
-        fc2=fc2,
-        epsilons=(first.eps, second.eps),
-        heads=heads,
-        scale=scale,
-        causal=causal,
-    )
+    heads, scale, causal = has.heads, has.scale, has.causal
+    epsilons = first.eps, second.eps
+    return FeatureBlock(qkv, proj, fc1, fc2, epsilons, heads=heads, scale=scale, causal=causal)
 
 
 def _layer(name: str, layer: nn.Module) -> Layer:

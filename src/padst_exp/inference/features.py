@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.inference.linear import PackedLinear
-from padst_exp.inference.weights import describe_tiles
+from padst_exp.inference.weights import constant
 from padst_kernels import Backend
-from padst_kernels.tiles import TileIndex, tile_matmul_fused
+from padst_kernels.tiles import tile_matmul_fused
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -49,16 +49,15 @@ class FeatureLinear(nn.Module, abc.ABC):
     the statistics of each token, applies behind the product: rstd * (W x - mean * row_sums).
 
     Args:
-        weight: of W, with gamma and scale folded in.
-        dense: W `[O, I]`, without.
-        bias: `[O]`, without; or None.
+        dense: W `[O, I]`, as it was.
+        bias: b `[O]`, as it was; or None.
         fusion: what the block does around it.
     """
 
     bias: Tensor
     row_sums: Tensor | None
 
-    def __init__(self, weight: Tensor, dense: Tensor, bias: Tensor | None, fusion: Fusion) -> None:
+    def __init__(self, dense: Tensor, bias: Tensor | None, fusion: Fusion) -> None:
         super().__init__()
         self.gelu, self.feature_major = fusion.gelu, fusion.feature_major
         wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
@@ -71,8 +70,7 @@ class FeatureLinear(nn.Module, abc.ABC):
                 total = total + wide @ norm.bias.to(wide.dtype)
             row_sums = wide.sum(1) if norm.weight is None else wide @ norm.weight.to(wide.dtype)
         self.register_buffer("row_sums", row_sums)
-        self.bias = nn.Parameter(total.to(dense.dtype), requires_grad=False)
-        self.weight = nn.Parameter(weight.to(dense.dtype).contiguous(), requires_grad=False)
+        self.bias = constant(total.to(dense.dtype))
 
     @abc.abstractmethod
     def forward(
@@ -99,11 +97,9 @@ class TiledFeatureLinear(FeatureLinear):
         tiles = layer.tiles
         assert tiles is not None
         gamma = None if fusion.norm is None else fusion.norm.weight
-        super().__init__(tiles.scaled(gamma, fusion.scale), tiles.matrix(), layer.bias, fusion)
+        super().__init__(tiles.matrix(), layer.bias, fusion)
+        self.tiles = tiles.scaled(gamma, fusion.scale)
         self.backend: Backend = backend
-        self.out_features = layer.out_features
-        for name, tensor in tiles.index()._asdict().items():
-            self.register_buffer(name, tensor)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None
@@ -113,9 +109,9 @@ class TiledFeatureLinear(FeatureLinear):
             norm = (*statistics, self.row_sums)
         y = tile_matmul_fused(
             x.t(),
-            self.weight,
-            self.index(),
-            self.out_features,
+            self.tiles.values,
+            self.tiles.index(),
+            self.tiles.out_features,
             backend=self.backend,
             bias=self.bias,
             gelu=self.gelu == "exact",
@@ -126,11 +122,7 @@ class TiledFeatureLinear(FeatureLinear):
         return self._activate(y) if self.gelu == "tanh" else y
 
     def extra_repr(self) -> str:
-        return f"{describe_tiles(self.weight, self.index())}, backend={self.backend}"
-
-    def index(self) -> TileIndex:
-        """What `tile_matmul_fused` needs."""
-        return TileIndex(*(getattr(self, name) for name in TileIndex._fields))
+        return f"backend={self.backend}"
 
 
 class DenseFeatureLinear(FeatureLinear):
@@ -142,13 +134,14 @@ class DenseFeatureLinear(FeatureLinear):
     """
 
     def __init__(self, layer: PackedLinear | nn.Linear, fusion: Fusion) -> None:
-        dense = layer.weight.detach()
-        weight = dense
+        weight = layer.weight.detach()
+        super().__init__(weight, layer.bias, fusion)
+        dtype = weight.dtype
         if fusion.norm is not None and fusion.norm.weight is not None:
             weight = weight * fusion.norm.weight
         if fusion.scale is not None:
             weight = weight * fusion.scale[:, None]
-        super().__init__(weight, dense, layer.bias, fusion)
+        self.weight = constant(weight.to(dtype))
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistics: Statistics | None = None

@@ -6,8 +6,8 @@ import importlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ FORMAT = 2
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 # Nothing else that a file names is ever called.
-CONSTRUCTORS = ("padst_exp.models.", "padst_exp.transforms.rebuild")
+MODELS, REBUILD = "padst_exp.models.", "padst_exp.transforms.rebuild"
 
 
 class Constructor(TypedDict):
@@ -100,8 +100,8 @@ def write(
     own, shared = _without_shared(state)
     text = json.dumps({"format": FORMAT, **description, "shared": shared}, indent=2) + "\n"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"out: cannot write {folder}: {error.strerror}") from error
     try:
@@ -111,7 +111,6 @@ def write(
             (temporary / name).write_text(content)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
-        temporary.chmod(0o777 & ~_umask())
         _replace(temporary, folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -185,19 +184,39 @@ def construct(model: Constructor, path: Path) -> nn.Module:
         UserError: it is not one of ours, or its arguments do not fit.
     """
     target = model["_target_"]
-    if not target.startswith(CONSTRUCTORS):
+    if not target.startswith(MODELS) and target != REBUILD:
         raise UserError(
-            f"{path}: its model {target!r} is none of {CONSTRUCTORS[0]}*, which alone are called "
-            "for a file; build it yourself and give it to load(..., model=...)"
+            f"{path}: its model {target!r} is none of {MODELS}*, which alone are called for a "
+            "file; build it yourself and give it to load(..., model=...)"
         )
-    module_name, _, name = target.rpartition(".")
     try:
-        constructor = getattr(importlib.import_module(module_name), name)
         with torch.device("meta"):
-            return constructor(**model["arguments"])
+            return own(target)(**_bare(model["arguments"]))
     except Exception as error:  # constructors fail in any way when called with anything
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: its model cannot be built: {reason}") from error
+
+
+def own(target: str) -> Callable[..., Any]:
+    """What `target` names in a module of ours, and not something that the module imports.
+
+    Raises:
+        ImportError, AttributeError, ValueError: there is no such thing.
+    """
+    module, _, name = target.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    if not found.__module__.startswith("padst_exp."):
+        raise ValueError(f"{target!r} is none of ours")
+    return found
+
+
+def _bare(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without weights from anywhere: all of them are in the file."""
+    none: dict[str, object] = {"pretrained": False, "checkpoint": None}
+    return {
+        key: none.get(key, _bare(value) if isinstance(value, dict) else value)
+        for key, value in arguments.items()
+    }
 
 
 def empty_layer(
@@ -285,9 +304,3 @@ def _replace(new: Path, folder: Path) -> None:
         os.replace(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

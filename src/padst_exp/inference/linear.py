@@ -6,7 +6,7 @@ Shape letters: I and O features in and out, r rank of a companion.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from padst_exp.inference.weights import PackedTiles, PackedWeight, constant
 from padst_exp.layers import LowRank
 from padst_exp.layers.sparse_conv import Window
 from padst_kernels import Backend
+
+Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
 
 
 class PackedLinear(nn.Module):
@@ -141,11 +143,8 @@ class PackedConv2d(PackedLinear):
     def dense(self) -> nn.Module:
         weight = self.weight
         out_channels, in_channels = weight.shape[:2]
-        convolution = self.window.convolution(in_channels, out_channels, bias=self.bias is not None)
-        convolution.weight = constant(weight)
-        if self.bias is not None:
-            convolution.bias = constant(self.bias)
-        return convolution.eval()
+        layer = self.window.convolution(in_channels, out_channels, bias=self.bias is not None)
+        return _with_parameters(layer, weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.window}"
@@ -155,7 +154,12 @@ def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer of `weight` `[O, I]` and `bias` `[O]`, no gradients."""
     rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    linear.weight = constant(weight)
+    return _with_parameters(linear, weight, bias)
+
+
+def _with_parameters(layer: Dense, weight: Tensor, bias: Tensor | None) -> Dense:
+    layer.weight = constant(weight)
     if bias is not None:
-        linear.bias = constant(bias)
-    return linear.eval()
+        layer.bias = constant(bias)
+    layer.eval()
+    return layer

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import cast
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dispatch import Input, Pick, agrees, timings
+from padst_exp.dispatch import Input, Pick, fastest_right
+from padst_exp.dispatch.agreement import Call
 from padst_exp.dispatch.inputs import random
 from padst_exp.inference.features import (
     DenseFeatureLinear,
@@ -50,24 +51,24 @@ def fastest_layers(
         layer, given = layers[names[0]], inputs[names[0]]
         weight = next(twins[names[0]].parameters())
         rotated = names[: max(1, ROTATED // (weight.numel() * weight.element_size()))]
-        forms: dict[str, list[Form]] = {"dense": [twins[name] for name in rotated]}
-        for backend in _backends(layer, allowed):
-            forms[backend] = [_by(backend, layers[name]) for name in rotated]
         generator = torch.Generator(weight.device).manual_seed(0)
-        seconds = _seconds(
+        pick = _pick(
             {
                 "layer": repr(layer),
                 "weights": str(weight.dtype),
                 "inputs": [repr(one) for one in given],
                 "rotated": len(rotated),
             },
-            forms,
+            [twins[name] for name in rotated],
+            {
+                backend: [_by(backend, layers[name]) for name in rotated]
+                for backend in _backends(layer, allowed)
+            },
             [one.random(generator) for one in given],
+            tokens=sum(one.tokens for one in given),
         )
-        seconds = {form: time / len(rotated) for form, time in seconds.items()}
-        tokens = sum(one.tokens for one in given)
-        for name in names:
-            picks[name] = _pick(tokens, given[0].dtype_name, seconds)
+        seconds = {form: time / len(rotated) for form, time in pick.seconds.items()}
+        picks.update(dict.fromkeys(names, replace(pick, seconds=seconds)))
     return {name: picks[name] for name in layers}
 
 
@@ -75,24 +76,24 @@ def fastest_feature_layer(
     layer: PackedLinear, fusion: Fusion, tokens: int, allowed: Collection[Backend]
 ) -> tuple[FeatureLinear, Pick]:
     """The fastest form of one product of a feature-major block, and what was measured."""
-    forms: dict[str, FeatureLinear] = {"dense": DenseFeatureLinear(layer, fusion)}
-    for backend in _backends(layer, allowed):
-        forms[backend] = TiledFeatureLinear(layer, backend, fusion)
-    weight = forms["dense"].weight
-    generator = torch.Generator(weight.device).manual_seed(0)
-    x = random((tokens, layer.in_features), weight.dtype, generator)
+    dense = DenseFeatureLinear(layer, fusion)
+    forms = {
+        backend: TiledFeatureLinear(layer, backend, fusion) for backend in _backends(layer, allowed)
+    }
+    dtype, generator = dense.weight.dtype, torch.Generator(dense.weight.device).manual_seed(0)
+    x = random((tokens, layer.in_features), dtype, generator)
     if fusion.reads_feature_major:
         x = x.t().contiguous().t()
     residual = statistics = None
     if fusion.residual:
-        residual = random((layer.out_features, tokens), weight.dtype, generator).t()
+        residual = random((layer.out_features, tokens), dtype, generator).t()
     if fusion.norm is not None:
         statistics = (x.float().mean(1), x.float().std(1).reciprocal())
 
     def form_of(form: FeatureLinear) -> Form:
         return lambda x: form(x, residual, statistics)
 
-    seconds = _seconds(
+    pick = _pick(
         {
             "layer": repr(layer),
             "fusion": [
@@ -103,13 +104,14 @@ def fastest_feature_layer(
                 fusion.residual,
             ],
             "tokens": tokens,
-            "dtype": str(weight.dtype),
+            "dtype": str(dtype),
         },
-        {kind: [form_of(form)] for kind, form in forms.items()},
+        [form_of(dense)],
+        {backend: [form_of(form)] for backend, form in forms.items()},
         [x],
+        tokens=tokens,
     )
-    pick = _pick(tokens, str(weight.dtype).removeprefix("torch."), seconds)
-    return forms[pick.backend], pick
+    return (dense if pick.backend == "dense" else forms[pick.backend]), pick
 
 
 def _backends(layer: PackedLinear, allowed: Collection[Backend]) -> list[Backend]:
@@ -122,29 +124,27 @@ def _by(backend: Backend, layer: PackedLinear) -> PackedLinear:
     return form
 
 
-def _seconds(
-    what: Mapping[str, object], forms: Mapping[str, list[Form]], inputs: Sequence[Tensor]
-) -> dict[str, float]:
-    """Times of the dense form, and of those others that compute the same."""
+def _pick(
+    what: Mapping[str, object],
+    dense: Sequence[Form],
+    forms: Mapping[Backend, Sequence[Form]],
+    inputs: Sequence[Tensor],
+    *,
+    tokens: int,
+) -> Pick:
+    """The fastest of `forms`, or `dense`; what does not compute the same does not count."""
 
-    def call(layers: list[Form]) -> Callable[[], list[Tensor]]:
+    def call(layers: Sequence[Form]) -> Call:
         def once() -> list[Tensor]:
             with torch.no_grad():
                 return [layer(x) for layer in layers for x in inputs]
 
         return once
 
-    def candidates() -> dict[str, Callable[[], list[Tensor]]]:
-        calls = {name: call(layers) for name, layers in forms.items()}
-        dense = calls.pop("dense")
-        expected = dense()
-        right = {name: once for name, once in calls.items() if agrees(name, once, expected)}
-        return {"dense": dense, **right}
-
-    key = {"pass": "inference", "forms": [*forms], **what}
-    return timings(key, candidates, device=inputs[0].device)
-
-
-def _pick(tokens: int, dtype: str, seconds: Mapping[str, float]) -> Pick:
-    fastest = min(seconds, key=seconds.__getitem__)
-    return Pick(cast(Backend, fastest), tokens, dtype, seconds)
+    calls = {backend: call(layers) for backend, layers in forms.items()}
+    truth = call(dense)()
+    key = {"pass": "inference", "backends": [*forms], **what}
+    backend, seconds = fastest_right(key, calls, call(dense), truth, device=inputs[0].device)
+    slow = backend is None or seconds["dense"] <= seconds[backend]
+    dtype = str(inputs[0].dtype).removeprefix("torch.")
+    return Pick("dense" if backend is None or slow else backend, tokens, dtype, seconds)

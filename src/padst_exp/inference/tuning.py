@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dispatch import Pick, agrees, device_name, inputs_of, is_recording, timings
+from padst_exp.dispatch import Input, Pick, agrees, device_name, inputs_of, is_recording, timings
 from padst_exp.inference.blocks import TOKENS
 from padst_exp.inference.convert import feature_stack, stack_name
 from padst_exp.inference.features import DenseFeatureLinear, FeatureLinear, Fusion
@@ -49,10 +49,6 @@ class TuningReport:
     def speedup(self) -> float:
         """Time of the dense model over the time of this one."""
         return self.seconds["dense"] / self.seconds[self.form]
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data."""
-        return {**asdict(self), "speedup": self.speedup}
 
     def __str__(self) -> str:
         rows = {"token-major": self.layers, "feature-major": self.feature_layers}
@@ -111,10 +107,9 @@ def tune(
         or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
     }
     dense = with_modules(model, twins)
-    stack, feature_layers, note = _feature_stack(model, example, backends)
-
     layers = {name: packed[name] for name in inputs}
     picks = fastest_layers(layers, twins, inputs, backends)
+    stack, feature_layers, note = _feature_stack(model, inputs, autocast, backends)
     for name, twin in twins.items():
         backend = picks[name].backend if name in picks else "dense"
         if backend == "dense":
@@ -162,23 +157,12 @@ def tune(
 
 
 def with_modules(model: nn.Module, changes: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of `model` that shares everything with it but the modules named in `changes`."""
-    changed = _shallow(model)
+    """A copy of `model` with other modules by name; all other parameters are those of `model`."""
+    shared = [*model.parameters(), *model.buffers()]
+    changed = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     for name, module in changes.items():
-        parent = changed
-        *path, last = name.split(".")
-        for part in path:
-            child = _shallow(parent.get_submodule(part))
-            parent._modules[part] = child
-            parent = child
-        parent._modules[last] = module
+        changed.set_submodule(name, module)
     return changed
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    shallow = copy.copy(module)
-    shallow._modules = dict(module._modules)
-    return shallow
 
 
 def _call(form: nn.Module, example: Tensor, compiled: bool, captured: bool) -> Callable[[], object]:
@@ -193,37 +177,26 @@ def _call(form: nn.Module, example: Tensor, compiled: bool, captured: bool) -> C
 
 
 def _feature_stack(
-    model: nn.Module, example: Tensor, backends: Collection[Backend]
+    model: nn.Module,
+    inputs: Mapping[str, list[Input]],
+    autocast: bool,
+    backends: Collection[Backend],
 ) -> tuple[nn.Module | None, dict[str, Pick], str]:
     """Feature-major blocks of the fastest products, what these are, and why if there are none."""
     picks: dict[str, Pick] = {}
+
+    def build(name: str, layer: PackedLinear | nn.Linear, fusion: Fusion) -> FeatureLinear:
+        if not isinstance(layer, PackedLinear):
+            return DenseFeatureLinear(layer, fusion)
+        if name not in inputs:
+            raise ValueError("the example does not reach them")
+        tokens = -(-inputs[name][0].tokens // TOKENS) * TOKENS
+        form, picks[name] = fastest_feature_layer(layer, fusion, tokens, backends)
+        return form
+
+    if autocast:
+        return None, {}, "they have one dtype, that of their weights, and autocast is on"
     try:
-        if torch.is_autocast_enabled(example.device.type):
-            raise ValueError("they have one dtype, that of their weights, and autocast is on")
-        tokens = -(-_stack_tokens(model, example) // TOKENS) * TOKENS
-
-        def build(name: str, layer: PackedLinear | nn.Linear, fusion: Fusion) -> FeatureLinear:
-            if not isinstance(layer, PackedLinear):
-                return DenseFeatureLinear(layer, fusion)
-            form, picks[name] = fastest_feature_layer(layer, fusion, tokens, backends)
-            return form
-
         return feature_stack(model, build), picks, ""
     except ValueError as error:
         return None, {}, str(error)
-
-
-def _stack_tokens(model: nn.Module, example: Tensor) -> int:
-    """Tokens of all sequences that enter the blocks."""
-    first = next(iter(model.get_submodule(stack_name(model)).children()))
-    tokens: list[int] = []
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        tokens.append(inputs[0].numel() // inputs[0].shape[-1])
-
-    handle = first.register_forward_pre_hook(hook)
-    try:
-        model(example)
-    finally:
-        handle.remove()
-    return tokens[0]

@@ -7,13 +7,14 @@ S single entries, N rows that have entries.
 from __future__ import annotations
 
 import abc
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from padst_kernels import Backend
-from padst_kernels.entries import Condensed, condense, condensed_matmul
+from padst_kernels.entries import Condensed, condensed_matmul
 from padst_kernels.tiles import TileIndex, tile_matmul
 
 
@@ -91,14 +92,15 @@ class PackedTiles(PackedWeight):
         index, out_features = self.index(), self.out_features
         return tile_matmul(x, values.to(x.dtype), index, out_features, backend=backend)
 
-    def scaled(self, columns: Tensor | None, rows: Tensor | None) -> Tensor:
-        """The tiles of W[o, i] * columns[i] * rows[o]; None scales nothing."""
-        values = self.values
+    def scaled(self, columns: Tensor | None, rows: Tensor | None) -> PackedTiles:
+        """The same for W[o, i] * columns[i] * rows[o]; None scales nothing."""
+        values, scaled = self.values, copy.copy(self)
         if columns is not None:
             values = values * nn.functional.pad(columns, (0, 1))[self.columns.long()][:, :, None]
         if rows is not None:
             values = values * nn.functional.pad(rows, (0, 1))[self._tile_rows()][:, None, :]
-        return values
+        scaled._parameters = {"values": constant(values.to(self.values.dtype))}
+        return scaled
 
     def matrix(self) -> Tensor:
         rows = self._tile_rows()[:, None, :]
@@ -141,7 +143,9 @@ class PackedTiles(PackedWeight):
             raise ValueError("rows do not name every feature once")
 
     def extra_repr(self) -> str:
-        return describe_tiles(self.values, self.index())
+        """All that the speed of the product depends on, but for its input and its backend."""
+        permuted, run = self.rows is not None, self.index().column_run
+        return f"tiles={tuple(self.values.shape)}, run={run}, permuted_rows={permuted}"
 
 
 class PackedEntries(PackedWeight):
@@ -162,12 +166,6 @@ class PackedEntries(PackedWeight):
         self.register_buffer("columns", weight.columns)
         self.register_buffer("row_pointer", weight.row_pointer)
         self.register_buffer("rows", weight.rows)
-
-    @classmethod
-    def of(cls, dense: Tensor) -> PackedEntries:
-        """What is not zero in `dense` `[O, I]`."""
-        entries = dense.flatten().nonzero().squeeze(1)
-        return cls(condense(dense.flatten()[entries], entries, *dense.shape))
 
     def product(self, x: Tensor, backend: Backend) -> Tensor:
         own: dict[str, Any] = {**self._parameters, **self._buffers}
@@ -193,12 +191,6 @@ class PackedEntries(PackedWeight):
 
     def extra_repr(self) -> str:
         return f"entries={len(self.values)}, rows={len(self.rows)}"
-
-
-def describe_tiles(values: Tensor, index: TileIndex) -> str:
-    """All that the speed of a product of tiles depends on, but for its input and its backend."""
-    permuted = index.rows is not None
-    return f"tiles={tuple(values.shape)}, run={index.column_run}, permuted_rows={permuted}"
 
 
 def constant(tensor: Tensor) -> nn.Parameter:

@@ -102,7 +102,7 @@ def plan(weight: SparseWeight, change: Change) -> Move:
         if order.shape != geometry.shape[:1] or not is_bijection(order):
             raise ValueError(f"row_order is no permutation of {geometry.shape[0]} rows")
         if weight.row_order is not order:
-            geometry = geometry.with_row_order(order.clone())
+            geometry = geometry.with_row_order(order.to(weight.active.device, copy=True))
     before = weight.active.long()
     masked = weight.storage == "masked"
     old_entries = weight.entries() if masked or geometry is not weight.geometry else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dst import Algorithm, Change, Entries, Selection, Signals, Topology
+from padst_exp.dst import Algorithm, Change, Entries, Gate, Signals, Topology
 from padst_exp.errors import UserError
 from padst_exp.layers.move import Move, plan
 from padst_exp.structures import Geometry, Storage, gather_entries, scatter_entries
@@ -45,7 +45,7 @@ class SparseWeight(nn.Module):
     active: Tensor
     carry: Tensor
     row_order: Tensor | None
-    selection: Selection | None
+    selection: Gate | None
 
     def __init__(
         self,
@@ -100,25 +100,41 @@ class SparseWeight(nn.Module):
         """Flat positions of all active frames, int64 `[N, E]`; O * I outside the weight."""
         return self.geometry.entries(self.active.long())
 
-    def select(self, selection: Selection | None) -> None:
+    def select(self, selection: Gate | None) -> None:
         """Let a soft selection weigh the active units from now on."""
         self.selection = selection
         if selection is not None:
+            selection.attach(self)
             selection.on_change.append(self._changed)
 
     def effective(self) -> Tensor:
         """The values that multiply, shaped like `values`: weighed while a selection is soft."""
         if self.selection is None:
             return self.values
-        return self.values * self._per_value(self.selection.coefficients())
+        coefficients, passing = self.selection.coefficients(), self.selection.passing()
+        weighed = self.values * self.per_value(coefficients)
+        if passing is None:
+            return weighed
+        # Gradients also reach what counts nothing: a zero is added that has one.
+        besides = self.per_value(passing - coefficients)
+        return weighed + (self.values - self.values.detach()) * besides
 
-    def _per_value(self, units: Tensor) -> Tensor:
-        """One number for each active unit `[N]`, as a factor of `values`."""
+    def per_value(self, units: Tensor) -> Tensor:
+        """One number for each active unit, `[N]`, as a factor of `values`."""
         units = units.to(self.values.dtype)[:, None]
         if self.storage == "packed":
             return units
         entries = self.entries()
         return scatter_entries(units.expand(entries.shape), entries, self.geometry.shape)
+
+    def magnitudes(self) -> Tensor:
+        """Root mean square of the values of each active unit, `[N]`, before any weighing."""
+        return self.geometry.frame_rms(self.unweighed(), self.active.long())
+
+    def unweighed(self) -> Tensor:
+        """Values of the active units, `[N, E]`, without the factors of a selection. Detached."""
+        values = self.values.detach()
+        return values if self.storage == "packed" else gather_entries(values, self.entries())
 
     def packed(self) -> Tensor:
         """Values of the active units, `[N, E]`, whatever the storage. Detached."""
@@ -204,7 +220,7 @@ class SparseWeight(nn.Module):
         selection = self.selection
         if selection is None or selection.soft:
             return None
-        self.values.mul_(self._per_value(selection.last))
+        self.values.mul_(self.per_value(selection.last))
         self.selection = None
         return Change(selection.chosen)
 
@@ -255,7 +271,7 @@ class SparseWeight(nn.Module):
         if (order is None) != (self.row_order is None):
             rows = torch.arange(self.shape[0], device=self.active.device)
             self.row_order = None if order is None else rows
-        if self.selection is not None and f"{prefix}selection.logits" not in state_dict:
+        if self.selection is not None and f"{prefix}selection.units" not in state_dict:
             self.selection = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from padst_exp.errors import UserError, require
+from padst_exp.errors import require
+from padst_exp.files import reading
 
 
 class GPT2(nn.Module):
@@ -148,16 +149,46 @@ def _load(
         return kind(config)
     key = "model.checkpoint" if checkpoint else "model.pretrained"
     source = checkpoint or name
-    try:
+    with reading(key, source, "weights to load"):
+        if isinstance(config, GPT2Config):
+            stored, _ = GPT2Config.get_config_dict(source)
+            _require_same(stored, config, key, source)
         # By default the weights would keep the precision of the file, and so would training.
         loading: Any = kind.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}: expected weights to load, got {source} ({reason})") from error
     lm, loaded = loading
     missing = sorted(set(loaded["missing_keys"]) - tied)
     found = f"{source} without {', '.join(missing[:1])}"
     require(not missing, key, found, "weights of these sizes")
+    finite = all(parameter.isfinite().all() for parameter in lm.parameters())
+    require(finite, key, f"{source} with others", "weights that are finite")
     return lm
+
+
+COMPUTES = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+"""What `gpt2` computes, in the words of a config of transformers."""
+
+SIZES = {"n_layer": "depth", "n_head": "heads", "n_embd": "dim"}
+"""Sizes in a config of transformers, and the keys of ours."""
+
+
+def _require_same(stored: dict[str, Any], ours: GPT2Config, key: str, source: str) -> None:
+    """Refuse weights whose own config describes another function than `gpt2` computes."""
+    for name, right in COMPUTES.items():
+        value = stored.get(name, right)
+        same = value == right or (name == "n_inner" and value == 4 * ours.n_embd)
+        require(same, key, f"{source} with {name}={value}", f"a model with {name}={right}")
+    for name, mine in SIZES.items():
+        found = getattr(ours, name)
+        right = stored.get(name, found)
+        require(found == right, f"model.{mine}", found, f"{right} as in {source}")

@@ -9,7 +9,9 @@ from typing import Any
 from timm.models import get_pretrained_cfg, load_pretrained, load_state_dict
 from torch import Tensor, nn
 
-from padst_exp.errors import UserError, require
+from padst_exp.errors import require
+from padst_exp.files import reading
+from padst_exp.messages import say
 
 Convert = Callable[..., dict[str, Tensor]]
 
@@ -29,8 +31,9 @@ def load(
         model: of timm, with `num_classes`.
         name: what timm calls its sizes, with or without a tag for the weights.
         pretrained: load the weights of `name` from the hub; they must have these sizes.
-        checkpoint: load weights from this file of PyTorch or safetensors instead; a classifier for
-            another number of classes is left out.
+        checkpoint: load weights from this file of PyTorch or safetensors instead. Where it has no
+            classifier, or one for another number of classes, the model keeps its fresh one, and a
+            line says so.
         classifier: name of the last layer.
         convert: what timm does to a stored state before it loads it.
 
@@ -43,7 +46,8 @@ def load(
     source_cfg = get_pretrained_cfg(name)
     known = not pretrained or source_cfg is not None
     require(known, "model.name", name, "a name that timm has weights for")
-    try:
+    key, source = ("pretrained", name) if pretrained else ("checkpoint", checkpoint)
+    with reading(f"model.{key}", source, "weights to load"):
         if pretrained and source_cfg is not None:
             load_pretrained(
                 model,
@@ -55,13 +59,22 @@ def load(
         elif checkpoint is not None:
             state = load_state_dict(checkpoint)
             state = state if convert is None else convert(state, model)
-            head = model.get_submodule(classifier)
-            if state[f"{classifier}.bias"].shape != head.bias.shape:
-                state.update({f"{classifier}.{k}": v for k, v in head.state_dict().items()})
-            model.load_state_dict(state)
-    except (OSError, RuntimeError, KeyError) as error:
-        key, source = ("pretrained", name) if pretrained else ("checkpoint", checkpoint)
-        found = f"{source} ({' '.join(str(error).split())[:200]})"
-        raise UserError(f"model.{key}: expected weights to load, got {found}") from error
+            _load_backbone(model, state, classifier, checkpoint)
     loaded: nn.Module = model
     return loaded
+
+
+def _load_backbone(model: Any, state: dict[str, Tensor], classifier: str, checkpoint: str) -> None:
+    fresh = {
+        f"{classifier}.{k}": v for k, v in model.get_submodule(classifier).state_dict().items()
+    }
+    # What self-supervised training adds, of no use to a classifier (MAE).
+    state = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))}
+    shapes = {key: state[key].shape for key in fresh if key in state}
+    if shapes != {key: value.shape for key, value in fresh.items()}:
+        had = "for another number of classes" if shapes else "missing"
+        say(f"model.checkpoint: the classifier in {checkpoint} is {had}, it starts fresh")
+        state |= fresh
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError("a weight is not finite")
+    model.load_state_dict(state)

@@ -72,6 +72,10 @@ class BlockGeometry(Geometry):
         rows, columns = torch.broadcast_tensors(rows, columns)
         return rows.flatten(1), columns.flatten(1)
 
+    def _permuted_axes(self, dense: Tensor) -> Tensor:
+        blocks = dense.reshape(-1, self.size, self.shape[1] // self.size, self.size)
+        return blocks.permute(0, 2, 3, 1).reshape(-1, self.size**2)
+
     def tiling(self) -> Tiling | None:
         if self.size < MIN_TILE_HEIGHT:
             return None

@@ -94,6 +94,8 @@ class Geometry(abc.ABC):
         self.row_order: Tensor | None = None
         # Where this is False, part of some frames lies outside the weight and must stay zero.
         self.exact_frames = bool((unit_sizes == self.unit_size).all())
+        entries = int(candidates.sum()) * self.unit_size
+        self.tiles_whole_weight = self.exact_frames and entries == shape[0] * shape[1]
 
     @abc.abstractmethod
     def cells(self, units: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,11 +133,12 @@ class Geometry(abc.ABC):
         num_rows, num_columns = self.shape
         if self.exact_frames:
             rows = rows if self.row_order is None else self.row_order.to(rows.device)[rows]
-            return rows * num_columns + columns
+            return torch.add(columns, rows, alpha=num_columns)
         inside = (rows < num_rows) & (columns < num_columns)
         if self.row_order is not None:
             rows = self.row_order.to(rows.device)[rows.clamp(max=num_rows - 1)]
-        return torch.where(inside, rows * num_columns + columns, num_rows * num_columns)
+        flat = torch.add(columns, rows, alpha=num_columns)
+        return torch.where(inside, flat, num_rows * num_columns)
 
     def row_positions(self) -> Tensor | None:
         """Int64 `[O]`, where weight rows stand among the row groups of `tiling`; None in order."""
@@ -164,11 +167,24 @@ class Geometry(abc.ABC):
         """Numbers `[P, Q]` whose largest are a random topology; uniform, unless units cluster."""
         return torch.rand(self.num_pools, self.pool_size, generator=generator)
 
+    def frames(self, dense: Tensor) -> Tensor:
+        """Values `[U, E]` of the frames of all existing units in `dense` `[O, I]`."""
+        if self.tiles_whole_weight and self.row_order is None:
+            return self._permuted_axes(dense)
+        return self._gathered(dense)
+
+    def _permuted_axes(self, dense: Tensor) -> Tensor:
+        """The same where frames tile the weight: for grids, `dense` with its axes rearranged."""
+        return self._gathered(dense)
+
+    def _gathered(self, dense: Tensor) -> Tensor:
+        return gather_entries(dense, self.entries(self.unit_ids(dense.device)))
+
     def unit_rms(self, dense: Tensor) -> Tensor:
         """Root mean square of `dense` `[O, I]` over every unit: `[P, Q]`, 0 where none exists."""
         units = self.unit_ids(dense.device)
         table = dense.new_zeros(self.num_pools * self.pool_size)
-        table[units] = self.frame_rms(gather_entries(dense, self.entries(units)), units)
+        table[units] = self.frame_rms(self.frames(dense), units)
         return table.view(self.num_pools, self.pool_size)
 
     def frame_rms(self, values: Tensor, units: Tensor) -> Tensor:

@@ -95,6 +95,10 @@ class NMGeometry(Geometry):
         rows = row_group[:, None] * self.group + torch.arange(self.group, device=units.device)
         return rows, column[:, None].expand_as(rows)
 
+    def _permuted_axes(self, dense: Tensor) -> Tensor:
+        groups = dense.reshape(self.num_groups, self.group, -1)
+        return groups.transpose(1, 2).reshape(-1, self.group)
+
     def tiling(self) -> Tiling | None:
         if self.group < MIN_TILE_HEIGHT:
             return None

@@ -211,7 +211,7 @@ def runs(folding: Folding, storage: Storage) -> list[slice]:
 
     Their tiles must have one shape, or none must have any.
     """
-    if storage == "masked":
+    if storage == "masked" or len(folding.geometries) == 1:
         return [slice(0, len(folding.geometries))]
     shapes = [
         tile_shape(geometry, units)

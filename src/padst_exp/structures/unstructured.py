@@ -40,3 +40,6 @@ class EntryGeometry(Geometry):
     def cells(self, units: Tensor) -> tuple[Tensor, Tensor]:
         units = units[:, None]
         return units // self.shape[1], units % self.shape[1]
+
+    def _permuted_axes(self, dense: Tensor) -> Tensor:
+        return dense.reshape(-1, 1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from padst_exp.errors import UserError
+from padst_exp.inference.files import own
 from padst_exp.sparsify import Rule
 from padst_exp.transforms.transform import Original, example
 
@@ -50,5 +50,4 @@ def _call(call: Mapping[str, Any], home: str, changes: Mapping[str, object]) -> 
     target = call["_target_"]
     if not target.startswith(home):
         raise UserError(f"{target!r} is none of {home}*, which alone are called for a file")
-    module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)(**{**call["arguments"], **changes})
+    return own(target)(**{**call["arguments"], **changes})

@@ -2,7 +2,7 @@
 
 from padst_kernels.tiles.cuda.input_gradient import (
     HEIGHTS,
-    Tile,
+    LaunchShape,
     available,
     launch_input_gradient_tile,
     num_slices,
@@ -12,7 +12,7 @@ from padst_kernels.tiles.cuda.input_gradient import (
 
 __all__ = [
     "HEIGHTS",
-    "Tile",
+    "LaunchShape",
     "available",
     "launch_input_gradient_tile",
     "num_slices",

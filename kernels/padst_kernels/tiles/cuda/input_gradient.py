@@ -31,7 +31,7 @@ _STAGES = {16: 8, 32: 6, 64: 3, 128: 2}
 
 
 @dataclass(frozen=True)
-class Tile:
+class LaunchShape:
     """How a block works: `warps` (even, from 4 to 16; to 12 where V = 128), `stages` of dY."""
 
     warps: int
@@ -103,7 +103,7 @@ def launch_input_gradient_tile(
     entries: Tensor,
     in_features: int,
     *,
-    tile: Tile | None = None,
+    launch: LaunchShape | None = None,
 ) -> Tensor:
     """dx[i] = sum over g, k with columns[g, k] = i of weight[g, k] . dy[rows[g]].
 
@@ -117,7 +117,7 @@ def launch_input_gradient_tile(
             behind which the weight may hold any finite value.
         entries: int32 `[S, G, K]`, made by `slice_entries`.
         in_features: I.
-        tile: to use instead of the default for this shape.
+        launch: to use instead of the default for this shape.
 
     Returns:
         `[I, T]` view, feature-major, dtype of dy.
@@ -146,13 +146,13 @@ def launch_input_gradient_tile(
         weight = weight.clone()
     slices = len(entries)
     slice_rows = math.ceil(in_features / slices)
-    tile = tile or _default_tile(height, math.ceil(width / slices), slices)
-    assert tile.warps in range(4, MAX_WARPS[height] + 1, 2) and tile.stages >= 2
-    kernel = _kernel(dy.device, height, dy.dtype, tile.stages, slice_rows)
+    launch = launch or _launch_shape(height, math.ceil(width / slices), slices)
+    assert launch.warps in range(4, MAX_WARPS[height] + 1, 2) and launch.stages >= 2
+    kernel = _kernel(dy.device, height, dy.dtype, launch.stages, slice_rows)
     if dx.numel():
         kernel.launch(
             math.ceil(num_tokens / _TOKENS) * slices,
-            tile.warps * 32,
+            launch.warps * 32,
             _stream(dy.device),
             [
                 *(c_void_p(tensor.data_ptr()) for tensor in (dy, weight, rows, entries, dx)),
@@ -178,11 +178,11 @@ def shared_bytes(height: int, stages: int | None, slice_rows: int) -> int:
     return slice_rows * _TOKENS * 4 + (stages or _STAGES[height]) * height * _TOKENS * 2
 
 
-def _default_tile(height: int, slots: int, slices: int) -> Tile:
+def _launch_shape(height: int, slots: int, slices: int) -> LaunchShape:
     # Two warps have 16 slots of the group at a time. Slices do not have equal shares of a group.
     pairs = math.ceil(slots / 16) + (slices > 1)
     turns = math.ceil(2 * pairs / MAX_WARPS[height])
-    return Tile(warps=2 * max(2, math.ceil(pairs / turns)), stages=_STAGES[height])
+    return LaunchShape(warps=2 * max(2, math.ceil(pairs / turns)), stages=_STAGES[height])
 
 
 @functools.cache

@@ -1,13 +1,13 @@
 """Triton kernels of the grouped gather GEMM, and their launchers: tensors in, tensors out.
 
     launch_product(x, weight, columns, row_pointer, out_features, *, rows, order, transposed, run,
-                   bias, gelu, gelu_gradient, residual, norm, feature_major, precision, tile)
+                   bias, gelu, gelu_gradient, residual, norm, feature_major, precision, launch)
         -> y [O, T]
     launch_input_gradient(dy, weight, rows, column_pointer, slots, in_features, *, run,
-                          feature_major, precision, workspace, tile)
+                          feature_major, precision, workspace, launch)
         -> dx [I, T]
     launch_weight_gradient(x, dy, columns, row_pointer, rows, height, *, order, run, precision,
-                           splits, tile)
+                           splits, launch)
         -> dweight [G, K, V]
 
 Shape letters: T tokens, I and O features in and out, G tiles, K columns and V rows of a tile,
@@ -22,13 +22,13 @@ README.md has the maths and what the compiled code must look like.
 """
 
 from padst_kernels.activations import empty_features, readable_tokens
+from padst_kernels.tiles.kernels.common import LaunchShape
 from padst_kernels.tiles.kernels.input_gradient import launch_input_gradient
 from padst_kernels.tiles.kernels.product import launch_product
-from padst_kernels.tiles.kernels.tiles import Tile
 from padst_kernels.tiles.kernels.weight_gradient import launch_weight_gradient
 
 __all__ = [
-    "Tile",
+    "LaunchShape",
     "empty_features",
     "launch_input_gradient",
     "launch_product",

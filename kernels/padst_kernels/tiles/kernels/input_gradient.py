@@ -8,8 +8,8 @@ from torch import Tensor
 
 from padst_kernels.activations import empty_features, readable_tokens
 from padst_kernels.devices import on_its_device
+from padst_kernels.tiles.kernels.common import LaunchShape
 from padst_kernels.tiles.kernels.product import launch_product
-from padst_kernels.tiles.kernels.tiles import Tile
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def launch_input_gradient(
     feature_major: bool = True,
     precision: str = "ieee",
     workspace: int = 1 << 28,
-    tile: Tile | None = None,
+    launch: LaunchShape | None = None,
 ) -> Tensor:
     """dx[i] = sum over slots s = g * K + k with columns[g, k] = i of weight[g, k] . dy[rows[g]].
 
@@ -78,7 +78,7 @@ def launch_input_gradient(
         feature_major: layout of dx.
         precision: of float32 products.
         workspace: bytes of Z to hold at a time; tokens are cut to stay below.
-        tile: sizes for the first pass.
+        launch: sizes for the first pass.
 
     Returns:
         `[I, T]` view, dtype of dy.
@@ -103,7 +103,7 @@ def launch_input_gradient(
             transposed=True,
             run=run,
             precision=precision,
-            tile=tile,
+            launch=launch,
         )
         block_t = min(128, max(16, triton.next_power_of_2(z.shape[1])))
         _slot_sum_kernel[(triton.cdiv(in_features, 16) * triton.cdiv(z.shape[1], block_t),)](

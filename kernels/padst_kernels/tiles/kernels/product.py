@@ -10,7 +10,7 @@ from torch import Tensor
 
 from padst_kernels.activations import empty_features, readable_tokens
 from padst_kernels.devices import on_its_device
-from padst_kernels.tiles.kernels.tiles import Tile, block_height
+from padst_kernels.tiles.kernels.common import LaunchShape, block_height, load_columns
 
 
 @triton.jit
@@ -76,13 +76,7 @@ def _product_kernel(
         for start in range(0, num_columns, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = k < num_columns
-            if RUN == 1:
-                column = tl.load(group_columns + k, mask=inside, other=in_features)
-                known = inside & (column < in_features)
-            else:
-                run = tl.load(group_columns + k // RUN * RUN, mask=inside, other=in_features)
-                column = run // RUN * RUN + k % RUN
-                known = inside & (run < in_features) & (column < in_features)
+            column, known = load_columns(group_columns, k, inside, in_features, RUN)
             x_tile = tl.load(
                 x + column.to(tl.int64)[None, :] * x_feature_stride,
                 mask=known[None, :] & (t < x_tokens)[:, None],
@@ -153,7 +147,7 @@ def launch_product(
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     feature_major: bool = True,
     precision: str = "ieee",
-    tile: Tile | None = None,
+    launch: LaunchShape | None = None,
 ) -> Tensor:
     """y[rows[r, v]] = residual + gelu(bias + norm(sum weight[g, k, v] x[columns[g, k]])), g in r.
 
@@ -182,7 +176,7 @@ def launch_product(
             of x, as rstd * (sum - mean * row sum).
         feature_major: layout of y.
         precision: of float32 products: "ieee" or "tf32".
-        tile: sizes to use instead of the default for this shape.
+        launch: sizes to use instead of the default for this shape.
 
     Returns:
         `[O, T]` view, dtype of x.
@@ -206,18 +200,18 @@ def launch_product(
         return y
     block_v = block_height(height)
     num_blocks = num_groups * triton.cdiv(height, block_v)
-    if tile is None:
+    if launch is None:
         extent = width * triton.cdiv(len(columns), num_groups)
-        tile = _product_tile(x, extent, block_v, run, transposed)
+        launch = _launch_shape(x, extent, block_v, run, transposed)
     y_tokens = readable_tokens("y", y)
     other = residual if gelu_gradient is None else gelu_gradient
     if other is not None:
         name = "residual" if gelu_gradient is None else "gelu_gradient"
         y_tokens = min(y_tokens, readable_tokens(name, other))
-    row_blocks = math.gcd(tile.row_blocks, num_blocks)
+    row_blocks = math.gcd(launch.row_blocks, num_blocks)
     num_programs = num_blocks // row_blocks
     # One axis: the others of CUDA end at 65,535.
-    _product_kernel[(num_programs * triton.cdiv(num_tokens, tile.tokens),)](
+    _product_kernel[(num_programs * triton.cdiv(num_tokens, launch.tokens),)](
         x,
         weight,
         columns,
@@ -245,17 +239,17 @@ def launch_product(
         GELU=gelu,
         GELU_GRADIENT=gelu_gradient is not None,
         PRECISION=precision,
-        BLOCK_T=tile.tokens,
-        BLOCK_K=tile.columns,
+        BLOCK_T=launch.tokens,
+        BLOCK_K=launch.columns,
         BLOCK_V=block_v,
         ROW_BLOCKS=row_blocks,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
     )
     return y
 
 
-def _product_tile(x: Tensor, width: int, block_v: int, run: int, transposed: bool) -> Tile:
+def _launch_shape(x: Tensor, width: int, block_v: int, run: int, transposed: bool) -> LaunchShape:
     tokens = min(128, max(16, triton.next_power_of_2(x.shape[1])))
     # 64 columns make 16-byte copies of a weight tile 16 rows high by 128 threads; 4-byte operands
     # fill shared memory twice as fast.
@@ -265,4 +259,6 @@ def _product_tile(x: Tensor, width: int, block_v: int, run: int, transposed: boo
         tokens, columns = min(tokens, 64), min(columns, 32)
     # Under Triton 3.6 a third buffer for transposed tiles this high spills on sm_80.
     stages = 4 if transposed and block_v >= 128 else 5
-    return Tile(tokens, columns, warps=8 if tokens * block_v >= 128 * 128 else 4, stages=stages)
+    return LaunchShape(
+        tokens, columns, warps=8 if tokens * block_v >= 128 * 128 else 4, stages=stages
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from padst_kernels.activations import readable_tokens
 from padst_kernels.devices import on_its_device
-from padst_kernels.tiles.kernels.tiles import Tile, block_height
+from padst_kernels.tiles.kernels.common import LaunchShape, block_height, load_columns
 
 
 @triton.jit
@@ -50,6 +50,7 @@ def _weight_gradient_kernel(
     else:
         first = tl.load(row_pointer + group)
         num_columns = (tl.load(row_pointer + group + 1) - first) * WIDTH
+    group_columns = columns + first.to(tl.int64) * WIDTH
 
     row = group * HEIGHT + v
     if rows is not None:
@@ -64,17 +65,7 @@ def _weight_gradient_kernel(
         k = start + tl.arange(0, BLOCK_K)
         inside = k < num_columns
         place = first.to(tl.int64) * WIDTH + k
-        if RUN == 1:
-            column = tl.load(columns + place, mask=inside, other=in_features)
-            known = inside & (column < in_features)
-        else:
-            run = tl.load(
-                columns + first.to(tl.int64) * WIDTH + k // RUN * RUN,
-                mask=inside,
-                other=in_features,
-            )
-            column = run // RUN * RUN + k % RUN
-            known = inside & (run < in_features) & (column < in_features)
+        column, known = load_columns(group_columns, k, inside, in_features, RUN)
         x_rows = x + column.to(tl.int64)[:, None] * x_feature_stride
         acc = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
         for at in range(begin, whole, BLOCK_T):
@@ -127,7 +118,7 @@ def launch_weight_gradient(
     run: int = 1,
     precision: str = "ieee",
     splits: int | None = None,
-    tile: Tile | None = None,
+    launch: LaunchShape | None = None,
 ) -> Tensor:
     """dweight[g, k, v] = sum over t of x[columns[g, k], t] * dy[rows[r, v], t], g in row group r.
 
@@ -145,7 +136,7 @@ def launch_weight_gradient(
         run: columns come in aligned runs, see `launch_product`.
         precision: of float32 products.
         splits: programs the tokens are split over, by default enough to fill a large GPU.
-        tile: sizes to use instead of the default; `columns` is the extent of K in one program.
+        launch: sizes to use instead of the default; `columns` is the extent of K in one program.
 
     Returns:
         `[G, K, V]`, dtype of x.
@@ -164,11 +155,13 @@ def launch_weight_gradient(
     block_v = block_height(height)
     # An average row group; one with more tiles loops.
     extent = width * triton.cdiv(num_tiles, num_groups)
-    tile = tile or _weight_gradient_tile(x, extent, block_v, run)
-    programs = num_groups * triton.cdiv(height, block_v), triton.cdiv(extent, tile.columns)
+    launch = launch or _launch_shape(x, extent, block_v, run)
+    programs = num_groups * triton.cdiv(height, block_v), triton.cdiv(extent, launch.columns)
     if splits is None:
         splits = max(1, min(1024 // (programs[0] * programs[1]), num_tokens // 512))
-    split_tokens = max(1, triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens)) * tile.tokens
+    split_tokens = (
+        max(1, triton.cdiv(triton.cdiv(num_tokens, splits), launch.tokens)) * launch.tokens
+    )
     splits = max(1, triton.cdiv(num_tokens, split_tokens))
     partial = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
     _weight_gradient_kernel[(*programs, splits)](
@@ -192,11 +185,11 @@ def launch_weight_gradient(
         HEIGHT=height,
         RUN=run,
         PRECISION=precision,
-        BLOCK_T=tile.tokens,
-        BLOCK_K=tile.columns,
+        BLOCK_T=launch.tokens,
+        BLOCK_K=launch.columns,
         BLOCK_V=block_v,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
     )
     if splits > 1:
         block = 1024
@@ -206,10 +199,10 @@ def launch_weight_gradient(
     return out
 
 
-def _weight_gradient_tile(x: Tensor, extent: int, block_v: int, run: int) -> Tile:
+def _launch_shape(x: Tensor, extent: int, block_v: int, run: int) -> LaunchShape:
     tokens = min(128 // x.element_size(), max(16, triton.next_power_of_2(x.shape[1])))
     columns = min(128, max(16, triton.next_power_of_2(extent)))
     many = columns * block_v >= 128 * 64
     if x.stride(0) == 1 and run < 8:
         tokens, many = min(tokens, 32), columns >= 64
-    return Tile(tokens, columns, warps=8 if many else 4, stages=4)
+    return LaunchShape(tokens, columns, warps=8 if many else 4, stages=4)
