@@ -35,6 +35,7 @@ SPARSITIES = (0.5, 0.75, 0.9)
 
 
 def main() -> None:
+    """Count every model under every transform."""
     rows = []
     for (name, data), (changes, shape) in MODELS.items():
         start = original(name, changes, shape)
@@ -59,6 +60,7 @@ def main() -> None:
 
 
 def original(name: str, changes: dict[str, Any], shape: dict[str, int]) -> Original:
+    """A model of conf/ as transforms take it, on the meta device."""
     tree = OmegaConf.load(config_dir() / "model" / f"{name}.yaml")
     keys = {**tree.model, **changes}
 

@@ -29,6 +29,7 @@ COLORS = {"dense": GREY, "block 2": BLUE, "block 4": GREEN, "2 diagonals": ORANG
 
 
 def main() -> None:
+    """Count, write, draw."""
     rows = []
     for name, (mask, rank) in STRUCTURES.items():
         for permuted in (False, True) if name != "dense" else (False,):
@@ -63,6 +64,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, object]], path: Path) -> None:
+    """Counted regions and the bound, by layers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 3.6), layout="constrained")

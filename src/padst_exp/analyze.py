@@ -142,7 +142,7 @@ def summary(results: Results) -> Iterator[str]:
         distances = results["permutations"][-1]["distance"]
         if distances:
             mean = sum(distances.values()) / len(distances)
-            yield f"permutations move {mean:.1%} of the features that their structure can tell apart"
+            yield f"permutations move {mean:.1%} of their features, modulo symmetries"
 
 
 def _home(restored: RestoredRun) -> Path:

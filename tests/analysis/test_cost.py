@@ -69,9 +69,7 @@ def test_sparse_layers_cost_their_entries_their_companion_and_what_is_soft() -> 
         inputs = torch.zeros(1, 3, 16, 16)
         dense = count(sparse, inputs)
         rules = [Rule(pattern) for pattern in patterns]
-        report = sparsify(
-            sparse, rules, structure=Unstructured(), density=0.3, low_rank=2, seed=1
-        )
+        report = sparsify(sparse, rules, structure=Unstructured(), density=0.3, low_rank=2, seed=1)
         costs = count(sparse, inputs)
         saved = 0.0
         for layer in report.layers:
@@ -84,8 +82,10 @@ def test_sparse_layers_cost_their_entries_their_companion_and_what_is_soft() -> 
 
         module, layer = next(iter(report.model_layers.items()))
         size = layer.in_features // layer.taps
-        positions = costs.products()[module] / 2 / sum(
-            row.parameters for row in report.layers if row.name.startswith(f"{module}.")
+        positions = (
+            costs.products()[module]
+            / 2
+            / sum(row.parameters for row in report.layers if row.name.startswith(f"{module}."))
         )
         layer.input_permutation = Permutation(torch.eye(size))
         soft = count(sparse, inputs).products()[module] - costs.products()[module]

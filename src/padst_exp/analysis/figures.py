@@ -87,7 +87,10 @@ def draw_paths(results: Results, path: Path) -> None:
         for axis, key, title in zip(
             axes,
             ("reach", "ratio"),
-            ("Pairs of input and output that a path connects (%)", "Second over first singular value"),
+            (
+                "Pairs of input and output that a path connects (%)",
+                "Second over first singular value",
+            ),
             strict=True,
         ):
             for name, color, label in kinds:
@@ -118,9 +121,7 @@ def draw_topology(results: Results, path: Path) -> None:
         for weight in explored[0]["explored"]:
             values = [100 * row["explored"][weight] for row in explored]
             axes[1].plot(steps, values, color=BLUE, lw=0.9, alpha=0.35)
-        means = [
-            100 * sum(row["explored"].values()) / len(row["explored"]) for row in explored
-        ]
+        means = [100 * sum(row["explored"].values()) / len(row["explored"]) for row in explored]
         axes[1].plot(steps, means, color=INK, lw=1.8, marker="o", ms=3, label="mean over weights")
         axes[1].set_ylim(0, 104)
         axes[1].legend()
@@ -141,7 +142,9 @@ def draw_permutations(results: Results, path: Path) -> None:
         rows = range(len(names))
         distance = [100 * last["distance"].get(name, 0) for name in names]
         moved = [100 * last["moved_since_start"][name] for name in names]
-        axis.barh([row - 0.2 for row in rows], distance, 0.36, color=BLUE, label="from the identity")
+        axis.barh(
+            [row - 0.2 for row in rows], distance, 0.36, color=BLUE, label="from the identity"
+        )
         axis.barh([row + 0.2 for row in rows], moved, 0.36, color=ORANGE, label="from the start")
         axis.set_yticks(rows, names, fontsize=7)
         axis.invert_yaxis()
