@@ -27,7 +27,7 @@ from padst_exp.bench.models import moments, tensor_bytes
 from padst_exp.config import build
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Batch
-from padst_exp.engine.changes import Moments, adopt
+from padst_exp.engine.changes import Moments
 from padst_exp.engine.distributed import World
 from padst_exp.engine.run_directory import read_metrics
 from padst_exp.engine.step import Stepper
@@ -152,7 +152,8 @@ def memory_row(entry: Row) -> Row:
         # A rewiring makes the optimizer remember births.
         for name, weight in sparse_weights(layer).items():
             change = weight.decide(algorithm, step=10, total=100, generator=torch.Generator())
-            adopt(name, weight, change, [Moments(optimizer, algorithm.moments)], 10)
+            move = weight.adopt(change)
+            Moments(optimizer, algorithm.moments).follow(name, weight, move, 10)
         gradients = [p.grad for p in layer.parameters() if p.grad is not None]
         tensors = [*layer.parameters(), *gradients, *moments(optimizer, learner), *layer.buffers()]
         shares.append(tensor_bytes(tensors) / (4 * 4 * 768 * 3072))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -60,7 +61,11 @@ class Topology:
         return self.num_entries / self.size
 
     def counts(self) -> Tensor:
-        """Active units of each pool, int64 `[P]`."""
+        """Active units of each pool, int64 `[P]`; not to be written to."""
+        return self._counts
+
+    @cached_property
+    def _counts(self) -> Tensor:
         return torch.bincount(self.pools, minlength=self.num_pools)
 
     def exists(self) -> Tensor:
