@@ -248,7 +248,7 @@ def sparsify(
     if isinstance(structure, Dense):
         return Report(type(structure).__name__, {}, {}, {}, baseline or Baseline(parameters, 0))
     chosen = match(model, rules)
-    output = _output_layer(model)
+    output = output_layer(model)
     shapes = weight_shapes(chosen)
     baseline = baseline or Baseline(parameters, sum(o * i for o, i in shapes.values()))
     densities = layer_densities(shapes, density, distribution)
@@ -345,7 +345,7 @@ def weight_shapes(chosen: Sequence[tuple[LinearView, Rule]]) -> dict[str, tuple[
     }
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
+def output_layer(model: nn.Module) -> nn.Module | None:
     """The layer whose outputs are those of the model: its classifier, or its last layer."""
     for name in ("get_classifier", "get_output_embeddings"):
         layer = getattr(model, name)() if callable(getattr(model, name, None)) else None
