@@ -191,7 +191,7 @@ def _cost(restored: RestoredRun) -> Results:
         costs = count(model, sample)
         head = output_layer(model)
         heads = {n for n, module in model.named_modules() if module is head}
-        kinds = {kind: list(pair) for kind, pair in costs.by_kind().items()}
+        kinds: dict[str, list[int]] = {kind: list(pair) for kind, pair in costs.by_kind().items()}
         products = [row for row in costs.rows if row.kind == "product" and row.module in heads]
         if products:
             part = [sum(row.flops for row in products), sum(row.bytes for row in products)]

@@ -1,1 +1,1 @@
-"""What a model costs: FLOPs and bytes of a pass, counted on shapes alone."""
+"""What runs can be asked afterwards: costs, graphs of masks, permutations, linear regions."""
