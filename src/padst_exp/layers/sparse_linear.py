@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from padst_exp.layers.dense_gradient import collect_dense_gradient
+from padst_exp.layers.dense_gradient import collect_dense_gradients
 from padst_exp.layers.low_rank import LowRank
 from padst_exp.layers.sparse_weight import SparseWeight
 from padst_exp.permutations import Permutation
@@ -89,7 +89,7 @@ class SparseLinear(nn.Module):
         weights = self.parts()
         return Folding(
             [weight.geometry for weight in weights],
-            [weight.active.long() for weight in weights],
+            [weight.topology().active for weight in weights],
             self._input_index(),
             [_hard_index(permutation) for permutation in self.output_permutations],
         )
@@ -123,9 +123,11 @@ class SparseLinear(nn.Module):
 
     def _live_rows(self, folding: Folding) -> Tensor | None:
         """Which outputs have a bias, bool `[O]`; None: all."""
+        if not self.silences_rows or self.bias is None:
+            return None
         # A companion, or a soft permutation of the outputs, leaves no output without inputs.
         mixed = any(p.soft for (side, _), p in self.permutations().items() if side == "out")
-        if not self.silences_rows or self.bias is None or self.companion is not None or mixed:
+        if self.companion is not None or mixed:
             return None
         live = folding.live_rows()
         return None if bool(live.all()) else live
@@ -166,14 +168,12 @@ class SparseLinear(nn.Module):
             weights = self.parts()[part]
             permutations = list(self.output_permutations)[part]
             y = multiply(x, [weight.effective().to(dtype) for weight in weights])
-            if _needs_parts(weights, permutations):
-                sizes = [weight.shape[0] for weight in weights]
-                outputs += [
-                    self._finish(part_y, x, weight, permutation)
-                    for part_y, weight, permutation in zip(
-                        y.split(sizes, dim=-1), weights, permutations, strict=True
-                    )
-                ]
+            if torch.is_grad_enabled() and any(w.collect_dense_gradient for w in weights):
+                indices = [_hard_index(permutation) for permutation in permutations]
+                y = collect_dense_gradients(y, x, weights, self._input_index(), indices)
+            if any(isinstance(p, Permutation) and p.soft for p in permutations):
+                parts = y.split([weight.shape[0] for weight in weights], dim=-1)
+                outputs += [p(part_y) for p, part_y in zip(permutations, parts, strict=True)]
             else:
                 outputs.append(y)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -186,13 +186,6 @@ class SparseLinear(nn.Module):
             return permuted
         permuted = self.input_permutation(x.unflatten(-1, (self.taps, -1)))
         return permuted.flatten(-2)
-
-    def _finish(self, y: Tensor, x: Tensor, weight: SparseWeight, permutation: nn.Module) -> Tensor:
-        """What is done to the output of one weight alone."""
-        if weight.collect_dense_gradient and torch.is_grad_enabled():
-            y = collect_dense_gradient(y, x, weight, self._input_index(), _hard_index(permutation))
-        finished: Tensor = permutation(y)
-        return finished
 
     @property
     def weight(self) -> Tensor:
@@ -236,12 +229,6 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return None
-
-
-def _needs_parts(weights: Sequence[SparseWeight], permutations: Sequence[nn.Module]) -> bool:
-    collecting = any(weight.collect_dense_gradient for weight in weights)
-    soft = any(isinstance(p, Permutation) and p.soft for p in permutations)
-    return soft or (collecting and torch.is_grad_enabled())
 
 
 def _hard_index(permutation: nn.Module | None) -> Tensor | None:
