@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig
 
+from padst_exp.atomic import replace_text
 from padst_exp.cli import command_line
 from padst_exp.config import Device, read_keys
 from padst_exp.errors import UserError
@@ -107,7 +108,7 @@ def analyze(keys: AnalyzeSchema, world: World) -> tuple[Path, Results]:
     results.update(history)
     if "topology" in keys.parts:
         results["topology"] = {"explored": explored, "changes": _changes(restored)}
-    (folder / "analysis.json").write_text(json.dumps(results, indent=1) + "\n")
+    replace_text(folder / "analysis.json", json.dumps(results, indent=1) + "\n")
     for part in keys.parts:
         figures.DRAW[part](results[part], folder / f"{part}.png")
     return folder, results
