@@ -21,4 +21,4 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(floors, "last_level_cache", lambda device: 1 << 12)
     monkeypatch.setattr(floors, "MAX_ROTATION", 2)
     monkeypatch.setitem(floors.GEMM, "cpu", 64)
-    monkeypatch.setattr(timing, "cache_folder", lambda: tmp_path / "decisions")
+    monkeypatch.setattr(timing.cache, "cache_folder", lambda: tmp_path / "decisions")

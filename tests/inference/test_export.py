@@ -55,8 +55,8 @@ OWN_MODEL = {"_target_": "inference.own_models.Perceptron", "width": 48}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("padst_exp.dispatch.timing.cache_folder", lambda: tmp_path)
-    return tmp_path / "timings.json"
+    monkeypatch.setattr("padst_exp.cache.cache_folder", lambda: tmp_path)
+    return tmp_path / "timings"
 
 
 def make_run(
@@ -220,9 +220,9 @@ def test_an_evaluated_export_is_tuned(
         said = capsys.readouterr().err
         wanted = rf"(major|dense) for batches of 50 in {precision}: [0-9.]+x dense on "
         assert re.search(wanted, said)
-    kept = own_cache.read_text()
+    kept = {path: path.read_text() for path in own_cache.iterdir()}
     metrics_of(folder, batch_size=50)
-    assert own_cache.read_text() == kept
+    assert {path: path.read_text() for path in own_cache.iterdir()} == kept
     capsys.readouterr()
     metrics_of(run)
     assert "x dense" not in capsys.readouterr().err
