@@ -28,6 +28,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.errors import UserError
 from padst_exp.evaluate import EvaluateSchema, evaluate
 from padst_exp.export import ExportSchema, export
+from padst_exp.files import sha256
 from padst_exp.inference import load
 from padst_exp.inference.packing import harden
 from padst_exp.layers import sparse_layers
@@ -127,7 +128,8 @@ def test_an_export_computes_what_the_run_does(tmp_path: Path) -> None:
             folder, description = export(keys(run, format=format), World())
             assert folder == run / ("export" if format == "packed" else "export-dense")
             written = json.loads((folder / "model.json").read_text())
-            assert written == {"format": 2, "shared": {}, **json.loads(json.dumps(description))}
+            assert written.pop("tensors") == sha256(folder / "model.safetensors")
+            assert written == {"format": 3, "shared": {}, **json.loads(json.dumps(description))}
             source = description["source"]
             assert (source["step"], source["averaged"]) == (3, averaged)
             assert source["checkpoint"] == "last.pt" and len(source["hardened"]) == 4

@@ -15,11 +15,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from padst_exp.config import build, closest, config_dir, keyword_parameters, resolve_target
+from padst_exp.config import build, closest, config_dir, resolve_target
 from padst_exp.errors import UserError
 from padst_exp.permutations import PermutationLearner
 from padst_exp.sparsify import Rule
 from padst_exp.structures import Structure
+from padst_exp.targets import keyword_parameters
 
 Entry = str | Mapping[str, Any]
 
