@@ -136,7 +136,7 @@ def summary(results: Results) -> Iterator[str]:
     if "paths" in results:
         last = results["paths"][-1]
         for name in ("trained", "unpermuted", "random"):
-            after = last[name][min(1, len(last[name]) - 1)]
+            after = last[name][min(2, len(last[name]) - 1)]
             yield (
                 f"{name} masks: {after['reach']:.1%} of pairs reached after {after['layers']}, "
                 f"s2/s1 {after['ratio']:.3f}"
