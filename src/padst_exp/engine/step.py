@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.data.task import Batch
-from padst_exp.engine import changes
+from padst_exp.engine import changes, exchanges
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.state import TrainingState
 from padst_exp.layers import Move, SparseWeight, sparse_weights
+from padst_exp.permutations import Permutation
 from padst_exp.seeds import seed_of
 from padst_exp.soft import Learner, soft_choices
 
@@ -67,11 +68,12 @@ class Stepper:
         """
         state, step, total = self.state, self.state.step + 1, self.experiment.total_steps
         changing = self._changing(step)
+        due = self.experiment.learner.exchanges(step, total, rewiring=bool(changing))
 
         state.optimizer.zero_grad(set_to_none=True)
         for learner in state.learners:
             learner.zero_grad()
-        loss, seen = self._accumulate(batches, changing)
+        loss, seen = self._accumulate(batches, changing, due)
         self._average_soft_gradients()
         self._keep_gradients(changing)
         for learner in state.learners:
@@ -95,10 +97,12 @@ class Stepper:
             for learner in state.learners
             if learner.choices and (step % learner.interval == 0 or step == total)
         ]
-        if changing or looking:
+        if changing or due or looking:
             self.settle()  # nothing is chosen by a gradient that is not finite
         if changing:
             self._change(changing)
+        if due:
+            self.record("exchange", exchanges.exchange(self.experiment, state, due))
         if looking:
             self._harden(looking, seen)
 
@@ -154,15 +158,22 @@ class Stepper:
         ]
 
     def _accumulate(
-        self, batches: Iterator[Batch], changing: Sequence[SparseWeight]
+        self,
+        batches: Iterator[Batch],
+        changing: Sequence[SparseWeight],
+        due: Mapping[str, Permutation],
     ) -> tuple[Tensor, list[Batch]]:
         """Forward and backward of all micro-batches; return the mean loss and the batches."""
         trainer, world, task = self.trainer, self.world, self.experiment.task
-        collect = bool(changing) and "dense_gradient" in self.algorithm.needs
-        for weight in changing:
-            weight.collect_dense_gradient = collect
+        collecting = list(changing) if "dense_gradient" in self.algorithm.needs else []
+        if parts := self.experiment.learner.parts:
+            for weight in exchanges.weights_of(self.state, due):
+                weight.gradient_parts = parts
+                collecting.append(weight)
+        for weight in collecting:
+            weight.collect_dense_gradient = True
         # What is rare or passing is not worth another compilation of every block.
-        passing = collect or any(learner.half_hard for learner in self.state.learners)
+        passing = bool(collecting) or any(learner.half_hard for learner in self.state.learners)
         losses, seen = [], []
         with eagerly(trainer.compile and passing):
             for micro in range(trainer.micro_batches):
@@ -178,8 +189,8 @@ class Stepper:
                     loss.backward()
                 losses.append(loss.detach())
                 seen.append((inputs, targets))
-        for weight in changing:
-            weight.collect_dense_gradient = False
+        for weight in collecting:
+            weight.collect_dense_gradient, weight.gradient_parts = False, 0
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0], seen
 
     def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
