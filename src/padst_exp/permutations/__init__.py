@@ -1,6 +1,6 @@
 """Permutations of features and the learners that create and train them."""
 
-from padst_exp.permutations.distance import partition_distance, shift_distance
+from padst_exp.permutations.distance import distance_to_identity
 from padst_exp.permutations.learners import (
     DoublyStochastic,
     NoPermutation,
@@ -8,6 +8,7 @@ from padst_exp.permutations.learners import (
     RandomPermutation,
 )
 from padst_exp.permutations.permutation import Permutation, is_bijection
+from padst_exp.permutations.site import Site
 
 __all__ = [
     "DoublyStochastic",
@@ -15,7 +16,7 @@ __all__ = [
     "Permutation",
     "PermutationLearner",
     "RandomPermutation",
+    "Site",
+    "distance_to_identity",
     "is_bijection",
-    "partition_distance",
-    "shift_distance",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from padst_exp.errors import require
 from padst_exp.permutations.permutation import Permutation
+from padst_exp.permutations.site import Site
 from padst_exp.soft import Learner, Readiness, Soft
 
 Side = Literal["in", "out", "both", "auto"]
@@ -33,6 +34,10 @@ class PermutationLearner(Learner):
     @abc.abstractmethod
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         """Return a fresh permutation of `size` features drawn from `generator`, or None."""
+
+    def fit(self, site: Site, generator: torch.Generator) -> Permutation | None:
+        """Return the permutation of `site`, or None: slot i of S holds feature index[i] of W."""
+        return self.create(site.size, generator)
 
 
 class NoPermutation(PermutationLearner):
@@ -75,6 +80,8 @@ class DoublyStochastic(PermutationLearner):
         iterations: rounds of row and column normalisation.
         init: "lognormal", exp(scale * randn), or "noise", 1 + scale * randn; then normalised.
         scale: of the initial noise.
+        keep: share of the identity in what it starts as over trained weights, which must survive
+            it; the noise has the rest. From 1 - delta on it hardens as the identity at once.
         lr: learning rate of Adam, constant.
         betas: of Adam.
         weighting: "adaptive" or "fixed", above.
@@ -95,6 +102,7 @@ class DoublyStochastic(PermutationLearner):
         iterations: int,
         init: Literal["lognormal", "noise"],
         scale: float,
+        keep: float,
         lr: float,
         betas: tuple[float, float],
         weighting: Literal["adaptive", "fixed"],
@@ -109,6 +117,7 @@ class DoublyStochastic(PermutationLearner):
         super().__init__(side=side, interval=interval)
         _require(iterations >= 1, "iterations", iterations, "at least 1")
         _require(scale > 0, "scale", scale, "positive (equal rows would never part)")
+        _require(0.5 < keep < 1, "keep", keep, "a share above 0.5 and below 1")
         _require(lr > 0, "lr", lr, "positive")
         _require(
             len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
@@ -131,6 +140,7 @@ class DoublyStochastic(PermutationLearner):
         self.iterations = iterations
         self.init = init
         self.scale = scale
+        self.keep = keep
         self.lr = lr
         self.betas = (float(betas[0]), float(betas[1]))
         self.adaptive = weighting == "adaptive"
@@ -148,6 +158,19 @@ class DoublyStochastic(PermutationLearner):
         logits = noise if self.init == "lognormal" else noise.add(1).clamp_min(1e-3).log()
         return Permutation(
             logits.exp() if self.projected else logits,
+            projected=self.projected,
+            iterations=self.iterations,
+        )
+
+    def fit(self, site: Site, generator: torch.Generator) -> Permutation | None:
+        fresh = self.create(site.size, generator)
+        if site.importance is None or fresh is None or not fresh.soft:
+            return fresh
+        # Its singular values are at least 2 keep - 1: trained weights can be read through it.
+        noise = fresh.matrix().detach()
+        start = self.keep * torch.eye(site.size, device=noise.device) + (1 - self.keep) * noise
+        return Permutation(
+            start if self.projected else start.log(),
             projected=self.projected,
             iterations=self.iterations,
         )
