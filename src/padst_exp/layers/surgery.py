@@ -364,7 +364,7 @@ def _columns(matrix: Tensor, index: Tensor | None, taps: int) -> Tensor:
 
 
 def _inverse(permutation: Permutation, like: Tensor) -> Tensor:
-    return torch.linalg.inv(permutation.matrix().detach().double()).to(like)
+    return torch.linalg.inv(permutation.relaxed().detach().double()).to(like)
 
 
 def _check_served(algorithm: Algorithm, structure: Structure, geometry: Geometry) -> None:
