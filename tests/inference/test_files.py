@@ -139,7 +139,11 @@ def test_a_damaged_description_is_one_line(folder: Path) -> None:
         (("shared", "extra"), "head.bias", "does not fit its model.json: Unexpected key"),
         (("shared", "extra"), "nothing", "it has no 'nothing'"),
         (("model", "_target_"), "padst_exp.models.weights.load", "load is no constructor"),
-        (("model", "_target_"), "padst_exp.models.weights.Tensor", "none of ours, it is from torch"),
+        (
+            ("model", "_target_"),
+            "padst_exp.models.weights.Tensor",
+            "none of ours, it is from torch",
+        ),
         (("shared",), [], "model.json: damaged, shared: Input should be a valid dictionary"),
         ((*FC1, "parts"), DELETED, r"model.json: damaged, layers\.\S+\.parts: Field required"),
         ((*FC1, "parts"), [], rf"{at} \S+: 0 features out, 96 in the dense layer"),

@@ -154,7 +154,9 @@ class Stepper:
         return [
             weight
             for weight in sparse_weights(self.model).values()
-            if weight.selection is None and self.algorithm.can_change(weight.topology())
+            if weight.selection is None
+            and not weight.frozen
+            and self.algorithm.can_change(weight.topology())
         ]
 
     def _accumulate(

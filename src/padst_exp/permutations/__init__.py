@@ -1,6 +1,6 @@
 """Permutations of features and the learners that create and train them."""
 
-from padst_exp.permutations.distance import partition_distance, shift_distance
+from padst_exp.permutations.distance import distance_to_identity
 from padst_exp.permutations.exchange import Evidence, Exchange
 from padst_exp.permutations.grouped import Grouped, GroupedPermutation
 from padst_exp.permutations.gumbel_sinkhorn import DrawnPermutation, GumbelSinkhorn
@@ -34,7 +34,6 @@ __all__ = [
     "Site",
     "StraightThrough",
     "SwitchedPermutation",
+    "distance_to_identity",
     "is_bijection",
-    "partition_distance",
-    "shift_distance",
 ]
