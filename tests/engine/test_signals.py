@@ -89,11 +89,17 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_every_signal_to_the_group_leaves_a_checkpoint_and_no_worker(
+@pytest.mark.slow
+def test_signals_to_the_group_leave_a_checkpoint_and_no_worker(
     tmp_path: Path, start: Start
 ) -> None:
-    for number, signum in enumerate(ENDING):
-        root, workers = tmp_path / signum.name, 2 * (number % 2 == 0)
+    for signum, workers in (
+        (signal.SIGTERM, 2),
+        (signal.SIGINT, 0),
+        (signal.SIGHUP, 2),
+        (signal.SIGUSR1, 0),
+    ):
+        root = tmp_path / signum.name
         (process,) = start(endless, root, workers)
         wait_for(lambda root=root: training(root))
         pids = children(process.pid)
@@ -131,6 +137,7 @@ def failing(world: World, root: Path, workers: int) -> None:
         (root / f"error{world.rank}").write_text(str(error))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_in_one_line_and_loses_nothing(
     tmp_path: Path, start: Start
 ) -> None:

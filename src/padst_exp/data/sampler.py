@@ -12,6 +12,7 @@ import threading
 from collections.abc import Generator, Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -240,6 +241,8 @@ def _kill(processes: list[BaseProcess]) -> None:
 
 def _require_alive(processes: list[BaseProcess], error: Exception) -> None:
     """Raise a `UserError` if a data worker was killed."""
+    # What it was sending may break off before it is known to have ended.
+    wait([process.sentinel for process in processes], timeout=1)
     for process in processes:
         if process.exitcode is not None and process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
