@@ -34,12 +34,17 @@ class AnalyzeSchema:
         out: folder to write; null is `analysis` beside the checkpoints.
         parts: what to look at.
         device: "auto" takes the GPU where there is one.
+        trust: packages other than ours whose constructors the run's config may name.
+        changes: of keys of the run that change no weight, as on a command line, which may also
+            have them directly: `dataset.root=/where/the/data/are/now`.
     """
 
     run: str
     out: str | None
     parts: tuple[Part, ...]
     device: Device
+    trust: str | tuple[str, ...]
+    changes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Snapshot:
     explored: dict[str, float]
 
 
-@command_line("analyze")
+@command_line("analyze", of_run=True)
 def main(cfg: DictConfig) -> None:
     """Analyse a run and say what came out."""
     keys = read_keys(cfg, AnalyzeSchema)
@@ -89,7 +94,7 @@ def analyze(keys: AnalyzeSchema, world: World) -> tuple[Path, Results]:
 
     if world.size > 1:
         raise UserError(f"analyze: one process is enough, torchrun started {world.size}")
-    restored = restore_run(Path(keys.run), world)
+    restored = restore_run(Path(keys.run), world, trust=keys.trust, changes=keys.changes)
     if not restored.report.model_layers:
         raise UserError(f"run: expected one with sparse layers, {restored.path} has none")
     folder = Path(keys.out) if keys.out is not None else _home(restored) / "analysis"
@@ -131,7 +136,7 @@ def summary(results: Results) -> Iterator[str]:
     if "paths" in results:
         last = results["paths"][-1]
         for name in ("trained", "unpermuted", "random"):
-            after = last[name][min(1, len(last[name]) - 1)]
+            after = last[name][min(2, len(last[name]) - 1)]
             yield (
                 f"{name} masks: {after['reach']:.1%} of pairs reached after {after['layers']}, "
                 f"s2/s1 {after['ratio']:.3f}"
