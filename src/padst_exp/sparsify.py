@@ -247,6 +247,7 @@ def sparsify(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if isinstance(structure, Dense):
         return Report(type(structure).__name__, {}, {}, {}, baseline or Baseline(parameters, 0))
+    require(bool(rules) or density == 1, "sparse", "none", "patterns of layers, or structure=dense")
     chosen = match(model, rules)
     output = output_layer(model)
     shapes = weight_shapes(chosen)
