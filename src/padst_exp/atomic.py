@@ -1,4 +1,7 @@
-"""Files that are seen whole or not at all, by other processes and after a crash."""
+"""Files that are seen whole or not at all, by other processes and after a crash.
+
+A link that somebody left where a file of ours belongs is replaced, never followed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -32,6 +35,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Let `path` hold `text`, as in `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def own_descriptor(path: str, flags: int) -> int:
+    """What `open` takes as its `opener`, so that it fails where `path` is a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync(path: Path) -> None:

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from padst_exp.config import closest, config_dir, options
+from padst_exp.config import GROUPS, closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
 from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
 
@@ -29,7 +29,9 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 SECONDS_TO_BE_ENDED = 3
 
 
-def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def command_line(
+    config_name: str, *, of_run: bool = False
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorate a function of a config into a program with Hydra's command line.
 
     A mistake of the user ends in one line on stderr and status 1 (2 when an argument cannot be
@@ -38,6 +40,8 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
 
     Args:
         config_name: file of conf/, without the suffix.
+        of_run: whether the program is about a finished run. Overrides of keys that only a training
+            has are then meant for the config of that run: they become its key `changes`.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -46,11 +50,14 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
             full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
             launcher = os.getpid()
             composed = False
+            changes = _changes(config_name) if of_run else []
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> None:
                 nonlocal composed
                 composed = True
+                if changes:
+                    cfg.changes = [*cfg.changes, *changes]
                 try:
                     _require_keys()
                     check_hydra(cast(DictConfig, HydraConfig.get()))
@@ -70,7 +77,7 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
             )(job)
             try:
                 check_overrides(sys.argv[1:])
-                with _raising_hydra():
+                with _raising_hydra(), _without(changes):
                     program()
             except KeyboardInterrupt:
                 _say("interrupted")
@@ -85,6 +92,30 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
         return main
 
     return decorate
+
+
+def _changes(config_name: str) -> list[str]:
+    """The overrides on the command line that are for a run: of keys that a training alone has."""
+    training, own = (
+        set(OmegaConf.load(config_dir() / f"{name}.yaml")) for name in ("config", config_name)
+    )
+    keys = {*GROUPS, *map(str, training)} - {*map(str, own), "defaults", "hydra"}
+    return [
+        argument
+        for argument in sys.argv[1:]
+        if re.split(r"[.=@]", argument.lstrip("+~"))[0] in keys and not argument.startswith("-")
+    ]
+
+
+@contextlib.contextmanager
+def _without(arguments: list[str]) -> Iterator[None]:
+    """Leave out some arguments of the command line for a while."""
+    before = sys.argv
+    sys.argv = [argument for argument in before if argument not in arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ Imports neither torch nor anything that does, so that `--help` answers at once.
 
 import difflib
 import hashlib
-import importlib
 import inspect
 import json
 import re
@@ -20,19 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from padst_exp.errors import UserError, require
+from padst_exp.targets import HOMES, find
 
 # Of a training; each is one constructor call, made by `build`.
-GROUPS = (
-    "model",
-    "dataset",
-    "transform",
-    "structure",
-    "dst",
-    "permutation",
-    "optimizer",
-    "trainer",
-    "logger",
-)
+GROUPS = tuple(HOMES)
 
 # Keys that say where and how a run is watched, not what it computes.
 NOT_RESULTS = ("logger", "runs", "resume", "name", "device", "backend")
@@ -132,25 +122,30 @@ def resolve_target(node: DictConfig, key: str) -> Callable[..., object]:
     path = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(path, str) or "." not in path:
         raise UserError(f"{key}: expected a mapping with a _target_, got {node!r}")
-    module_name, _, attribute = path.rpartition(".")
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A missing dependency of an existing module is not a misspelt target.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(f"{key}._target_: no module {module_name!r}") from error
-    target = getattr(module, attribute, None)
-    if not callable(target):
-        raise UserError(f"{key}._target_: {module_name} has no {attribute!r}")
-    return cast(Callable[..., object], target)
+        target = find(path)
+        keyword_parameters(target)
+    except ValueError as error:
+        raise UserError(f"{key}._target_: {error}") from error
+    return target
 
 
 def keyword_parameters(target: Callable[..., object]) -> dict[str, inspect.Parameter]:
-    """The parameters of a constructor, annotations evaluated; all must be keyword-only."""
-    parameters = dict(inspect.signature(target, eval_str=True).parameters)
+    """The parameters of a constructor, annotations evaluated.
+
+    Raises:
+        ValueError: it is none: one takes keywords alone, each of them annotated.
+    """
+    name = getattr(target, "__qualname__", str(target))
+    try:
+        parameters = dict(inspect.signature(target, eval_str=True).parameters)
+    except (NameError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is no constructor: {error}") from error
     for parameter in parameters.values():
-        assert parameter.kind is parameter.KEYWORD_ONLY, f"{target}: {parameter} by position"
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            raise ValueError(f"{name} is no constructor: it takes {parameter.name} by position")
+        if parameter.annotation is parameter.empty:
+            raise ValueError(f"{name} is no constructor: its {parameter.name} is not annotated")
     return parameters
 
 
@@ -239,7 +234,6 @@ def _require_meaning(value: object, key: str) -> None:
 
 def _argument(value: object, key: str, annotation: Any) -> object:
     _require_meaning(value, key)
-    assert annotation is not inspect.Parameter.empty, f"{key}: not annotated"
     adapter = TypeAdapter[object](annotation, config=ConfigDict(arbitrary_types_allowed=True))
     got = repr(value)
     try:

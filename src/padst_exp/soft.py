@@ -25,9 +25,12 @@ class Soft(nn.Module, abc.ABC):
     Attributes:
         logits: what a learner trains, float32 or wider; None once hard.
         on_change: called, without arguments, after the choice hardened or was loaded.
+        copied: names of buffers that count as much as the logits, such as a temperature; an
+            average of models copies them.
     """
 
     logits: nn.Parameter | None
+    copied: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -49,6 +49,7 @@ def composed(name: str, *overrides: str) -> DictConfig:
     return copy.deepcopy(_composed(name, *overrides))
 
 
+KEYS: dict[str, Any] = {"device": "cpu", "trust": "inference", "changes": ()}
 OWN_MODEL = {"_target_": "inference.own_models.Perceptron", "width": 48}
 
 
@@ -89,12 +90,12 @@ def make_run(
 
 
 def keys(run: Path, **changes: Any) -> ExportSchema:
-    values = {"format": "packed", "out": None, "overwrite": False, "device": "cpu", **changes}
+    values = {"format": "packed", "out": None, "overwrite": False, **KEYS, **changes}
     return ExportSchema(run=str(run), **values)
 
 
-def metrics_of(run: Path, batch_size: int | None = None) -> dict[str, float]:
-    asked = EvaluateSchema(run=str(run), batch_size=batch_size, device="cpu")
+def metrics_of(run: Path, batch_size: int | None = None, **changes: Any) -> dict[str, float]:
+    asked = EvaluateSchema(run=str(run), batch_size=batch_size, **{**KEYS, **changes})
     return evaluate(asked, World())[1]
 
 
@@ -111,7 +112,7 @@ def first_images() -> torch.Tensor:
 
 
 def hardened_logits(run: Path, inputs: torch.Tensor) -> torch.Tensor:
-    model = restore_run(run, World()).model.eval()
+    model = restore_run(run, World(), trust="inference").model.eval()
     harden(model)
     return model(inputs).detach()
 
@@ -303,7 +304,7 @@ def test_a_damaged_config_is_one_line(tmp_path: Path) -> None:
         (run / "config.yaml").write_text(text)
         (folder / "model.json").write_text(json.dumps({**description, "config": text}))
         for path, name in ((run, "config.yaml"), (folder, "model.json")):
-            wanted = rf"^.*{name}: damaged, no training config: {message}[^\n]*$"
+            wanted = rf"^run: expected a training config, got .*{name} \({message}[^\n]*\)$"
             with pytest.raises(UserError, match=wanted):
                 metrics_of(path)
 

@@ -5,9 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dst import Selection
 from padst_exp.layers import Move, SparseWeight, sparse_weights
-from padst_exp.soft import choices
+from padst_exp.soft import Soft, choices
 
 
 class Average:
@@ -48,9 +47,9 @@ class Average:
         self._statistics = [
             (buffer, buffers[f"{prefix}.{name}"])
             for prefix, module in self.model.named_modules()
-            # A selection's temperature counts as much as its logits.
-            if isinstance(module, nn.modules.batchnorm._BatchNorm | Selection)
             for name, buffer in module.named_buffers(recurse=False)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            or (isinstance(module, Soft) and name in module.copied)
         ]
 
     @torch.no_grad()
