@@ -23,7 +23,7 @@ from padst_exp.train import build_experiment
 FASHION = ["dataset=fashion_mnist", "dataset.shift=0", "dataset.flip=false", "model.patch_size=7"]
 # Entries of conf/bench.yaml: what is timed is trained, too.
 STRUCTURES: list[dict[str, Any]] = OmegaConf.to_container(
-    OmegaConf.load(config_dir() / "bench.yaml").usual.layers.structures
+    OmegaConf.load(config_dir() / "bench.yaml").suites.layers.structures
 )  # type: ignore[assignment]
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from padst_exp.bench.session import EVERY
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--verdicts", help="file to append lines of JSON to")
@@ -18,21 +16,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def verdict(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], None]]:
-    """Takes a kernel and why it is refused, "" if it passed; appends a line of JSON.
+def verdict(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    """Takes why a backend is refused, "" if it passed; appends a line of JSON.
 
-    Says beforehand that all kernels of the structure did not end, in case the test never does.
+    Says beforehand that the test did not end, in case it never does.
     """
     path = request.config.getoption("--verdicts", None)
-    structure = request.getfixturevalue("structure").label
+    structure, backend = (request.getfixturevalue(name) for name in ("structure", "backend"))
 
-    def tell(kernel: str, reason: str) -> None:
-        line = {"structure": structure, "kernel": kernel, "test": request.node.name}
+    def tell(reason: str) -> None:
+        line = {"structure": structure.label, "backend": backend, "test": request.node.name}
         if path:
             with Path(path).open("a") as file:
                 file.write(json.dumps({**line, "reason": reason}) + "\n")
 
-    tell(EVERY, "its checks did not end")
+    tell("its checks did not end")
     yield tell
     try:
         torch.cuda.synchronize()
@@ -41,12 +39,3 @@ def verdict(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], Non
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)
         raise
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    passed, failed = (
-        sum("gpu/test_kernels" in report.nodeid for report in terminalreporter.getreports(name))
-        for name in ("passed", "failed")
-    )
-    if passed or failed:
-        terminalreporter.write_line(f"kernels: {passed} checks passed, {failed} failed")

@@ -6,8 +6,7 @@ keys (`{structure: nm, group: 64}`).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from padst_exp.config import build, closest, config_dir, keyword_parameters, resolve_target
+from padst_exp.bench.keys import Shape
+from padst_exp.config import build, closest, config_dir, keyword_parameters, options, resolve_target
 from padst_exp.errors import UserError
 from padst_exp.permutations import PermutationLearner
 from padst_exp.sparsify import Rule
@@ -31,12 +31,11 @@ def _entry(group: str, entry: Entry) -> tuple[DictConfig, dict[str, Any], str]:
     """The file of an entry, its keys, and a label of both."""
     keys: dict[str, Any] = {group: entry} if isinstance(entry, str) else dict(entry)
     option = str(keys.pop(group, ""))
-    path = config_dir() / group / f"{option}.yaml"
-    if not path.is_file():
-        known = [file.stem for file in path.parent.glob("*.yaml")]
-        raise UserError(f"{group}s: {option!r} is unknown{closest(option, known)}")
+    if option not in options(group):
+        raise UserError(f"{group}s: {option!r} is unknown{closest(option, options(group))}")
+    file = cast(DictConfig, OmegaConf.load(config_dir() / group / f"{option}.yaml"))
     words = [option, *(f"{key}={value}" for key, value in keys.items() if key != "permutation")]
-    return cast(DictConfig, OmegaConf.load(path)), keys, " ".join(words)
+    return file, keys, " ".join(words)
 
 
 def learner(permutation: str) -> PermutationLearner:
@@ -62,51 +61,48 @@ def sparsity(entry: Entry) -> Sparsity:
     """
     file, keys, label = _entry("structure", entry)
     phases = ("none",) if keys.pop("permutation", "") == "none" else ("hard", "soft")
-    return Sparsity(label, build(_merged(file, keys), "structures"), phases)
+    return Sparsity(label, build(merged(file, keys), "structures"), phases)
 
 
-def _merged(*nodes: Mapping[Any, Any]) -> DictConfig:
+def merged(*nodes: Mapping[Any, Any]) -> DictConfig:
+    """Nodes of a configuration, of which later ones win."""
     return cast(DictConfig, OmegaConf.merge(*nodes))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that fuses `split` projections on its output."""
+    """A dense layer of some shape, as the only one of a model."""
 
-    in_features: int
-    out_features: int
-    split: int = 1
-
-    @property
-    def label(self) -> str:
-        """Its name in tables."""
-        return f"{self.in_features}->{self.out_features}"
+    shape: Shape
 
     def build(self) -> nn.Module:
-        """The dense layer, as the only one of a model."""
-        return nn.Sequential(nn.Linear(self.in_features, self.out_features, bias=False))
+        """The dense layer, without a bias."""
+        shape, kernel = self.shape, self.shape.kernel
+        if not kernel:
+            return nn.Sequential(nn.Linear(shape.inputs, shape.outputs, bias=False))
+        padding = kernel // 2
+        return nn.Sequential(
+            nn.Conv2d(shape.inputs, shape.outputs, kernel, padding=padding, bias=False)
+        )
 
     def rules(self, scope: str) -> list[Rule]:
         """What is sparse."""
-        return [Rule("0", self.split)] if scope else []
+        return [Rule("0", self.shape.split)] if scope else []
 
+    def example(self, tokens: int) -> Tensor:
+        """Random inputs on the CPU: so many tokens, or images of a convolution."""
+        shape = self.shape
+        images = (shape.inputs, shape.pixels, shape.pixels) if shape.kernel else (shape.inputs,)
+        return torch.randn(tokens, *images)
 
-def layers(names: Sequence[str]) -> list[Layer]:
-    """Layers by outputs x inputs, or all four of a transformer by its width; each once.
+    def operations(self, tokens: int) -> int:
+        """Of a dense forward pass."""
+        return 2 * tokens * self.shape.pixels**2 * self.weights
 
-    Raises:
-        UserError: a name is neither.
-    """
-    found: list[Layer] = []
-    for name in names:
-        match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", name)
-        if match is None:
-            raise UserError(f"shapes: expected a width (768) or a layer (3072x768), got {name!r}")
-        first, second = int(match[1]), match[2]
-        if second is None:
-            found += [Layer(first, 4 * first), Layer(4 * first, first), Layer(first, first)]
-        found.append(Layer(int(second), first) if second else Layer(first, 3 * first, split=3))
-    return list(dict.fromkeys(found))
+    @property
+    def weights(self) -> int:
+        """How many there are when it is dense."""
+        return self.shape.inputs * self.shape.outputs * max(1, self.shape.kernel) ** 2
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ class Model:
 
     label: str  # its name in tables
     node: DictConfig  # the key `model` of its file
-    block_linears: tuple[Rule, ...]  # those that fuse projections (QKV) have a split
+    linears: tuple[Rule, ...]  # what can be sparse; those that fuse projections (QKV) have a split
     inputs: Mapping[str, int]  # what its constructor needs to know of the data
 
     @property
@@ -128,14 +124,9 @@ class Model:
         torch.manual_seed(0)
         return build(self.node, "model", self.inputs)
 
-    def shallow(self) -> Model:
-        """The same with one block."""
-        node = _merged(self.node, {"depth": 1})
-        return Model(self.label, node, self.block_linears, self.inputs)
-
     def rules(self, scope: str) -> list[Rule]:
-        """What is sparse: "all" block linears, those but QKV ("dense_qkv"), or nothing ("")."""
-        return [r for r in self.block_linears if scope == "all" or (scope and r.split == 1)]
+        """What is sparse: "all" that can be, that but QKV ("dense_qkv"), or nothing ("")."""
+        return [r for r in self.linears if scope == "all" or (scope and r.split == 1)]
 
     def example(self, batch: int) -> tuple[Tensor, Tensor]:
         """Random inputs and targets on the CPU, from seed 0."""
@@ -157,7 +148,7 @@ def model(entry: Entry, images: Mapping[str, int], text: Mapping[str, int]) -> M
     """
     file, keys, label = _entry("model", entry)
     dropout = {"dropout": 0.0} if "dropout" in file.model else {}
-    node = _merged(file.model, dropout, keys)
+    node = merged(file.model, dropout, keys)
     language = "vocab_size" in keyword_parameters(resolve_target(node, "models"))
     rules = tuple(Rule(rule.pattern, rule.split) for rule in file.sparse)
     return Model(label, node, rules, text if language else images)
