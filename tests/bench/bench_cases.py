@@ -1,25 +1,24 @@
 """Sessions, keys and models small enough to run every suite within seconds."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from padst_exp.bench import choices
-from padst_exp.bench.keys import Keys, filled
+from padst_exp.bench.keys import Keys, keys_of
 from padst_exp.bench.session import Session, columns
 from padst_exp.bench.timing import Ceilings, Timer
 from padst_exp.config import config_dir
 
 CPU = torch.device("cpu")
-NM = {"structure": "nm", "group": 16}
-STRUCTURES = [
-    NM,
+NM = {"structure": "nm", "group": 16, "permutations": ["hard"]}
+STRUCTURES: list[dict[str, Any]] = [
+    {**NM, "permutations": ["hard", "soft", "none"]},
     {"structure": "nm", "group": 1},
-    {"structure": "block", "size": 8},
+    {"structure": "block", "size": 8, "permutations": ["hard", "none"]},
     {"structure": "diag", "bundle": 1},
-    {"structure": "unstructured", "permutation": "none"},
+    {"structure": "unstructured", "permutations": ["none"]},
 ]
 SMALL = {"dim": 32, "depth": 2, "heads": 2}
 IMAGES = {"image_size": 32, "channels": 3, "num_classes": 10}
@@ -32,16 +31,12 @@ MODELS: list[Any] = [
 VIT, GPT2, RESNET = (choices.model(entry, IMAGES, TEXT) for entry in MODELS)
 
 
-def session(
-    said: list[str] | None = None,
-    verdicts: Mapping[tuple[str, str], str] | None = None,
-    timer: Timer | None = None,
-) -> Session:
+def session(said: list[str] | None = None, timer: Timer | None = None) -> Session:
     """A session on the CPU that has measured no ceilings."""
-    timer, ceilings = timer or Timer(CPU, "wall", None), Ceilings(bandwidth=1e10, rate=1e11)
+    timer, ceilings = timer or Timer(CPU, "wall"), Ceilings(bandwidth=1e10, rate=1e11)
     said = [] if said is None else said
     about = columns(timer, torch.float32, ceilings)
-    return Session(timer, torch.float32, ceilings, about, 2, said.append, verdicts)
+    return Session(timer, torch.float32, ceilings, about, 2, said.append)
 
 
 def keys(suite: str, **changes: Any) -> Keys:
@@ -52,4 +47,4 @@ def keys(suite: str, **changes: Any) -> Keys:
             "shapes": [{"inputs": 32, "outputs": 48}], "structures": STRUCTURES,
             "models": MODELS[:1], "batches": [2], "scopes": ["all"], "images": IMAGES,
             "text": TEXT}  # fmt: skip
-    return filled({**cfg, **tiny, **changes}, {"suite": suite}, "cpu")
+    return keys_of({**cfg, **tiny, "suite": suite, **changes})

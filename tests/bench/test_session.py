@@ -15,21 +15,10 @@ class Scripted(Timer):
         return value / 1e3 if isinstance(value, float) else 1e-3
 
 
-class Passing(Timer):
-    """With ten seconds, of which every look takes one."""
-
-    looks = 0
-
-    @property
-    def left(self) -> float:
-        self.looks += 1
-        return 10.0 - self.looks
-
-
 def test_calls_take_turns_and_bursts_follow_a_call_that_is_not_timed() -> None:
     called: list[str] = []
     calls: dict[str, Call] = {"a": lambda: called.append("a"), "b": lambda: called.append("b")}
-    samples, failed = Scripted(CPU, "wall", None).alternate(calls, rounds=4)
+    samples, failed = Scripted(CPU, "wall").alternate(calls, rounds=4)
     # Two calls of each to find out whether and how long they run; then one untimed and one timed.
     assert called == [*"aabb", *["a", "a", "b", "b"] * 4] and failed == {}
     assert samples == {"a": [1e-3] * 4, "b": [1e-3] * 4}
@@ -40,18 +29,8 @@ def test_what_cannot_run_is_named_and_others_go_on() -> None:
         raise NotImplementedError("no such\nkernel")
 
     calls: dict[str, Call] = {"bad": fails, "good": lambda: None}
-    samples, failed = Timer(CPU, "cpu", None).alternate(calls, rounds=1)
+    samples, failed = Timer(CPU, "cpu").alternate(calls, rounds=1)
     assert failed == {"bad": "NotImplementedError: no such kernel"} and list(samples) == ["good"]
-
-
-def test_budgets_end_rounds_and_cells() -> None:
-    calls: dict[str, Call] = {"a": lambda: None, "b": lambda: None}
-    samples, failed = Timer(CPU, "wall", 0.0).alternate(calls, rounds=50)
-    assert len(samples["a"]) == timing.MIN_ROUNDS and failed == {"b": "no time left"}
-    said: list[str] = []
-    own = session(said, timer=Passing(CPU, "wall", 10.0))
-    assert list(own.affordable("layers", range(20))) == list(range(9))
-    assert said == ["layers: budget spent, 11 of 20 left out"]
 
 
 def contender(milliseconds: float, kind: str, form: str, passes: int = 1) -> tuple[Contender, Call]:
@@ -66,7 +45,7 @@ def test_ratios_are_to_the_faster_dense_contender_and_to_the_fastest_of_all() ->
     sides = [contender(4.0, "dense", "eager"), contender(5.0, "dense", "compiled"),
              contender(2.0, "strong", "oneDNN"), contender(1.0, "sparse", "packed, native"),
              contender(16.0, "sparse", "packed, scatter", passes=2)]  # fmt: skip
-    own = session(timer=Scripted(CPU, "wall", None))
+    own = session(timer=Scripted(CPU, "wall"))
     rows = {row["form"]: row for _, row in own.compare({}, sides).iterrows()}
     fast, slow = rows["packed, native"], rows["packed, scatter"]
     assert (fast["dense_form"], fast["ratio"], fast["dense_ms"]) == ("eager", 4.0, 4.0)

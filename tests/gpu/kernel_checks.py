@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
-from padst_exp.bench.choices import Layer, Sparsity, learner
+from padst_exp.bench.choices import Layer, Sparsity
 from padst_exp.inference.features import Fusion, TiledFeatureLinear
 from padst_exp.inference.linear import PackedLinear
 from padst_exp.inference.packing import packed_layer
 from padst_exp.layers import SparseLinear
 from padst_exp.sparsify import sparsify
-from padst_kernels import Backend
 from padst_kernels.tiles import aligned_features
 
 # What two roundings of a result may differ by where a dense product happens to be exact.
@@ -31,9 +29,9 @@ Results = Callable[[], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison of what a backend computes with what is expected."""
+    """One comparison of a kernel with what is expected."""
 
-    backend: str
+    kernel: str
     what: str
     error: float
     limit: float
@@ -47,37 +45,30 @@ class Check:
 
 def checks(
     kind: Sparsity, layer: Layer, density: float, num_tokens: int, dtype: torch.dtype,
-    device: torch.device, backends: Collection[str] = get_args(Backend),
+    device: torch.device,
 ) -> Iterator[Check]:  # fmt: skip
-    """All kernels of one sparse linear layer, without and with permutations on its side.
+    """All kernels of one sparse layer, without and with permutations on its side.
 
     Raises:
         UserError: the structure cannot hold that density in this layer.
     """
-    shape = layer.shape
     for permutation in ("none", "hard"):
-        model = layer.build()
-        model[0].bias = nn.Parameter(torch.randn(shape.outputs))  # type: ignore[index, union-attr]
+        model, learner = layer.build(), replace(kind, permutation=permutation).learner()
+        model[0].bias = nn.Parameter(torch.randn(layer.outputs))  # type: ignore[index, union-attr]
         sparsify(model, layer.rules("all"), structure=kind.structure, density=density,
-                 learner=learner(permutation))  # fmt: skip
+                 learner=learner)  # fmt: skip
         sparse = model.to(device, dtype)[0]  # type: ignore[index]
         assert isinstance(sparse, SparseLinear)
-        x = torch.randn(num_tokens, shape.inputs).to(device, dtype)
-        dy = torch.randn(num_tokens, shape.outputs).to(device, dtype)
-        what = f"{num_tokens} tokens, {shape.label}, {permutation} permutation"
-        for backend in set(sparse.backends(device)) & set(backends):
-            yield from _trained(sparse, backend, x, dy, what)
-        packed = packed_layer(sparse)
+        x = layer.example(num_tokens).to(device, dtype)
+        dy = torch.randn(num_tokens, layer.outputs).to(device, dtype)
+        what = f"{num_tokens} tokens, {layer.label}, {permutation} permutation"
+        yield from _trained(sparse, x, dy, what)
         with torch.no_grad():
-            for backend in set(packed.backends()) & set(backends):
-                packed.backend = backend
-                yield from _exported(sparse, packed, x, dy, what)
+            yield from _exported(sparse, x, dy, what)
 
 
-def _trained(
-    layer: SparseLinear, backend: Backend, x: Tensor, dy: Tensor, what: str
-) -> Iterator[Check]:
-    """Forward and every gradient."""
+def _trained(layer: SparseLinear, x: Tensor, dy: Tensor, what: str) -> Iterator[Check]:
+    """Forward and every gradient, by each backend."""
 
     def dense(dtype: torch.dtype) -> Sequence[Tensor]:
         own = copy.deepcopy(layer).to(dtype)
@@ -85,29 +76,32 @@ def _trained(
         y = linear(leaf, own.weight, own.bias)
         return [y.detach(), *torch.autograd.grad(y, (leaf, *values), dy.to(dtype))]
 
-    def sparse() -> Sequence[Tensor]:
-        own = copy.deepcopy(layer)
-        own.use_backend(backend)
-        leaf = x.detach().requires_grad_()
-        y = own(leaf)
-        values = [weight.values for weight in own.parts()]
-        return [y.detach(), *torch.autograd.grad(y, (leaf, *values), dy)]
+    for backend in layer.backends(x.device):
 
-    yield from compare(backend, what, sparse, dense, x.dtype)
+        def sparse(backend: str = backend) -> Sequence[Tensor]:
+            own = copy.deepcopy(layer)
+            own.use_backend(backend)  # type: ignore[arg-type]
+            leaf = x.detach().requires_grad_()
+            y = own(leaf)
+            values = [weight.values for weight in own.parts()]
+            return [y.detach(), *torch.autograd.grad(y, (leaf, *values), dy)]
+
+        yield from compare(f"packed, {backend}", what, sparse, dense, x.dtype)
 
 
-def _exported(
-    layer: SparseLinear, packed: PackedLinear, x: Tensor, residual: Tensor, what: str
-) -> Iterator[Check]:
+def _exported(layer: SparseLinear, x: Tensor, residual: Tensor, what: str) -> Iterator[Check]:
     """What export makes of it; of tiles also in feature-major blocks, with every epilogue."""
 
     def dense(dtype: torch.dtype) -> Sequence[Tensor]:
         own = copy.deepcopy(layer).to(dtype)
         return [linear(x.to(dtype), own.weight, own.bias)]
 
-    yield from compare(packed.backend, f"{what}, exported", lambda: [packed(x)], dense, x.dtype)
-    for used in itertools.product((False, True), repeat=3) if packed.tiles else ():
-        yield from _fused(layer, packed, x, residual, used, what)
+    packed = packed_layer(layer)
+    for backend in packed.backends():
+        packed.backend = backend
+        yield from compare(f"exported, {backend}", what, lambda: [packed(x)], dense, x.dtype)
+        for used in itertools.product((False, True), repeat=3) if packed.tiles else ():
+            yield from _fused(layer, packed, x, residual, used, what)
 
 
 def _fused(
@@ -139,24 +133,24 @@ def _fused(
         return [features(rows, plus if added else None, statistics if normed else None)]
 
     how = ", ".join(n for n, on in zip(("norm", "gelu", "residual"), used, strict=True) if on)
-    yield from compare(packed.backend, f"{what}, in blocks, {how}", fused, dense, x.dtype)
+    yield from compare(f"features, {packed.backend}", f"{what}, {how}", fused, dense, x.dtype)
 
 
 def compare(
-    backend: str, what: str, ours: Results, dense: Callable[[torch.dtype], Sequence[Tensor]],
+    kernel: str, what: str, ours: Results, dense: Callable[[torch.dtype], Sequence[Tensor]],
     dtype: torch.dtype,
 ) -> Iterator[Check]:  # fmt: skip
-    """A check for each result of a backend; `dense` computes them in any dtype."""
+    """A check for each result of a kernel; `dense` computes them in any dtype."""
     truth, usual = dense(torch.float64), dense(dtype)
     try:
         results = ours()
     except Exception as error:  # a kernel that does not compile or run fails its check
-        yield Check(backend, f"{what}: {type(error).__name__}: {error}"[:200], float("inf"), 0.0)
+        yield Check(kernel, f"{what}: {type(error).__name__}: {error}"[:200], float("inf"), 0.0)
         return
     names = ("y", "dX", *(f"dW {part}" for part in range(len(truth) - 2)))
     for name, result, low, true in zip(names, results, usual, truth, strict=False):
         limit = 2 * _error(low, true) + EXACT[dtype]
-        yield Check(backend, f"{name}, {what}", _error(result, true), limit)
+        yield Check(kernel, f"{name}, {what}", _error(result, true), limit)
 
 
 def _error(result: Tensor, truth: Tensor) -> float:

@@ -12,11 +12,12 @@ from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pydantic import with_config
 from torch import Tensor, nn
 
-from padst_exp.bench.keys import Shape
+from padst_exp.bench.timing import Ceilings
 from padst_exp.config import build, closest, config_dir, keyword_parameters, options, resolve_target
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 from padst_exp.permutations import PermutationLearner
 from padst_exp.sparsify import Rule
 from padst_exp.structures import Structure
@@ -34,75 +35,85 @@ def _entry(group: str, entry: Entry) -> tuple[DictConfig, dict[str, Any], str]:
     if option not in options(group):
         raise UserError(f"{group}s: {option!r} is unknown{closest(option, options(group))}")
     file = cast(DictConfig, OmegaConf.load(config_dir() / group / f"{option}.yaml"))
-    words = [option, *(f"{key}={value}" for key, value in keys.items() if key != "permutation")]
+    words = [option, *(f"{key}={value}" for key, value in keys.items() if key != "permutations")]
     return file, keys, " ".join(words)
-
-
-def learner(permutation: str) -> PermutationLearner:
-    """The learner whose permutations are "none", "hard" or "soft"."""
-    return build(_entry("permutation", LEARNERS[permutation])[0], "permutation")
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """A structure with its label in tables, and `phases`, keys of LEARNERS: how its permutations
-    end, and how they start."""
+    """A structure with its label in tables, and the state of permutations: a key of LEARNERS."""
 
     label: str
     structure: Structure
-    phases: tuple[str, ...]
+    permutation: str
+
+    def learner(self) -> PermutationLearner:
+        """Whose permutations are in that state."""
+        return build(_entry("permutation", LEARNERS[self.permutation])[0], "permutation")
 
 
-def sparsity(entry: Entry) -> Sparsity:
-    """The structure of an entry, whose `permutation: none` says that models learn none.
+def sparsities(entry: Entry) -> list[Sparsity]:
+    """The structure of an entry, in each of its `permutations`: "hard" ones, if nothing else.
 
     Raises:
         UserError: no such option or key.
     """
     file, keys, label = _entry("structure", entry)
-    phases = ("none",) if keys.pop("permutation", "") == "none" else ("hard", "soft")
-    return Sparsity(label, build(merged(file, keys), "structures"), phases)
+    states = keys.pop("permutations", ["hard"])
+    require(set(states) <= set(LEARNERS), "structures.permutations", states, str(list(LEARNERS)))
+    structure = build(_merged(file, keys), "structures")
+    return [Sparsity(label, structure, state) for state in states]
 
 
-def merged(*nodes: Mapping[Any, Any]) -> DictConfig:
-    """Nodes of a configuration, of which later ones win."""
+def _merged(*nodes: Mapping[Any, Any]) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(*nodes))
 
 
-@dataclass(frozen=True)
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A dense layer of some shape, as the only one of a model."""
+    """A linear layer, or a convolution of square images that keeps their size.
 
-    shape: Shape
+    Args:
+        inputs, outputs: features, or channels.
+        split: projections that a linear layer fuses on its output, 3 for Q, K and V.
+        kernel: width of a convolution's kernel, odd; 0 for a linear layer.
+        pixels: width of the images of a convolution.
+    """
+
+    inputs: int
+    outputs: int
+    split: int = 1
+    kernel: int = 0
+    pixels: int = 1
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        window = f", {self.kernel}x{self.kernel} on {self.pixels} pixels" if self.kernel else ""
+        return f"{self.inputs}->{self.outputs}{window}"
 
     def build(self) -> nn.Module:
-        """The dense layer, without a bias."""
-        shape, kernel = self.shape, self.shape.kernel
+        """The dense layer without a bias, as the only one of a model."""
+        sizes, kernel = (self.inputs, self.outputs), self.kernel
         if not kernel:
-            return nn.Sequential(nn.Linear(shape.inputs, shape.outputs, bias=False))
-        padding = kernel // 2
-        return nn.Sequential(
-            nn.Conv2d(shape.inputs, shape.outputs, kernel, padding=padding, bias=False)
-        )
+            return nn.Sequential(nn.Linear(*sizes, bias=False))
+        return nn.Sequential(nn.Conv2d(*sizes, kernel, padding=kernel // 2, bias=False))
 
     def rules(self, scope: str) -> list[Rule]:
         """What is sparse."""
-        return [Rule("0", self.shape.split)] if scope else []
+        return [Rule("0", self.split)] if scope else []
 
     def example(self, tokens: int) -> Tensor:
         """Random inputs on the CPU: so many tokens, or images of a convolution."""
-        shape = self.shape
-        images = (shape.inputs, shape.pixels, shape.pixels) if shape.kernel else (shape.inputs,)
-        return torch.randn(tokens, *images)
+        images = (self.pixels, self.pixels) if self.kernel else ()
+        return torch.randn(tokens, self.inputs, *images)
 
-    def operations(self, tokens: int) -> int:
-        """Of a dense forward pass."""
-        return 2 * tokens * self.shape.pixels**2 * self.weights
-
-    @property
-    def weights(self) -> int:
-        """How many there are when it is dense."""
-        return self.shape.inputs * self.shape.outputs * max(1, self.shape.kernel) ** 2
+    def least_seconds(self, ceilings: Ceilings, tokens: int, dtype: torch.dtype) -> float:
+        """Of a dense forward pass whose weights come from beyond the cache."""
+        weights = self.inputs * self.outputs * max(1, self.kernel) ** 2
+        operations = 2 * tokens * self.pixels**2 * weights
+        return ceilings.least_seconds(operations, weights * dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -111,13 +122,8 @@ class Model:
 
     label: str  # its name in tables
     node: DictConfig  # the key `model` of its file
-    linears: tuple[Rule, ...]  # what can be sparse; those that fuse projections (QKV) have a split
+    sparse: tuple[Rule, ...]  # what can be; those that fuse projections (QKV) have a split
     inputs: Mapping[str, int]  # what its constructor needs to know of the data
-
-    @property
-    def is_language(self) -> bool:
-        """Whether it maps tokens to logits of the next ones."""
-        return "context_length" in self.inputs
 
     def build(self) -> nn.Module:
         """The dense model, from seed 0."""
@@ -126,12 +132,12 @@ class Model:
 
     def rules(self, scope: str) -> list[Rule]:
         """What is sparse: "all" that can be, that but QKV ("dense_qkv"), or nothing ("")."""
-        return [r for r in self.linears if scope == "all" or (scope and r.split == 1)]
+        return [r for r in self.sparse if scope == "all" or (scope and r.split == 1)]
 
     def example(self, batch: int) -> tuple[Tensor, Tensor]:
         """Random inputs and targets on the CPU, from seed 0."""
         generator, size = torch.Generator().manual_seed(0), self.inputs
-        if self.is_language:
+        if "context_length" in size:
             tokens = (batch, size["context_length"] + 1)
             text = torch.randint(size["vocab_size"], tokens, generator=generator)
             return text[:, :-1], text[:, 1:]
@@ -148,7 +154,9 @@ def model(entry: Entry, images: Mapping[str, int], text: Mapping[str, int]) -> M
     """
     file, keys, label = _entry("model", entry)
     dropout = {"dropout": 0.0} if "dropout" in file.model else {}
-    node = merged(file.model, dropout, keys)
+    node = _merged(file.model, dropout, keys)
     language = "vocab_size" in keyword_parameters(resolve_target(node, "models"))
     rules = tuple(Rule(rule.pattern, rule.split) for rule in file.sparse)
+    size = text["context_length"] if language else images["image_size"]
+    label += f", context {size}" if language else f", {size} pixels"
     return Model(label, node, rules, text if language else images)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from padst_exp import dispatch
-from padst_exp.bench.choices import Layer, Model, Sparsity, learner
+from padst_exp.bench.choices import Layer, Model, Sparsity
 from padst_exp.bench.onednn import has_onednn, use_onednn
 from padst_exp.bench.session import Contender, Session
 from padst_exp.bench.timing import rotation
-from padst_exp.engine.backends import describe
+from padst_exp.dispatch import agrees
 from padst_exp.engine.step import compile_blocks
 from padst_exp.inference import PackedLinear, graphed, pack, tune
 from padst_exp.layers import SparseLinear, sparse_layers
@@ -35,9 +34,8 @@ def dense(
     if isinstance(subject, Layer):
         eager = several(session, eager)
     # PyTorch convolves by oneDNN anyway.
-    views = [view for view, _ in match(module, subject.rules("all"))]
-    plain = any(isinstance(view.module, nn.Conv2d) for view in views)
-    known = has_onednn(session.device, session.dtype) and not plain
+    linear = all(isinstance(v.module, nn.Linear) for v, _ in match(module, subject.rules("all")))
+    known = has_onednn(session.device, session.dtype) and linear
     return [eager, compiled(eager), *([onednn(eager, packed)] if known else [])]
 
 
@@ -85,7 +83,6 @@ def sparse(
     subject: Layer | Model,
     kind: Sparsity,
     density: float,
-    permutation: str,
     scope: str = "all",
     dtype: torch.dtype | None = None,
 ) -> Contender:
@@ -94,37 +91,46 @@ def sparse(
     Raises:
         UserError: the structure cannot hold that density in a layer.
     """
-    module, trained_by = subject.build(), learner(permutation)
+    module, learner = subject.build(), kind.learner()
     report = sparsify(
-        module, subject.rules(scope), structure=kind.structure, density=density, learner=trained_by
+        module, subject.rules(scope), structure=kind.structure, density=density, learner=learner
     )
     module.to(session.device, dtype or session.dtype)
     return Contender(
-        structure=kind.label, form="eager", modules=[module], scope=scope, permutation=permutation,
-        density_asked=density, density=report.density("layers"), learner=trained_by,
+        structure=kind.label, form="eager", modules=[module], scope=scope, learner=learner,
+        permutation=kind.permutation, density_asked=density, density=report.density("layers"),
     )  # fmt: skip
 
 
-def by_backend(session: Session, one: Contender, plain: Collection[Backend]) -> Iterator[Contender]:
-    """A sparse layer by each backend that it has, and what export makes of it.
+def by_backend(
+    session: Session, one: Contender, x: Tensor, plain: Collection[Backend]
+) -> Iterator[Contender]:
+    """A sparse layer by each backend that is right on `x`, and what export makes of it.
 
     Backends that every layer has are `plain`, and timed where there is nothing else.
     """
-    allowed, layer = session.allowed(one.structure), sparse_layer(one)
+    layer = sparse_layer(one)
+    leaf, values = x.clone().requires_grad_(), [weight.values for weight in layer.parts()]
+    truth = _results(layer.dense_forward(leaf, layer.weight), leaf, *values)
 
     def timed(backends: list[Backend]) -> list[Backend]:
-        possible = [backend for backend in backends if backend in allowed]
-        return [backend for backend in possible if backend not in plain] or possible
+        return [backend for backend in backends if backend not in plain] or backends
 
     for backend in timed(layer.backends(session.device)):
         layer.use_backend(backend)
-        yield several(session, replace(one, form=f"packed, {backend}"))
+        if agrees(backend, lambda: _results(layer(leaf), leaf, *values), truth):
+            yield several(session, replace(one, form=f"packed, {backend}"))
     if one.permutation != "soft":
         packed = exported_layer(one)
         for backend in timed(packed.backends()):
             packed.backend = backend
-            form = f"exported, {backend}"
-            yield several(session, replace(one, form=form, modules=[packed], trained=False))
+            if agrees(backend, lambda: [packed(x)], truth[:1]):
+                form = f"exported, {backend}"
+                yield several(session, replace(one, form=form, modules=[packed], trained=False))
+
+
+def _results(y: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))]
 
 
 def exported_layer(one: Contender) -> PackedLinear:
@@ -135,18 +141,11 @@ def exported_layer(one: Contender) -> PackedLinear:
     return packed
 
 
-def exported_model(session: Session, one: Contender, inputs: Tensor) -> Contender:
-    """What export and `tune` make of an eager sparse model.
-
-    Raises:
-        ValueError: the kernels that it would use have failed their checks.
-    """
-    module, allowed = copy.deepcopy(one.modules[0]), session.allowed(one.structure)
+def exported_model(one: Contender, inputs: Tensor) -> Contender:
+    """What export and `tune` make of an eager sparse model."""
+    module = copy.deepcopy(one.modules[0])
     pack(module)
-    layers = [part for part in module.modules() if isinstance(part, PackedLinear)]
-    if not any(allowed.intersection(layer.backends()) for layer in layers):
-        raise ValueError("its kernels did not pass their checks")
-    report = tune(module, inputs, backends=allowed)
+    report = tune(module, inputs)
     how = f"{report.form}, {report.speedup:.2f}x dense"
     return replace(one, form="exported, eager", modules=[module], dispatcher=how)
 
@@ -174,18 +173,6 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
         blocks = weight.to_sparse_bsr((size, size))
         if blocks.values().numel() == sum(w.values.numel() for w in sparse_layer(one).parts()):
             yield peer("torch BSR", Peer(blocks), trained=False)
-
-
-def choose(session: Session, one: Contender, example: Callable[[], object], samples: int) -> str:
-    """Let a sparse contender use its fastest backends for `samples`; which, in one line.
-
-    Of backends that may be used. `example` runs the contender on one sample.
-    """
-    chosen = dispatch.choose(
-        one.modules[0], example, samples=samples, device=session.device, compiled=False,
-        allowed=session.allowed(one.structure),
-    )  # fmt: skip
-    return describe(chosen).partition(": ")[2]
 
 
 def twin(module: nn.Module) -> nn.Module:

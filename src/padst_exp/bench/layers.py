@@ -31,51 +31,43 @@ def run(keys: Keys, session: Session) -> Iterator[pd.DataFrame]:
     Raises:
         UserError: an unknown structure.
     """
-    kinds = [choices.sparsity(entry) for entry in keys.structures]
-    densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities]
-    layers = [Layer(shape) for shape in keys.shapes or ()]
-    cells = list(itertools.product(densities, layers, keys.tokens or (), PASSES))
-    # Contenders of a layer are made once, for all that is done with them.
-    groups = itertools.groupby(session.affordable(keys.suite, cells), key=lambda cell: cell[:2])
-    for (density, layer), group in groups:
-        made = _contenders(session, layer, kinds, density, first=density == densities[0])
+    kinds = [kind for entry in keys.structures for kind in choices.sparsities(entry)]
+    for sparsity, layer in itertools.product(keys.sparsities, keys.shapes or ()):
+        density = round(1 - sparsity, 6)
+        # Contenders are made once, for all that is done with them.
+        made = _contenders(session, layer, kinds, density)
         if all(one.structure == "dense" for one in made):
             continue  # dense layers alone are nothing to compare
-        about: Row = {"suite": keys.suite, "case": layer.shape.label}
-        for _, _, count, what in group:
-            name = f"{layer.shape.label}, {count} tokens, {what}"
-            cell = {**about, "tokens": count, "pass": what}
+        about: Row = {"suite": keys.suite, "case": layer.label}
+        for tokens, what in itertools.product(keys.tokens or (), PASSES):
+            name = f"{layer.label}, {tokens} tokens, {what}"
+            cell = {**about, "tokens": tokens, "pass": what}
             yield from session.tried(name, partial(_cell, session, layer, made, cell))
         cell = {**about, "tokens": 0, "pass": "conversion"}
         yield from session.tried("conversions", partial(_conversions, session, made, cell))
-        session.say(f"{keys.suite}: {layer.shape.label} at density {density:g}")
+        session.say(f"{keys.suite}: {layer.label} at density {density:g}")
 
 
 def _contenders(
-    session: Session, layer: Layer, kinds: Sequence[Sparsity], density: float, *, first: bool
+    session: Session, layer: Layer, kinds: Sequence[Sparsity], density: float
 ) -> list[Contender]:
-    """All contenders of a layer; at the first density also what permutations cost."""
+    """All contenders of a layer; peers where a structure has no permutations."""
     made = contenders.dense(session, layer, session.dtype)
     # A dense convolution needs no patches, so that it can be the fastest way to a sparse one.
-    plain: list[Backend] = ["torch"] if layer.shape.kernel else ["torch", "scatter"]
+    plain: list[Backend] = ["torch"] if layer.kernel else ["torch", "scatter"]
+    x = layer.example(5).to(session.device, session.dtype)
 
-    def ours(kind: Sparsity, permutation: str) -> list[Contender]:
-        one = contenders.sparse(session, layer, kind, density, permutation)
-        return list(contenders.by_backend(session, one, plain))
-
-    def peers(kind: Sparsity) -> list[Contender]:
-        one = contenders.sparse(session, layer, kind, density, "none")
-        return list(contenders.peers(session, one, {other.form for other in made}))
+    def ours(kind: Sparsity) -> list[Contender]:
+        one = contenders.sparse(session, layer, kind, density)
+        found = list(contenders.by_backend(session, one, x, plain))
+        if kind.permutation == "none" and not layer.kernel:
+            found += contenders.peers(session, one, {other.form for other in made})
+        return found
 
     for kind in kinds:
-        states = [kind.phases[0]]
-        if first:
-            # The others say what a permutation costs: none, and, for one structure, a soft one.
-            states = [*kind.phases[: 2 if kind is kinds[0] else 1], "none"]
-        makes = [partial(ours, kind, state) for state in dict.fromkeys(states)]
-        makes += [] if layer.shape.kernel else [partial(peers, kind)]
-        for make in makes:
-            made += itertools.chain(*session.tried(f"{kind.label} in {layer.shape.label}", make))
+        made += itertools.chain(
+            *session.tried(f"{kind.label} in {layer.label}", partial(ours, kind))
+        )
     return made
 
 
@@ -88,8 +80,7 @@ def _cell(session: Session, layer: Layer, made: Sequence[Contender], about: Row)
     sides = [one for one in made if one.trained or forward]
     if forward and any(one.kind == "strong" for one in made):
         sides.append(contenders.onednn(made[0], tokens))
-    operations, moved = layer.operations(tokens), layer.weights * session.dtype.itemsize
-    least = products * session.ceilings.least_seconds(operations, moved)
+    least = products * layer.least_seconds(session.ceilings, tokens, session.dtype)
     sides = [replace(one, floor=one.density * least) for one in sides]
     with torch.set_grad_enabled(not forward):
         if forward and session.device.type == "cuda" and tokens <= GRAPH_TOKENS:

@@ -7,7 +7,7 @@ single precision or under autocast; in the soft phase the learner of permutation
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from padst_exp import dispatch
 from padst_exp.bench import choices, contenders
 from padst_exp.bench.choices import Model, Sparsity
 from padst_exp.bench.keys import Keys
 from padst_exp.bench.session import Contender, Row, Session
 from padst_exp.bench.timing import Call
+from padst_exp.engine.backends import describe
 from padst_exp.soft import soft_choices
 
 # oneDNN packs weights for so many tokens; their order depends on it only where they are few.
@@ -32,8 +34,8 @@ PROGRESS = 0.3
 # Columns of bytes by the names that PyTorch's tracker has for them.
 KEPT = {"PARAM": "parameters_bytes", "GRAD": "gradients_bytes", "OPT": "moments_bytes",
         "BUFFER": "indices_bytes"}  # fmt: skip
-# Structure, density, scope, and state of the permutations.
-Kind = tuple[Sparsity, float, str, str]
+# A structure, its density, and the scope of what is sparse.
+Kind = tuple[Sparsity, float, str]
 
 
 def run(keys: Keys, session: Session) -> Iterator[pd.DataFrame]:
@@ -42,30 +44,19 @@ def run(keys: Keys, session: Session) -> Iterator[pd.DataFrame]:
     Raises:
         UserError: an unknown model or structure.
     """
-    cases = []
-    for entry in keys.models or ():
-        model, batches = choices.model(entry, keys.images or {}, keys.text or {}), keys.batches
-        if isinstance(batches, Mapping):
-            batches = batches["text" if model.is_language else "images"]
-        cases += [(model, batch) for batch in batches or ()]
-    structures = [choices.sparsity(entry) for entry in keys.structures]
-    densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities]
-    every = itertools.product(structures, densities, keys.scopes or ())
-    # Steps of the soft phase take long, and as long whatever the structure is.
-    soft = {"memory": structures, "training": structures[:1]}.get(keys.measure, [])
-    kinds: list[Kind] = [
-        (*one, state) for one in every for state in one[0].phases[: 2 if one[0] in soft else 1]
+    models = [
+        choices.model(entry, keys.images or {}, keys.text or {}) for entry in keys.models or ()
     ]
+    structures = [kind for entry in keys.structures for kind in choices.sparsities(entry)]
+    densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities]
+    kinds = list(itertools.product(structures, densities, keys.scopes or ()))
     measure = {"inference": _inference, "training": _training, "memory": _memory}[keys.measure]
-    for model, batch in session.affordable(keys.suite, cases):
-        name, inputs = f"{model.label} at batch {batch}", model.inputs
-        size = f"context {inputs['context_length']}" if model.is_language else (
-            f"{inputs['image_size']} pixels")  # fmt: skip
-        about: Row = {"suite": keys.suite, "case": f"{model.label}, {size}", "tokens": batch}
+    for model, batch in itertools.product(models, keys.batches or ()):
+        about: Row = {"suite": keys.suite, "case": model.label, "tokens": batch}
         # Without a legal structure there is nothing to compare.
-        for rows in session.tried(name, partial(measure, session, model, batch, kinds, about)):
+        for rows in session.tried(model.label, partial(measure, session, model, kinds, about)):
             yield from [rows] if (rows.structure != "dense").any() else []
-        session.say(f"{keys.suite}: {name}")
+        session.say(f"{keys.suite}: {model.label} at batch {batch}")
 
 
 def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.dtype) -> Contender:
@@ -74,34 +65,31 @@ def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.
     Raises:
         UserError: the structure cannot hold that density in a layer of the model.
     """
-    structure, density, scope, state = kind
-    one = contenders.sparse(session, model, structure, density, state, scope, dtype)
-    sample = _to(session, model.example(1)[0], dtype)
+    one = contenders.sparse(session, model, *kind, dtype)
+    module, sample = one.modules[0].eval(), _to(session, model.example(1)[0], dtype)
 
     def forward() -> None:
         with torch.no_grad(), _autocast(session, dtype):
-            one.modules[0].eval()(sample)
+            module(sample)
 
-    return replace(one, dispatcher=contenders.choose(session, one, forward, batch))
+    picks = dispatch.choose(module, forward, samples=batch, device=session.device, compiled=False)
+    return replace(one, dispatcher=describe(picks).partition(": ")[2])
 
 
-def _inference(
-    session: Session, model: Model, batch: int, kinds: Sequence[Kind], about: Row
-) -> pd.DataFrame:
+def _inference(session: Session, model: Model, kinds: Sequence[Kind], about: Row) -> pd.DataFrame:
     """Dense, sparse and exported models, eager and compiled, and on a GPU captured."""
     torch.compiler.reset()
-    inputs = _to(session, model.example(batch)[0], session.dtype)
-    sides = contenders.dense(session, model, session.dtype, PACKED_TOKENS)
-    for kind in session.affordable(f"structures of {model.label}", kinds):
+    batch, dtype = about["tokens"], session.dtype
+    inputs = _to(session, model.example(batch)[0], dtype)
+    sides = contenders.dense(session, model, dtype, PACKED_TOKENS)
+    for kind in kinds:
         name = f"{kind[0].label} in {model.label}"
-        made = session.tried(name, partial(sparse, session, model, batch, kind, session.dtype))
+        made = session.tried(name, partial(sparse, session, model, batch, kind, dtype))
         for one in tuple(made):
-            pack = partial(contenders.exported_model, session, one, inputs)
-            made += session.tried(f"{name}, exported", pack)
+            made += session.tried(name, partial(contenders.exported_model, one, inputs))
         sides += [form for one in made for form in (one, contenders.compiled(one))]
     with torch.inference_mode():
-        calls: list[tuple[Contender, Call]] = []
-        for one in list(sides):
+        for one in tuple(sides):
             one.modules[0].eval()
             if session.device.type == "cuda":
                 sides += session.tried(one.form, partial(contenders.captured, one, inputs))
@@ -109,13 +97,11 @@ def _inference(
         return session.compare({**about, "pass": "inference"}, calls, BLOCK[session.device.type])
 
 
-def _training(
-    session: Session, model: Model, batch: int, kinds: Sequence[Kind], about: Row
-) -> pd.DataFrame:
+def _training(session: Session, model: Model, kinds: Sequence[Kind], about: Row) -> pd.DataFrame:
     """Steps of dense and sparse models, eager and compiled."""
     torch.compiler.reset()
-    sides = contenders.dense(session, model, torch.float32)
-    for kind in session.affordable(f"structures of {model.label}", kinds):
+    batch, sides = about["tokens"], contenders.dense(session, model, torch.float32)
+    for kind in kinds:
         make = partial(sparse, session, model, batch, kind, torch.float32)
         for one in session.tried(f"{kind[0].label} in {model.label}", make):
             sides += [one, contenders.compiled(one)]
@@ -150,10 +136,9 @@ def step(
     return call, optimizer
 
 
-def _memory(
-    session: Session, model: Model, batch: int, kinds: Sequence[Kind], about: Row
-) -> pd.DataFrame:
+def _memory(session: Session, model: Model, kinds: Sequence[Kind], about: Row) -> pd.DataFrame:
     """Bytes of training steps of every side, the dense one first."""
+    batch = about["tokens"]
 
     def weighed(kind: Kind | None) -> Row:
         if kind is None:
@@ -163,19 +148,17 @@ def _memory(
         call, optimizer = step(session, model, one, batch)
         return {**about, **one.columns(), **tensor_bytes(one.modules[0], optimizer, call)}
 
-    rows: list[Row] = []
-    for kind in session.affordable(f"sides of {model.label}", [None, *kinds]):
-        name = "dense" if kind is None else f"{kind[0].label}, {kind[3]}"
-        rows += session.tried(name, partial(weighed, kind))
+    rows = [weighed(None)]
+    for kind in kinds:
+        rows += session.tried(f"{kind[0].label} in {model.label}", partial(weighed, kind))
     frame = pd.DataFrame(rows)
-    kept = frame[list(KEPT.values())].sum(axis=1)
-    frame["kept_share"] = (kept / kept[0]).round(4)
-    frame["peak_share"] = (frame.peak_bytes / frame.peak_bytes[0]).round(4)
+    for what in ("kept", "peak"):
+        frame[f"{what}_share"] = (frame[f"{what}_bytes"] / frame[f"{what}_bytes"][0]).round(4)
     return frame.assign(**session.columns)
 
 
 def tensor_bytes(module: nn.Module, optimizer: torch.optim.Optimizer, step: Call) -> Row:
-    """Bytes of tensors that training steps keep, by kind, and those alive at most during one.
+    """Bytes of tensors that training steps keep, in all and by kind, and of those alive at most.
 
     Storage counts once, however many tensors share it.
     """
@@ -189,7 +172,8 @@ def tensor_bytes(module: nn.Module, optimizer: torch.optim.Optimizer, step: Call
             tracker.get_tracker_snapshot(when).values() for when in ("current", "peak")
         )
     kinds = {str(kind).rpartition(".")[2]: size for kind, size in kept.items()}
-    return {**{column: kinds[kind] for kind, column in KEPT.items()}, "peak_bytes": peak["Total"]}
+    parts = {column: kinds[kind] for kind, column in KEPT.items()}
+    return {**parts, "kept_bytes": sum(parts.values()), "peak_bytes": peak["Total"]}
 
 
 def _autocast(session: Session, dtype: torch.dtype) -> torch.autocast:

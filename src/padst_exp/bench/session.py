@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 import torch
@@ -15,7 +14,6 @@ from padst_exp.bench.timing import Call, Ceilings, Timer, reason
 from padst_exp.dispatch import device_name
 from padst_exp.engine.run_directory import environment
 from padst_exp.soft import Learner
-from padst_kernels import Backend
 
 Row = dict[str, Any]
 Cell = TypeVar("Cell")
@@ -51,26 +49,17 @@ class Contender:
 class Session:
     """What every suite gets."""
 
-    timer: Timer  # of the device, with the budget of one suite
+    timer: Timer  # of the device
     dtype: torch.dtype  # of weights and activations
     ceilings: Ceilings  # what the device reaches, measured in this run
     columns: Mapping[str, Any]  # of every row: where and with what it was measured
     rounds: int  # timings of each contender
     say: Callable[[str], None]  # takes a line for a person
-    # "" or why a kernel is refused, by label of the structure and backend; None where nothing was
-    # checked, and all may be used.
-    verdicts: Mapping[tuple[str, str], str] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where everything is measured."""
         return self.timer.device
-
-    def allowed(self, structure: str) -> set[Backend]:
-        """The backends that may compute a structure: those that passed all their checks."""
-        if self.verdicts is None:
-            return set(get_args(Backend))
-        return {b for b in get_args(Backend) if self.verdicts.get((structure, b)) == ""}
 
     def tried(self, name: str, make: Callable[[], Cell]) -> list[Cell]:
         """What `make` makes, in a list; nothing, and a line about `name`, where that fails."""
@@ -80,23 +69,12 @@ class Session:
             self.say(f"{name}: skipped, {reason(error)}")
             return []
 
-    def affordable(self, what: str, cells: Sequence[Cell]) -> Iterator[Cell]:
-        """`cells` while there is time for one as long as the longest so far; says what is left."""
-        longest = 0.0
-        for done, cell in enumerate(cells):
-            if self.timer.left <= longest:
-                self.say(f"{what}: budget spent, {len(cells) - done} of {len(cells)} left out")
-                return
-            began = time.monotonic()
-            yield cell
-            longest = max(longest, time.monotonic() - began)
-
     def compare(
         self, about: Row, sides: Sequence[tuple[Contender, Call]], block: float = 0.0
     ) -> pd.DataFrame:
         """Time calls in turn: a row for each that runs, with the columns `about`.
 
-        Milliseconds have four digits. A timing takes `block` seconds if the budget allows.
+        Milliseconds have four digits. A timing takes at least `block` seconds.
         """
         calls = {str(number): call for number, (_, call) in enumerate(sides)}
         seconds, failed = self.timer.alternate(calls, self.rounds, block)

@@ -7,9 +7,9 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,27 +24,17 @@ SHORTEST = {"cpu": 3e-3, "cuda": 2e-2}
 # A call of so many seconds finds nothing of its own left in a cache, whoever ran before.
 LONG = 0.1
 MAX_REPEATS = 10_000
-# A spent budget still grants so many rounds.
-MIN_ROUNDS = 3
 # Side of the square product that shows the rate of a device.
 GEMM = {"cpu": 1024, "cuda": 8192}
 MAX_ROTATION = 512
 
 
+@dataclass(frozen=True)
 class Timer:
-    """Times calls on one device within a budget of wall time in seconds, counted from now.
+    """Times calls on one device, by the clock "wall", or "cpu" for the time of this one thread."""
 
-    The clock is "wall", or "cpu" for the time of this one thread.
-    """
-
-    def __init__(self, device: torch.device, clock: str, budget: float | None) -> None:
-        self.device, self.clock = device, clock
-        self._end = time.monotonic() + (math.inf if budget is None else budget)
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left, negative once overspent."""
-        return self._end - time.monotonic()
+    device: torch.device
+    clock: str
 
     def seconds(self, call: Call, repeats: int = 1) -> float:
         """Mean seconds of one of `repeats` calls."""
@@ -62,31 +52,23 @@ class Timer:
     ) -> tuple[dict[str, list[float]], dict[str, str]]:
         """Seconds of one call of each, in turn, so that all meet the same disturbances.
 
-        A timing is a burst of calls, of `block` seconds if the budget allows, as layers of one kind
-        follow each other in a model. A call that is not timed comes before it, since other calls
-        have used the caches. A spent budget means fewer rounds, and that first calls, the most
-        important ones first, do not begin.
+        A timing is a burst of calls, of at least `block` seconds, as layers of one kind follow each
+        other in a model. A call that is not timed comes before it, since other calls have used the
+        caches.
 
         Returns the timings, and the reason in one line for each call that did not run.
         """
         once: dict[str, float] = {}
         failed: dict[str, str] = {}
         for name, call in calls.items():
-            if once and self.left < 0:
-                failed[name] = "no time left"
-                continue
             try:
                 call()
                 once[name] = self.seconds(call)
             except Exception as error:  # whatever a library or a compiler raises is the result
                 failed[name] = reason(error)
-        # Every timing comes after as long a call that is not timed, at worst.
-        fair = max(0.0, self.left) / (2 * rounds * max(1, len(once)))
-        block = max(SHORTEST[self.device.type], min(block, fair))
+        block = max(SHORTEST[self.device.type], block)
         samples: dict[str, list[float]] = {name: [] for name in once}
-        for done in range(rounds):
-            if done >= MIN_ROUNDS and self.left < 0:
-                break
+        for _ in range(rounds):
             for name, first in once.items():
                 if first < LONG:
                     calls[name]()
@@ -115,9 +97,10 @@ def rotation(size: int, device: torch.device) -> int:
     return max(2, min(MAX_ROTATION, 5 * last_level_cache(device) // (2 * max(1, size))))
 
 
-class Ceilings(NamedTuple):
-    """Bytes that a copy beyond the cache reads and writes, and operations of the fastest dense
-    product, both per second."""
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches in a second: bytes that a copy beyond the cache reads and writes, and
+    operations of the fastest dense product."""
 
     bandwidth: float
     rate: float
@@ -132,13 +115,12 @@ def ceilings(timer: Timer, dtype: torch.dtype) -> Ceilings:
     """Measure what a device reaches; each ceiling is the best of a few timings."""
     device, side = timer.device, GEMM[timer.device.type]
     source = torch.zeros(4 * last_level_cache(device), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
     a = torch.randn(side, side, device=device, dtype=dtype)
     linear = nn.Linear(side, side, bias=False, device=device, dtype=dtype)
-    calls: dict[str, Call] = {"copy": partial(target.copy_, source), "linear": partial(linear, a)}
+    copy = partial(torch.empty_like(source).copy_, source)
+    calls: dict[str, Call] = {"copy": copy, "linear": partial(linear, a)}
     if has_onednn(device, dtype):
         calls["oneDNN"] = partial(OneDNNLinear(linear, side), a)
-    samples, _ = Timer(device, timer.clock, None).alternate(calls, rounds=7)
-    copy = min(samples.pop("copy"))
-    fastest = min(itertools.chain(*samples.values()))
-    return Ceilings(2 * len(source) / copy, 2 * side**3 / fastest)
+    samples, _ = timer.alternate(calls, rounds=7)
+    bandwidth = 2 * len(source) / min(samples.pop("copy"))
+    return Ceilings(bandwidth, 2 * side**3 / min(itertools.chain(*samples.values())))
