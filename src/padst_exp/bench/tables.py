@@ -114,7 +114,9 @@ def summary(frame: pd.DataFrame, tables: Path) -> str:
     if not {"hard", "none"} <= set(both):
         return text
     cost = (both.hard / both.none).median() - 1
-    return f"{text}\nFolding a permutation in costs {cost:+.1%} (median).\n"
+    return text + (
+        f"\nFolding a permutation in costs {cost:+.1%} (median).\n" if cost == cost else ""
+    )
 
 
 def span(values: pd.Series[Any]) -> str:
