@@ -20,6 +20,8 @@ def collect_dense_gradients(
 ) -> Tensor:
     """`y` itself; its backward also adds dy^T x, as seen from each S, to its `dense_gradient`.
 
+    With `weight.gradient_parts`, that of each run of so many equal runs of samples is kept too.
+
     Args:
         y: `[..., sum of O]`, the concatenated P_out S P_in x.
         x: `[..., I]`.
@@ -29,6 +31,10 @@ def collect_dense_gradients(
     """
     tapped: Tensor = _Tap.apply(y, x, weights, input_index, output_indices)
     return tapped
+
+
+def _sum(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one.add_(other)
 
 
 class _Tap(torch.autograd.Function):
@@ -55,16 +61,25 @@ class _Tap(torch.autograd.Function):
         if input_index is not None:
             inputs = inputs[:, input_index]
         heights = [weight.shape[0] for weight, _ in ctx.parts]
-        parts = dy.flatten(0, -2).split(heights, dim=1)
-        for rows, (weight, wanted), index in zip(parts, ctx.parts, output_indices, strict=True):
+        outputs = dy.flatten(0, -2).split(heights, dim=1)
+        for rows, (weight, wanted), index in zip(outputs, ctx.parts, output_indices, strict=True):
             if not wanted:
                 continue
             if index is not None:
                 rows = torch.zeros_like(rows).index_copy_(1, index, rows)
             dtype = torch.promote_types(weight.values.dtype, torch.float32)
-            gradient = rows.to(dtype).t() @ inputs.to(dtype)
-            if weight.dense_gradient is None:
-                weight.dense_gradient = gradient
-            else:
-                weight.dense_gradient += gradient
+            _add(weight, rows.to(dtype), inputs.to(dtype))
         return dy, None, None, None, None
+
+
+def _add(weight: SparseWeight, rows: Tensor, inputs: Tensor) -> None:
+    """Add rows^T inputs, `[T, O]` and `[T, I]`, to what `weight` has collected."""
+    if weight.gradient_parts:
+        number = weight.gradient_parts
+        pairs = zip(rows.tensor_split(number), inputs.tensor_split(number), strict=True)
+        parts = torch.stack([some.t() @ others for some, others in pairs])
+        gradient = parts.sum(0)
+        weight.part_gradients = _sum(weight.part_gradients, parts)
+    else:
+        gradient = rows.t() @ inputs
+    weight.dense_gradient = _sum(weight.dense_gradient, gradient)

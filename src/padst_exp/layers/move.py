@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dst import Change, Topology
+from padst_exp.dst import Change
 from padst_exp.permutations import is_bijection
 from padst_exp.structures import Geometry, Storage, gather_entries, scatter_entries
 
@@ -68,12 +68,25 @@ class Move:
         """Where everything is taken from, int64 and flat; anywhere for what is new."""
         return self.source.clamp(min=0).flatten()
 
-    def __call__(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
-        """The new place of a tensor shaped like `values`, or packed `[N, 1]`; new ones: `fill`."""
+    @property
+    def num_new(self) -> int:
+        """How many entries start at zero."""
+        new = self._new if self.source.dim() == 2 else self._new[:, None]
+        inside = self.geometry.entries(self.change.active) < self._outside
+        return int((new & inside).sum())
+
+    def __call__(self, tensor: Tensor, fill: float = 0.0, *, signed: bool = False) -> Tensor:
+        """The new place of a tensor shaped like `values`, or packed `[N, 1]`.
+
+        Args:
+            tensor: what moves.
+            fill: what is new gets.
+            signed: whether it changes its sign where values do.
+        """
         if self.storage == "packed":
-            return self._packed(tensor, fill)
+            return self._packed(tensor, fill, signed)
         assert self.old_entries is not None
-        moved = self._packed(gather_entries(tensor, self.old_entries), fill)
+        moved = self._packed(gather_entries(tensor, self.old_entries), fill, signed)
         entries = self.geometry.entries(self.change.active)
         return scatter_entries(moved, entries, self.geometry.shape)
 
@@ -89,14 +102,18 @@ class Move:
     def _outside(self) -> int:
         return self.geometry.shape[0] * self.geometry.shape[1]
 
-    def _packed(self, tensor: Tensor, fill: float) -> Tensor:
+    def _packed(self, tensor: Tensor, fill: float, signed: bool) -> Tensor:
         if self.source.dim() == 1:
             moved = tensor.index_select(0, self._places)
-            return moved.masked_fill_(self._new[:, None], fill)
-        # One number for a whole unit becomes one for each entry.
-        tensor = tensor.expand(-1, self.source.shape[1]).flatten()
-        moved = tensor.index_select(0, self._places).view(self.source.shape)
-        return moved.masked_fill_(self._new, fill)
+            moved = moved.masked_fill_(self._new[:, None], fill)
+        else:
+            # One number for a whole unit becomes one for each entry.
+            flat = tensor.expand(-1, self.source.shape[1]).flatten()
+            moved = flat.index_select(0, self._places).view(self.source.shape)
+            moved = moved.masked_fill_(self._new, fill)
+        if signed and self.change.signs is not None:
+            moved = moved * self.change.signs.to(moved.dtype)
+        return moved
 
 
 def plan(weight: SparseWeight, change: Change) -> Move:
@@ -107,7 +124,7 @@ def plan(weight: SparseWeight, change: Change) -> Move:
     """
     geometry, active = weight.geometry, change.active
     topology = weight.topology()
-    _check_active(topology, active)
+    check_active(geometry, active, topology.exists())
     if change.row_order is not None:
         order = change.row_order
         if order.shape != geometry.shape[:1] or not is_bijection(order):
@@ -129,15 +146,20 @@ def plan(weight: SparseWeight, change: Change) -> Move:
     return Move(change, geometry, weight.storage, source, old_entries, weight.values)
 
 
-def _check_active(topology: Topology, active: Tensor) -> None:
+def check_active(geometry: Geometry, active: Tensor, exists: Tensor | None = None) -> None:
+    """Raise a ValueError unless `active` are sorted ids, int64 `[N]`, of units of `geometry`.
+
+    `exists` is what `geometry.exists` returns, where that is known already.
+    """
     if active.dim() != 1 or active.is_floating_point() or not len(active):
         raise ValueError(f"active units are {tuple(active.shape)}, expected one list of ids")
     if not bool((active[1:] > active[:-1]).all()):
         raise ValueError("active units are not sorted, or not distinct")
     first, last = int(active[0]), int(active[-1])
-    if first < 0 or last >= topology.num_pools * topology.pool_size:
+    if first < 0 or last >= geometry.num_pools * geometry.pool_size:
         raise ValueError(f"there is no unit {first if first < 0 else last}")
-    legal = topology.exists().view(-1).index_select(0, active)
+    exists = geometry.exists(active.device) if exists is None else exists
+    legal = exists.view(-1).index_select(0, active)
     if not bool(legal.all()):
         raise ValueError(f"there is no unit {int(active[~legal][0])}")
 
