@@ -69,10 +69,13 @@ def sha256(path: Path) -> str:
 
 def reason(error: BaseException) -> str:
     """What an error says, in one short line of printable characters."""
-    text = "".join(c if c.isprintable() else " " for c in str(error))
-    line = " ".join(text.split()) or type(error).__name__
-    if isinstance(error, KeyError):
-        line = f"it has no {line}"
+    line = one_line(str(error)) or type(error).__name__
+    return f"it has no {line}" if isinstance(error, KeyError) else line
+
+
+def one_line(text: str) -> str:
+    """The beginning of a text, printable."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from padst_exp import dispatch, stored
 from padst_exp.config import build
@@ -19,6 +21,7 @@ from padst_exp.errors import UserError
 from padst_exp.files import read_text, reading
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
+from padst_exp.messages import say
 from padst_exp.sparsify import Report
 from padst_exp.train import build_experiment, build_task, original, run_settings
 
@@ -117,12 +120,11 @@ def restore_run(
     if path.is_file():
         folder = path.resolve().parent.parent
         run = folder if (folder / "config.yaml").is_file() else None
-    elif not (path / "config.yaml").is_file():
+        saved = _read(path)
+    elif not (path / "config.yaml").exists():
         raise UserError(f"run: {path} is no run directory, it has no config.yaml")
     else:
-        best, last = path / "checkpoints" / "best.pt", path / "checkpoints" / "last.pt"
-        path = best if best.exists() else last
-    saved = checkpoint.read(path)
+        path, saved = _read_best(path / "checkpoints")
     if run is None:
         cfg = _config(saved.get("config_text"), path, trust, changes)
     else:
@@ -131,10 +133,9 @@ def restore_run(
         cfg = _config(text, file, trust, changes)
     experiment = build_experiment(cfg, world)
     model = experiment.model.to(world.device, experiment.trainer.dtype)
-    averaged = saved["average"] is not None
-    checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
+    checkpoint.load_weights(model, _weights(saved), path)
     # As in training; what was measured on another device proves nothing here.
-    picks = dispatch.restore(saved["backends"], model, world.device)
+    picks = dispatch.restore(saved.get("backends"), model, world.device)
     if picks is None:
         dispatch.forced(model, "torch", world.device)
     else:
@@ -143,13 +144,46 @@ def restore_run(
         config=cfg,
         run=run,
         path=path,
-        step=int(saved["step"]),
-        averaged=averaged,
+        step=saved["step"],
+        averaged=saved["average"] is not None,
         task=experiment.task,
         trainer=experiment.trainer,
         model=model,
         report=experiment.report,
     )
+
+
+def _read_best(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The best checkpoint of a run, the last one where there is no sound one; and its path."""
+    best, last = folder / "best.pt", folder / "last.pt"
+    if os.path.lexists(best):
+        try:
+            return best, _read(best)
+        except UserError as error:
+            if not os.path.lexists(last):
+                raise
+            say(f"{error}; {last} instead")
+    return last, _read(last)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint with the parts that a trained model needs."""
+    saved = checkpoint.read(path)
+    with reading("run", path, "a checkpoint with all its parts"):
+        step, weights = saved["step"], _weights(saved)
+        if type(step) is not int or step < 0:
+            raise ValueError(f"its step is {step}")
+        for name, tensor in weights.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise TypeError(f"its weights have {name}: {type(tensor).__name__}")
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} is not finite, the training diverged")
+    return saved
+
+
+def _weights(saved: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    weights: Mapping[str, Tensor] = saved["model" if saved["average"] is None else "average"]
+    return weights
 
 
 def _config(
