@@ -43,7 +43,7 @@ def trained_run(root: Path, *overrides: str) -> Path:
         root,
         "run",
         world,
-        resume="never",
+        resume=cfg.resume,
         config=results_config(cfg),
         config_text=OmegaConf.to_yaml(cfg, resolve=True),
         overrides=[],

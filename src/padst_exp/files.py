@@ -61,6 +61,19 @@ def read_text(key: str, path: Path, wanted: str, *, most: int | None = None) -> 
         return path.read_text("utf-8")
 
 
+def require_no_link(key: str, path: Path) -> None:
+    """Refuse to write into what only the sender of a run has chosen.
+
+    Raises:
+        UserError: `path` is a link; `key` takes the place that it leads to.
+    """
+    if path.is_symlink():
+        raise UserError(
+            f"{key}: expected a folder, got {path}, a link to {path.readlink()}; "
+            f"{key}=... says where to write"
+        )
+
+
 def sha256(path: Path) -> str:
     """Hex digest of what a file holds."""
     with open(path, "rb") as file:

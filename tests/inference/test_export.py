@@ -91,7 +91,14 @@ def make_run(
 
 
 def keys(run: Path, **changes: Any) -> ExportSchema:
-    values = {"format": "packed", "out": None, "overwrite": False, **KEYS, **changes}
+    values = {
+        "format": "packed",
+        "out": None,
+        "overwrite": False,
+        "batch_size": 1,
+        **KEYS,
+        **changes,
+    }
     return ExportSchema(run=str(run), **values)
 
 
