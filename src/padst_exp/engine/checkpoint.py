@@ -108,7 +108,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
             raise UserError(f"{path}: does not fit this model: {name} is of {tensor.dtype}")
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, IndexError, TypeError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         # torch lists one mismatch a line, below a title.
         lines = str(error).splitlines()
         reason = lines[1].strip() if len(lines) > 1 else str(error)
