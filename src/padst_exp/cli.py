@@ -6,9 +6,11 @@ import functools
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import hydra
 import yaml
@@ -19,15 +21,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from padst_exp.config import GROUPS, closest, config_dir, options
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, is_lack_of_memory
+from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+# A launcher looks several times a second whether a process has ended, and then ends the others.
+SECONDS_TO_BE_ENDED = 3
 
 
 def command_line(
     config_name: str, *, of_run: bool = False
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorate a function of a config into a program with Hydra's command line.
+
+    A sweep goes on after a job that fails, says at its end which did, and fails.
 
     A mistake of the user ends in one line on stderr and status 1 (2 when an argument cannot be
     read, 130 on Ctrl-C); anything else is a bug and keeps its traceback, as does everything under
@@ -45,6 +53,7 @@ def command_line(
             full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
             launcher = os.getpid()
             composed = False
+            failed: list[int] = []
             changes = _changes(config_name) if of_run else []
 
             @functools.wraps(task)
@@ -55,13 +64,21 @@ def command_line(
                     cfg.changes = [*cfg.changes, *changes]
                 try:
                     _require_keys()
+                    check_hydra(cast(DictConfig, HydraConfig.get()))
                     task(cfg)
                 except Exception as error:
-                    # Jobs that a cluster runs elsewhere must bring their exception back here; a
-                    # SystemExit stops a local sweep and spares Hydra's own report.
-                    if full_error or os.getpid() != launcher or not _is_expected(error):
+                    # Jobs that a cluster runs elsewhere must bring their exception back here.
+                    if full_error or os.getpid() != launcher:
                         raise
-                    _exit_with(error, job=_job_name())
+                    if sweeping := HydraConfig.get().mode is RunMode.MULTIRUN:
+                        failed.append(HydraConfig.get().job.num)
+                    if not _is_expected(error):
+                        if not sweeping:
+                            raise
+                        traceback.print_exc()
+                    _say(f"error: {_process()}{_job_name()}{explain(error)}")
+                    if not sweeping:
+                        sys.exit(FAILURE)
 
             if {"--help", "-h"} & set(sys.argv[1:]):
                 sys.stdout.write(_help(config_name))
@@ -70,8 +87,13 @@ def command_line(
                 config_path=str(config_dir()), config_name=config_name, version_base="1.3"
             )(job)
             try:
+                check_overrides(sys.argv[1:])
                 with _raising_hydra(), _without(changes):
                     program()
+                if failed:
+                    numbers = ", ".join(map(str, failed))
+                    _say(f"error: {len(failed)} jobs of this sweep failed: {numbers}")
+                    sys.exit(FAILURE)
             except KeyboardInterrupt:
                 _say("interrupted")
                 sys.exit(INTERRUPTED)
@@ -135,7 +157,7 @@ def explain(error: BaseException) -> str:
         group, *rest = f"{group}/{option}".split("/")
         return f"{group}={'/'.join(rest)}: unknown option; choose from {', '.join(options(group))}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read, expected key=value"
+        return unreadable(error.override)
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         return explain(cause)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
@@ -153,16 +175,31 @@ def explain(error: BaseException) -> str:
         return f"{_undecodable() or config_dir()}: not UTF-8 ({error.reason})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, Exception) and _is_of_a_peer(error):
+        return "another process of this run has ended"
+    if is_lack_of_memory(error):
+        first_line = str(error).partition("\n")[0]
+        return f"out of memory ({first_line}); smaller batches or a smaller model take less"
+    if several := re.match(r"Ambiguous value for argument '(.*)'\n", str(error)):
+        return ambiguous(several[1])
     return " ".join(str(error).split())
 
 
 def _is_expected(error: Exception) -> bool:
+    if is_lack_of_memory(error) or _is_of_a_peer(error):
+        return True
     if isinstance(error, OSError) and not isinstance(error, MissingConfigException):
+        # What names a file is about a file of the user: missing, read-only, of too long a name.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return full or isinstance(
-            error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
-        )
+        return full or error.filename is not None
     return isinstance(error, UserError | HydraException | OmegaConfBaseException | yaml.YAMLError)
+
+
+def _is_of_a_peer(error: Exception) -> bool:
+    """Whether this process lost another one of its run, which says why itself."""
+    lost = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "recvBytes")
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return several and isinstance(error, RuntimeError) and any(sign in str(error) for sign in lost)
 
 
 def _undecodable() -> str | None:
@@ -204,8 +241,17 @@ def _job_name() -> str:
     return f"job {config.job.num} ({' '.join(config.overrides.task)}): "
 
 
-def _exit_with(error: Exception, job: str = "") -> NoReturn:
-    _say(f"error: {job}{explain(error)}")
+def _process() -> str:
+    """Names this process of a run where it is not process 0."""
+    # What all processes of a run meet, process 0 has said; and the launcher has ended the others.
+    if rank := os.environ.get("RANK", "0").strip("0"):
+        time.sleep(SECONDS_TO_BE_ENDED)
+        return f"process {rank}: "
+    return ""
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    _say(f"error: {_process()}{explain(error)}")
     sys.exit(USAGE if isinstance(error, OverrideParseException) else FAILURE)
 
 

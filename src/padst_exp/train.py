@@ -38,6 +38,10 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from padst_exp.transforms import Original
 
 
+# File systems take 255; a suffix tells runs of one name apart.
+LONGEST_NAME = 200
+
+
 @with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
 class SparseRule:
@@ -92,8 +96,22 @@ class Run:
         for index, rule in enumerate(self.sparse):
             require(rule.split >= 1, f"sparse[{index}].split", rule.split, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2^63 - 1")
-        one_folder = self.name not in ("", ".", "..") and "/" not in (self.name or "")
-        require(one_folder, "name", repr(self.name), "the name of one folder")
+        if self.name is not None:
+            wanted = f"the name of one folder, of at most {LONGEST_NAME} bytes"
+            require(_is_folder_name(self.name), "name", repr(self.name), wanted)
+        wanted = "a folder (. for this one)"
+        require(self.runs == self.runs.strip() != "", "runs", repr(self.runs), wanted)
+
+
+def _is_folder_name(name: str) -> bool:
+    # Nothing that a shell, or a person, would take for something else.
+    return (
+        any(letter.isalnum() for letter in name)
+        and name == name.strip()
+        and name[0] != "-"
+        and "/" not in name
+        and len(name.encode()) <= LONGEST_NAME
+    )
 
 
 def run_settings(cfg: DictConfig) -> Run:
@@ -101,7 +119,7 @@ def run_settings(cfg: DictConfig) -> Run:
     for group in GROUPS:
         if not isinstance(cfg.get(group), DictConfig):
             raise UserError(f"{group}: missing, expected a mapping with a _target_")
-    return read_keys(cfg, Run)
+    return read_keys(cfg, Run, GROUPS)
 
 
 @command_line("config")
@@ -207,6 +225,7 @@ def original(cfg: DictConfig, task: Task) -> Original:
     """The dense model of `cfg` for the data of `task`, as transforms take it."""
     import torch
 
+    from padst_exp.memory import fitting
     from padst_exp.sparsify import Rule
     from padst_exp.transforms import Original, example
 
@@ -217,7 +236,8 @@ def original(cfg: DictConfig, task: Task) -> Original:
     def dense(changes: Mapping[str, object]) -> nn.Module:
         torch.manual_seed(settings.seed)
         node = OmegaConf.create({**keys, **changes})
-        model: nn.Module = build(node, "model", task.model_shape)
+        with fitting("model"):
+            model: nn.Module = build(node, "model", task.model_shape)
         return model
 
     return Original(

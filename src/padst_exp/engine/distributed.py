@@ -1,16 +1,15 @@
 """The processes that train together: one, or as many as torchrun started."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from padst_exp.engine.rendezvous import PATIENCE, meet, variable
 from padst_exp.errors import UserError
 
 T = TypeVar("T")
@@ -154,17 +153,20 @@ def start(device: str = "auto") -> World:
             its local rank.
 
     Raises:
-        UserError: when the device does not exist.
+        UserError: when the device does not exist, a variable of the environment makes no sense, or
+            process 0 cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    size = variable("WORLD_SIZE", range(1, 1 << 20), "1")
+    rank = variable("RANK", range(size), "0" if size == 1 else None)
+    chosen = _device(device, variable("LOCAL_RANK", range(size), "0"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
         # What ranks agree on stays on the host.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=1))
+        distributed.init_process_group(
+            backend, store=meet(rank, size), rank=rank, world_size=size, timeout=PATIENCE
+        )
     return World(rank=rank, size=size, device=chosen)
 
 
