@@ -254,7 +254,7 @@ def _permutations(model: nn.Module) -> Results:
 
 def _changes(restored: RestoredRun) -> list[Results]:
     """Steps at which topologies changed, and by how much."""
-    from padst_exp.engine.run_directory import read_metrics
+    from padst_exp.engine.records import read_metrics
 
     rows = [] if restored.run is None else read_metrics(restored.run / "metrics.jsonl")
     keys = ("step", "churn", "density")

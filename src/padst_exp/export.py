@@ -212,7 +212,7 @@ def _configuration(model: nn.Module) -> dict[str, str]:
 
 def _metrics(restored: RestoredRun) -> dict[str, float]:
     """What the run measured when it wrote the checkpoint; before soft permutations hardened."""
-    from padst_exp.engine.run_directory import read_metrics
+    from padst_exp.engine.records import read_metrics
 
     rows = [] if restored.run is None else read_metrics(restored.run / "metrics.jsonl")
     for row in rows:

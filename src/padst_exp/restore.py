@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from padst_exp import dispatch, stored
 from padst_exp.config import build
@@ -21,7 +19,6 @@ from padst_exp.errors import UserError
 from padst_exp.files import read_text, reading
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
-from padst_exp.messages import say
 from padst_exp.sparsify import Report
 from padst_exp.train import build_experiment, build_task, original, run_settings
 
@@ -120,22 +117,24 @@ def restore_run(
     if path.is_file():
         folder = path.resolve().parent.parent
         run = folder if (folder / "config.yaml").is_file() else None
-        saved = _read(path)
+        saved = checkpoint.read(path)
     elif not (path / "config.yaml").exists():
         raise UserError(f"run: {path} is no run directory, it has no config.yaml")
     else:
-        path, saved = _read_best(path / "checkpoints")
+        path, saved = checkpoint.read_best(path / "checkpoints")
     if run is None:
-        cfg = _config(saved.get("config_text"), path, trust, changes)
+        cfg = _config(saved["config_text"], path, trust, changes)
     else:
         file = run / "config.yaml"
         text = read_text("run", file, TRAINING_CONFIG, most=stored.MOST_BYTES)
         cfg = _config(text, file, trust, changes)
     experiment = build_experiment(cfg, world)
     model = experiment.model.to(world.device, experiment.trainer.dtype)
-    checkpoint.load_weights(model, _weights(saved), path)
+    checkpoint.load_weights(
+        model, saved["model"] if saved["average"] is None else saved["average"], path
+    )
     # As in training; what was measured on another device proves nothing here.
-    picks = dispatch.restore(saved.get("backends"), model, world.device)
+    picks = dispatch.restore(saved["backends"], model, world.device)
     if picks is None:
         dispatch.forced(model, "torch", world.device)
     else:
@@ -151,39 +150,6 @@ def restore_run(
         model=model,
         report=experiment.report,
     )
-
-
-def _read_best(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The best checkpoint of a run, the last one where there is no sound one; and its path."""
-    best, last = folder / "best.pt", folder / "last.pt"
-    if os.path.lexists(best):
-        try:
-            return best, _read(best)
-        except UserError as error:
-            if not os.path.lexists(last):
-                raise
-            say(f"{error}; {last} instead")
-    return last, _read(last)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint with the parts that a trained model needs."""
-    saved = checkpoint.read(path)
-    with reading("run", path, "a checkpoint with all its parts"):
-        step, weights = saved["step"], _weights(saved)
-        if type(step) is not int or step < 0:
-            raise ValueError(f"its step is {step}")
-        for name, tensor in weights.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise TypeError(f"its weights have {name}: {type(tensor).__name__}")
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise ValueError(f"{name} is not finite, the training diverged")
-    return saved
-
-
-def _weights(saved: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    weights: Mapping[str, Tensor] = saved["model" if saved["average"] is None else "average"]
-    return weights
 
 
 def _config(
