@@ -29,6 +29,7 @@ from padst_exp.layers import permutations, sparse_layers, sparse_weights
 from padst_exp.restore import restore_run
 from padst_exp.sparsify import Rule
 from padst_exp.train import build_experiment, build_task, original
+from test_commands import finish, start
 
 CPU = torch.device("cpu")
 VIT = ("model=vit", "model.dim=32", "model.depth=1", "model.heads=2", "logger=none")
@@ -138,12 +139,12 @@ def test_without_sparsity_a_run_starts_as_what_it_starts_from(
     for number, (source, of) in enumerate(sources.items()):
         wanted = outputs(restored(of))
         choice = (learners[number % 3], structures[number // 2])
-        for key in ("init_from", "init_values"):
-            experiment = built(f"{key}={source}", "sparsity=0.0", *choice)
-            assert same(outputs(experiment.model), wanted), (source.name, choice, key)
-        gradual = built(f"init_from={source}", "sparsity=0.9", "dst=gmp", choice[0])
-        assert gradual.report.density("layers") == 1.0
-        assert same(outputs(gradual.model), wanted), source.name
+        key = ("init_from", "init_values")[number % 2]
+        experiment = built(f"{key}={source}", "sparsity=0.0", *choice)
+        assert same(outputs(experiment.model), wanted), (source.name, choice, key)
+    gradual = built(f"init_from={dense}", "sparsity=0.9", "dst=gmp", "permutation=random")
+    assert gradual.report.density("layers") == 1.0
+    assert same(outputs(gradual.model), outputs(restored(dense)))
 
 
 def test_the_best_units_are_kept_under_every_structure(dense: Path) -> None:
@@ -391,3 +392,35 @@ def test_weights_that_are_not_finite_are_refused(dense: Path, tmp_path: Path) ->
     edited = edit(dense, tmp_path / "spoilt", spoil)
     with pytest.raises(UserError, match=r"^init_from: [^\n]*finite[^\n]*$"):
         built(f"init_from={edited}", "sparsity=0.5")
+
+
+@pytest.mark.slow
+def test_a_trained_model_survives_pruning_under_any_permutation(tmp_path: Path) -> None:
+    sizes = ["logger=none", "device=cpu", "model.dim=64", "model.depth=2", "model.heads=2"]
+
+    def train(name: str, *overrides: str) -> float:
+        finish(start("padst_exp.train", *sizes, f"name={name}", *overrides, cwd=tmp_path))
+        summary = json.loads((tmp_path / "runs" / name / "summary.json").read_text())
+        return float(summary["final"]["top1"])
+
+    trained = train("dense", *DENSE, "trainer.steps=500")
+    finish(start("padst_exp.export", "run=runs/dense", "format=dense", "device=cpu", cwd=tmp_path))
+    still = ("trainer.steps=1", "optimizer.lr=1e-12", "sparsity=0.3", "structure=nm")
+    found = {
+        f"{learner} {key}": train(f"{learner}-{key}", *still, f"permutation={learner}", source)
+        for learner in ("none", "random", "doubly_stochastic")
+        for key, source in (
+            ("run", "init_from=runs/dense"),
+            ("file", "model.checkpoint=runs/dense/export-dense/model.safetensors"),
+        )
+    }
+    assert trained > 90, trained
+    for key in ("run", "file"):
+        none = found[f"none {key}"]
+        assert none > trained - 6, found
+        assert found[f"random {key}"] > none - 3, found
+        assert found[f"doubly_stochastic {key}"] > none - 8, found
+    # And some training at a higher sparsity brings back what is lost.
+    gradual = ("dst=gmp", "trainer.steps=200", "structure=nm", "sparsity=0.8")
+    again = train("gradual", "init_from=runs/dense", *gradual, "permutation=random")
+    assert again > trained - 6, again
