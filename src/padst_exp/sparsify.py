@@ -253,6 +253,7 @@ def sparsify(
     parameters = _count(model)
     if isinstance(structure, Dense):
         return Report(type(structure).__name__, {}, {}, {}, baseline or Baseline(parameters, 0))
+    require(bool(rules) or density == 1, "sparse", "none", "patterns of layers, or structure=dense")
     chosen = match(model, rules)
     for found, _ in chosen:
         if found.parameter.is_meta:
