@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,16 @@ def restore(
         trainer=trainer,
         model=load(path, world.device, trainer.dtype, plain_model(cfg, task)),
     )
+
+
+def alone(cfg: DictConfig) -> DictConfig:
+    """`cfg` for a run whose weights all come from its own checkpoint, wherever they started."""
+    cfg = copy.deepcopy(cfg)
+    cfg.update(FRESH)
+    for key, value in (("pretrained", False), ("checkpoint", None)):
+        if isinstance(cfg.get("model"), DictConfig) and key in cfg.model:
+            cfg.model[key] = value
+    return cfg
 
 
 def plain_model(cfg: DictConfig, task: Task) -> nn.Module:
@@ -222,14 +233,10 @@ def _config(
         cfg = stored.parse(text)
     # Before anything else: even the keys of a run are built where they name a constructor.
     stored.require_ours(cfg, where, [trust] if isinstance(trust, str) else trust)
-    # All weights come from the run's own checkpoint, wherever they started.
-    cfg.update(FRESH)
+    cfg = alone(cfg)
     try:
         run_settings(cfg)
     except UserError as error:
         raise UserError(f"run: expected {TRAINING_CONFIG}, got {where} ({error})") from error
-    for key, value in (("pretrained", False), ("checkpoint", None)):
-        if key in cfg.model:
-            cfg.model[key] = value
     stored.change(cfg, changes)
     return cfg

@@ -151,11 +151,13 @@ def train(cfg: DictConfig) -> None:
     from padst_exp.dispatch import require_device
     from padst_exp.engine import distributed
     from padst_exp.engine.loop import run
+    from padst_exp.restore import alone
 
     world = distributed.start(settings.device)
     try:
         require_device(settings.backend, world.device)
-        experiment = build_experiment(cfg, world)
+        # A run that goes on has everything in its checkpoint; where it started may be gone.
+        experiment = build_experiment(alone(cfg) if _goes_on(cfg, world) else cfg, world)
         directory = open_directory(cfg, world)
         summary = run(experiment, directory, world)
     finally:
@@ -261,6 +263,16 @@ def original(cfg: DictConfig, task: Task) -> Original:
         keys={key: value for key, value in keys.items() if key != "_target_"},
         rules=[Rule(rule.pattern, rule.split) for rule in settings.sparse],
         inputs=example(task.model_shape),
+    )
+
+
+def _goes_on(cfg: DictConfig, world: World) -> bool:
+    """Whether there is a checkpoint of this run to continue from. A collective."""
+    from padst_exp.engine.run_directory import can_continue
+
+    name = run_name(cfg, HydraConfig.get().runtime.choices)
+    return world.from_main(
+        world.main and cfg.resume == "auto" and can_continue(Path(cfg.runs), name)
     )
 
 

@@ -159,6 +159,12 @@ def _reopen(path: Path, config: Mapping[str, object], device: str) -> None:
         _write_json(path / f"env-resume-{number}.json", environment(device))
 
 
+def can_continue(root: Path, name: str) -> bool:
+    """Whether there is a run called `name` in `root` with a checkpoint to go on from."""
+    path = _newest(root, name)
+    return path is not None and (path / "checkpoints" / "last.pt").exists()
+
+
 def _newest(root: Path, name: str) -> Path | None:
     """Return the folder called `name`, or `name` with the highest suffix, that is complete."""
     found = {1: root / name}
