@@ -292,6 +292,12 @@ class _Draft:
         replace_text(draft / "config.yaml", self.config_text)
 
 
+def can_continue(root: Path, name: str) -> bool:
+    """Whether there is a run called `name` in `root` with a checkpoint to go on from."""
+    path = _newest(root, name)
+    return path is not None and (path / "checkpoints" / "last.pt").exists()
+
+
 def _newest(root: Path, name: str) -> Path | None:
     """Return the folder called `name`, or `name` with the highest suffix, that is a run's."""
     found = {1: root / name}
