@@ -236,4 +236,6 @@ def _exit_with(error: Exception, job: str = "") -> NoReturn:
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"padst_exp: {message}\n")
+    # What a user typed may hold line breaks, or what would speak to the terminal.
+    shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
+    sys.stderr.write(f"padst_exp: {shown}\n")

@@ -23,7 +23,9 @@ from padst_exp.config import (
     results_config,
     run_name,
 )
+from padst_exp.engine.interruption import ending_at_once
 from padst_exp.errors import UserError, require
+from padst_exp.messages import outlive_readers, say
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import nn
@@ -122,19 +124,31 @@ def run_settings(cfg: DictConfig) -> Run:
 @command_line("config")
 def main(cfg: DictConfig) -> None:
     """Build what the config names, train it, say where the results are."""
+    outlive_readers()
+    with ending_at_once():
+        train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
+    """Train what `cfg` names, or go on with it."""
     settings = run_settings(cfg)
 
     from padst_exp.dispatch import require_device
     from padst_exp.engine import distributed
     from padst_exp.engine.loop import run
-    from padst_exp.engine.progress import say
 
     world = distributed.start(settings.device)
     try:
         require_device(settings.backend, world.device)
         experiment = build_experiment(cfg, world)
+        experiment.require_batches(world)
         directory = open_directory(cfg, world)
-        summary = run(experiment, directory, world)
+        try:
+            summary = run(experiment, directory, world)
+        except UserError:
+            if world.main:
+                directory.discard_if_empty()
+            raise
     finally:
         world.close()
     if world.main:
@@ -204,9 +218,8 @@ def build_task(cfg: DictConfig, world: World) -> Task:
     """The data set of `cfg`. Rank 0 prepares what is cached on disk, the others then find it."""
     # Before anything is downloaded or searched for.
     require_fit(cfg.model, "model", getattr(resolve_target(cfg.dataset, "dataset"), "gives", ()))
-    task = build(cfg.dataset, "dataset") if world.main else None
-    world.from_main(None)
-    return build(cfg.dataset, "dataset") if task is None else task
+    prepared = world.first(lambda: build(cfg.dataset, "dataset"))
+    return build(cfg.dataset, "dataset") if prepared is None else prepared
 
 
 def original(cfg: DictConfig, task: Task) -> Original:

@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> None:
     keys = read_keys(cfg, Keys)
 
     from padst_exp.bench import suites
-    from padst_exp.engine.progress import say
+    from padst_exp.messages import say
 
     for path in suites.run(keys, say):
         say(f"wrote {path}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +33,8 @@ _PACKAGES = ("torch", "triton", "timm", "transformers", "datasets", "hydra-core"
 class RunDirectory:
     """The folder of one run. Nothing that it finds there is ever deleted.
 
+    A new one that comes to nothing is removed again: see `discard_if_empty`.
+
     Contents: `config.yaml`, `overrides.yaml`, `env.json` (and `env-resume-<n>.json`),
     `metrics.jsonl`, `checkpoints/`, and at the end `summary.json`, `curves.png`, `topology.png`.
 
@@ -42,8 +46,17 @@ class RunDirectory:
         finished: whether the run has its summary already.
     """
 
-    def __init__(self, path: Path, *, config: Mapping[str, object], config_text: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        config: Mapping[str, object],
+        config_text: str,
+        made: Iterable[Path] = (),
+    ) -> None:
+        # Folders that were not there before, the innermost first.
         self.path = path
+        self._made = list(made)
         self.config = config
         self.config_text = config_text
         self.checkpoints = Checkpoints(path / "checkpoints")
@@ -75,17 +88,19 @@ class RunDirectory:
         Raises:
             UserError: the folder to continue was made with another configuration.
         """
-        path = None
+        path, made = None, []
         if world.main:
             device = str(world.device)
             path = _newest(root, name) if resume == "auto" else None
             if path is None:
+                made = [folder for folder in (root, *root.parents) if not folder.exists()]
                 path = _create(root, name, config_text, overrides, device)
+                made.insert(0, path)
             else:
                 _reopen(path, config, device)
         path = world.from_main(path)
         assert path is not None
-        return cls(path, config=config, config_text=config_text)
+        return cls(path, config=config, config_text=config_text, made=made)
 
     @property
     def finished(self) -> bool:
@@ -95,16 +110,20 @@ class RunDirectory:
         """Return the summary of a finished run."""
         return json.loads((self.path / "summary.json").read_text())
 
-    def open_metrics(self, step: int) -> None:
+    def open_metrics(self, step: int) -> list[dict[str, Any]]:
         """Open `metrics.jsonl` for rows after `step`, dropping those that are there already.
 
         They stem from steps after the checkpoint that a killed run is resumed from; they
         will be computed, and written, again.
+
+        Returns:
+            The rows that stay.
         """
         path = self.path / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         replace_text(path, "".join(_line(row) for row in kept))
         self._metrics = open(path, "a", buffering=1, opener=own_descriptor)  # noqa: SIM115
+        return kept
 
     def append(self, row: Mapping[str, object]) -> None:
         """Append one row to `metrics.jsonl`, visible to readers at once."""
@@ -120,6 +139,19 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write `summary.json`, which marks the run as finished."""
         _write_json(self.path / "summary.json", summary)
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder, and those above it, that `open` made for nothing.
+
+        That is, for a run that was refused before anything was measured or saved.
+        """
+        if not self._made or read_metrics(self.path / "metrics.jsonl"):
+            return
+        if not any(self.checkpoints.folder.iterdir()):
+            shutil.rmtree(self.path)
+            with contextlib.suppress(OSError):  # another run may have come there
+                for folder in self._made[1:]:
+                    folder.rmdir()
 
     def close(self) -> None:
         """Close `metrics.jsonl`."""
