@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from padst_exp import end_quietly
 from padst_exp.config import GROUPS, closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
 from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
@@ -76,6 +78,8 @@ def command_line(
                 config_path=str(config_dir()), config_name=config_name, version_base="1.3"
             )(job)
             try:
+                if signal.getsignal(signal.SIGINT) is end_quietly:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
                 check_overrides(sys.argv[1:])
                 with _raising_hydra(), _without(changes):
                     program()

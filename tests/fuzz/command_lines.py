@@ -109,7 +109,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 
 
 PREFIXES = ["", "+", "++", "~"]
-NEW = [
+NEW = ["zz", "_target_", "sparsty", "model@zz", "defaults", "hydra.zz", "hydra.job.zz", "a b", ""]
     "zz",
     "_target_",
     "sparsty",
