@@ -5,7 +5,6 @@ Imports neither torch nor anything that does, so that `--help` answers at once.
 
 import difflib
 import hashlib
-import inspect
 import json
 import re
 import types
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from padst_exp.errors import UserError, require
-from padst_exp.targets import HOMES, find
+from padst_exp.targets import HOMES, find, keyword_parameters
 
 # Of a training; each is one constructor call, made by `build`.
 GROUPS = tuple(HOMES)
@@ -128,25 +127,6 @@ def resolve_target(node: DictConfig, key: str) -> Callable[..., object]:
     except ValueError as error:
         raise UserError(f"{key}._target_: {error}") from error
     return target
-
-
-def keyword_parameters(target: Callable[..., object]) -> dict[str, inspect.Parameter]:
-    """The parameters of a constructor, annotations evaluated.
-
-    Raises:
-        ValueError: it is none: one takes keywords alone, each of them annotated.
-    """
-    name = getattr(target, "__qualname__", str(target))
-    try:
-        parameters = dict(inspect.signature(target, eval_str=True).parameters)
-    except (NameError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} is no constructor: {error}") from error
-    for parameter in parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            raise ValueError(f"{name} is no constructor: it takes {parameter.name} by position")
-        if parameter.annotation is parameter.empty:
-            raise ValueError(f"{name} is no constructor: its {parameter.name} is not annotated")
-    return parameters
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from padst_exp import config
 from padst_exp.config import GROUPS, build, config_dir, config_hash, options
 from padst_exp.engine.distributed import World
 from padst_exp.errors import UserError
+from padst_exp.targets import keyword_parameters
 from padst_exp.train import Run, build_task, run_settings
 
 Compose = Callable[..., DictConfig]
@@ -54,7 +55,7 @@ def calls(path: str) -> Iterator[tuple[str, DictConfig, dict[str, Any]]]:
     nodes = [(group, leaf(path))]
     while nodes:
         key, node = nodes.pop()
-        parameters = config.keyword_parameters(config.resolve_target(node, key))
+        parameters = keyword_parameters(config.resolve_target(node, key))
         if group == "model":
             shape = next(shape for shape in SHAPES.values() if set(shape) <= set(parameters))
             parameters = {name: parameters[name] for name in parameters if name not in shape}
@@ -71,7 +72,7 @@ def test_every_model_meets_every_data_set(compose: Compose) -> None:
         name: config.resolve_target(leaf(f"dataset/{name}"), "dataset") for name in SHAPES
     }
     for model in options("model"):
-        takes = config.keyword_parameters(config.resolve_target(leaf(f"model/{model}"), "model"))
+        takes = keyword_parameters(config.resolve_target(leaf(f"model/{model}"), "model"))
         for dataset, shape in SHAPES.items():
             assert set(kinds[dataset].gives) == set(shape)
             if not set(shape) <= set(takes):
@@ -212,7 +213,7 @@ def test_run_keys_are_checked(compose: Compose) -> None:
 
 
 def test_backends_are_those_of_the_kernels() -> None:
-    choices = get_args(config.keyword_parameters(Run)["backend"].annotation)
+    choices = get_args(keyword_parameters(Run)["backend"].annotation)
     assert choices == ("auto", *get_args(padst_kernels.Backend))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from padst_exp.cache import cached_text
+from padst_exp.cache import cached
 from padst_exp.data.bigram import Bigram
 from padst_exp.data.sources import existing
 from padst_exp.data.task import LanguageModeling
@@ -30,7 +30,7 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     Any text can be encoded; the same text gives the same tokenizer.
     """
     digest = hashlib.sha256(f"bpe 2 {vocab_size} {text}".encode()).hexdigest()[:16]
-    return Tokenizer.from_str(cached_text(f"bpe-{digest}", lambda: _trained(text, vocab_size)))
+    return cached(f"bpe-{digest}", lambda: _trained(text, vocab_size), Tokenizer.from_str)
 
 
 def _trained(text: str, vocab_size: int) -> str:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.data.task import Batch
-from padst_exp.engine import changes
+from padst_exp.engine import changes, exchanges
 from padst_exp.engine.checkpoint import random_state, restore_random_state
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.state import TrainingState
 from padst_exp.layers import Move, SparseWeight, sparse_weights
+from padst_exp.permutations import Permutation
 from padst_exp.seeds import seed_of
 from padst_exp.soft import Learner, soft_choices
 
@@ -72,14 +73,17 @@ class Stepper:
         """
         step, parts = self.state.step + 1, self.parts(batches)
         changing = self._changing(step)
+        due = self.experiment.learner.exchanges(
+            step, self.experiment.total_steps, rewiring=bool(changing)
+        )
         before = self._passing()
         try:
-            loss, seen = self._gradients(parts, changing)
+            loss, seen = self._gradients(parts, changing, due)
         except Exception:
             self._restore(before)
             raise
         self.sound = False
-        self._advance(step, loss, seen, changing)
+        self._advance(step, loss, seen, changing, due)
         self.sound = True
 
     def parts(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -87,13 +91,16 @@ class Stepper:
         return list(islice(batches, self.trainer.micro_batches))
 
     def _gradients(
-        self, parts: Sequence[Batch], changing: Sequence[SparseWeight]
+        self,
+        parts: Sequence[Batch],
+        changing: Sequence[SparseWeight],
+        due: Mapping[str, Permutation],
     ) -> tuple[Tensor, list[Batch]]:
         """Let every parameter have its gradient; return the mean loss and what was seen."""
         self.state.optimizer.zero_grad(set_to_none=True)
         for learner in self.state.learners:
             learner.zero_grad()
-        loss, seen = self._accumulate(parts, changing)
+        loss, seen = self._accumulate(parts, changing, due)
         self._average_soft_gradients()
         self._keep_gradients(changing)
         for learner in self.state.learners:
@@ -101,7 +108,12 @@ class Stepper:
         return loss, seen
 
     def _advance(
-        self, step: int, loss: Tensor, seen: list[Batch], changing: Sequence[SparseWeight]
+        self,
+        step: int,
+        loss: Tensor,
+        seen: list[Batch],
+        changing: Sequence[SparseWeight],
+        due: Mapping[str, Permutation],
     ) -> None:
         """Update weights, then topologies and choices where that is due."""
         state, total = self.state, self.experiment.total_steps
@@ -124,10 +136,12 @@ class Stepper:
             for learner in state.learners
             if learner.choices and (step % learner.interval == 0 or step == total)
         ]
-        if changing or looking:
+        if changing or due or looking:
             self.settle()  # nothing is chosen by a gradient that is not finite
         if changing:
             self._change(changing)
+        if due:
+            self.record("exchange", exchanges.exchange(self.experiment, state, due))
         if looking:
             self._harden(looking, seen)
 
@@ -190,19 +204,28 @@ class Stepper:
         return [
             weight
             for weight in sparse_weights(self.model).values()
-            if weight.selection is None and self.algorithm.can_change(weight.topology())
+            if weight.selection is None
+            and not weight.frozen
+            and self.algorithm.can_change(weight.topology())
         ]
 
     def _accumulate(
-        self, parts: Sequence[Batch], changing: Sequence[SparseWeight]
+        self,
+        parts: Sequence[Batch],
+        changing: Sequence[SparseWeight],
+        due: Mapping[str, Permutation],
     ) -> tuple[Tensor, list[Batch]]:
         """Forward and backward of all micro-batches; return the mean loss and the batches."""
         trainer, world, task = self.trainer, self.world, self.experiment.task
-        collect = bool(changing) and "dense_gradient" in self.algorithm.needs
-        for weight in changing:
-            weight.collect_dense_gradient = collect
+        collecting = list(changing) if "dense_gradient" in self.algorithm.needs else []
+        if halves := self.experiment.learner.parts:
+            for weight in exchanges.weights_of(self.state, due):
+                weight.gradient_parts = halves
+                collecting.append(weight)
+        for weight in collecting:
+            weight.collect_dense_gradient = True
         # What is rare or passing is not worth another compilation of every block.
-        passing = collect or any(learner.half_hard for learner in self.state.learners)
+        passing = bool(collecting) or any(learner.half_hard for learner in self.state.learners)
         losses, seen = [], []
         with eagerly(trainer.compile and passing):
             for micro, batch in enumerate(parts):
@@ -218,8 +241,8 @@ class Stepper:
                     loss.backward()
                 losses.append(loss.detach())
                 seen.append((inputs, targets))
-        for weight in changing:
-            weight.collect_dense_gradient = False
+        for weight in collecting:
+            weight.collect_dense_gradient, weight.gradient_parts = False, 0
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0], seen
 
     def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:

@@ -2,13 +2,14 @@
 
 import abc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from padst_exp.errors import require
+from padst_exp.permutations.exchange import Evidence, Exchange
 from padst_exp.permutations.permutation import Permutation
 from padst_exp.permutations.site import Site
 from padst_exp.soft import Learner, Readiness, Soft
@@ -23,9 +24,11 @@ class PermutationLearner(Learner):
     Attributes:
         side: which side of a sparse weight S is permuted: y = S P x ("in"), y = P S x ("out"),
             both, or what suits the structure ("auto").
+        parts: of how many parts of a step's samples `exchange` wants gradients; 0: of none.
     """
 
     kind = Permutation
+    parts = 0
 
     def __init__(self, *, side: Side, interval: int = 1) -> None:
         super().__init__(interval=interval)
@@ -40,6 +43,25 @@ class PermutationLearner(Learner):
     def fit(self, site: Site, generator: torch.Generator) -> Permutation | None:
         """Return the permutation of `site`, or None: slot i of S holds feature index[i] of W."""
         return self.create(site.size, generator)
+
+    def exchanges(self, step: int, total: int, *, rewiring: bool) -> Mapping[str, Permutation]:
+        """Return the permutations that may be exchanged after `step` of `total`, by name.
+
+        Args:
+            step: optimizer steps that are completed then.
+            total: optimizer steps of the training.
+            rewiring: whether topologies change after the same step, just before.
+        """
+        return {}
+
+    def exchange(self, permutation: Permutation, evidence: Evidence | None) -> Exchange | None:
+        """Return what is to take the place of one of `exchanges`; None: it stays.
+
+        Args:
+            permutation: as it is.
+            evidence: of the weights that it acts on, if `parts` asks for it.
+        """
+        raise AssertionError(f"{type(self).__name__} exchanges nothing")
 
 
 class NoPermutation(PermutationLearner):
@@ -167,6 +189,8 @@ class DoublyStochastic(Relaxed):
         iterations: rounds of row and column normalisation.
         init: as in `initial_logits`.
         scale: as in `initial_logits`.
+        keep: share of the identity in what it starts as over trained weights, which must survive
+            it; the noise has the rest. From about 1 - delta on it hardens as the identity at once.
         side, lr, betas, weighting, weight, ramp_start, ramp_end, delta, deadline, interval, clip:
             as in `Relaxed`.
     """
@@ -179,6 +203,7 @@ class DoublyStochastic(Relaxed):
         iterations: int,
         init: Init,
         scale: float,
+        keep: float,
         lr: float,
         betas: tuple[float, float],
         weighting: Literal["adaptive", "fixed"],
@@ -196,15 +221,29 @@ class DoublyStochastic(Relaxed):
             interval=interval, clip=clip,
         )  # fmt: skip
         require_start(iterations, init, scale)
+        _require(0.5 < keep < 1, "keep", keep, "a share above 0.5 and below 1")
         self.projected = parametrization == "projected"
         self.iterations = iterations
         self.init: Init = init
         self.scale = scale
+        self.keep = keep
 
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         if size == 1:
             return single(generator)
         logits = initial_logits((size, size), self.init, self.scale, generator)
+        return self._soft(logits)
+
+    def fit(self, site: Site, generator: torch.Generator) -> Permutation | None:
+        fresh = self.create(site.size, generator)
+        if site.importance is None or fresh is None or not fresh.soft:
+            return fresh
+        # Its singular values are at least 2 keep - 1: trained weights can be read through it.
+        noise = fresh.matrix().detach()
+        identity = torch.eye(site.size, device=noise.device)
+        return self._soft((self.keep * identity + (1 - self.keep) * noise).log())
+
+    def _soft(self, logits: Tensor) -> Permutation:
         return Permutation(
             logits.exp() if self.projected else logits,
             projected=self.projected,

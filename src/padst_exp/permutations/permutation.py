@@ -139,6 +139,16 @@ class Permutation(Soft):
         self.changed()
 
     @torch.no_grad()
+    def exchange(self, index: Tensor) -> None:
+        """Let another hard permutation `[size]` take the place of a hard one.
+
+        What is derived from the old one (values, indices) must follow; `changed` tells of it.
+        """
+        assert self.logits is None and is_bijection(index), "only hard ones are exchanged"
+        self.index.copy_(index)
+        self.changed()
+
+    @torch.no_grad()
     def project_(self) -> None:
         """Normalise `logits` after an optimizer step, so that M stays doubly stochastic.
 
