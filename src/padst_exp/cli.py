@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from padst_exp import end_quietly
 from padst_exp.config import GROUPS, closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
+from padst_exp.messages import say
 from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -58,6 +60,7 @@ def command_line(
             def job(cfg: DictConfig) -> None:
                 nonlocal composed
                 composed = True
+                _hear("padst_kernels")
                 if changes:
                     cfg.changes = [*cfg.changes, *changes]
                 try:
@@ -120,6 +123,17 @@ def _without(arguments: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"warning: {record.getMessage()}")
+
+
+def _hear(package: str) -> None:
+    """Say what a package warns of as we say everything else, not as Hydra's log has it."""
+    logger = logging.getLogger(package)
+    logger.handlers, logger.propagate = [_Said(logging.WARNING)], False
 
 
 @contextlib.contextmanager

@@ -109,18 +109,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 
 
 PREFIXES = ["", "+", "++", "~"]
-NEW = ["zz", "_target_", "sparsty", "model@zz", "defaults", "hydra.zz", "hydra.job.zz", "a b", ""]
-    "zz",
-    "_target_",
-    "sparsty",
-    "model@zz",
-    "defaults",
-    "hydra.zz",
-    "hydra.job.zz",
-    "a b",
-    "1",
-    "",
-]
+NEW = "zz", "_target_", "sparsty", "model@zz", "defaults", "hydra.zz", "hydra.job.zz", "a b", ""
 
 
 @st.composite

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from padst_exp.messages import say
 
@@ -25,6 +25,8 @@ class NoLogger:
 
 class Wandb(NoLogger):
     """Weights & Biases. A failure of it costs one warning line, never the run.
+
+    WANDB_MODE, WANDB_DISABLED and WANDB_DIR in the environment win over the config.
 
     Args:
         project: name of the project.
@@ -63,12 +65,20 @@ class Wandb(NoLogger):
             group=self.group,
             tags=self.tags,
             name=directory.name,
-            # The tests of this package, and clusters, switch it off from outside.
-            mode="disabled" if os.environ.get("WANDB_MODE") == "disabled" else self.mode,
-            dir=directory,
+            mode=cast(Any, self._mode()),
+            dir=os.environ.get("WANDB_DIR") or directory,
             config=dict(config),
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
         )
+
+    def _mode(self) -> str:
+        """What the environment says, as clusters switch it off from outside; else the config."""
+        disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
+        name = "WANDB_DISABLED" if disabled else "WANDB_MODE"
+        mode = "disabled" if disabled else os.environ.get("WANDB_MODE") or self.mode
+        if mode != self.mode:
+            say(f"wandb is {mode}, as {name} in the environment has it, not {self.mode}")
+        return mode
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self._run is not None:
