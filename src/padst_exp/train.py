@@ -159,6 +159,7 @@ def train(cfg: DictConfig) -> None:
         require_device(settings.backend, world.device)
         # A run that goes on has everything in its checkpoint; where it started may be gone.
         experiment = build_experiment(alone(cfg) if _goes_on(cfg, world) else cfg, world)
+        experiment.require_batches(world)
         directory = open_directory(cfg, world)
         summary = run(experiment, directory, world)
     finally:

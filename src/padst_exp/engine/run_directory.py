@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import json
@@ -68,6 +69,7 @@ class RunDirectory:
         self._metrics: TextIO | None = None
         self._lock: Lock | None = None
         self._new = False
+        self._made: list[Path] = []  # folders above it that were not there, the innermost first
 
     @classmethod
     def open(
@@ -101,6 +103,7 @@ class RunDirectory:
         def find() -> RunDirectory:
             try:
                 draft = _Draft(config_text, overrides, str(world.device))
+                made = [folder for folder in (root, *root.parents) if not folder.exists()]
                 while True:
                     path = _newest(root, name) if resume == "auto" else None
                     found = path is not None
@@ -109,6 +112,7 @@ class RunDirectory:
                         if path is None:  # another process has just made it
                             continue
                     directory = cls(path, config=config, config_text=config_text)
+                    directory._made = made
                     directory._enter(None if found else draft.lock, str(world.device))
                     if not found and resume == "auto":
                         say(f"resume=auto: {_nothing_to_continue(root, path, config)}")
@@ -236,6 +240,9 @@ class RunDirectory:
         if self._new and not self.checkpoints.last.exists():
             self.close()
             shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another run may have come there
+                for folder in self._made:
+                    folder.rmdir()
 
 
 class _Draft:
