@@ -2,6 +2,7 @@
 
 from padst_exp.permutations.distance import partition_distance, shift_distance
 from padst_exp.permutations.exchange import Evidence, Exchange
+from padst_exp.permutations.fitting import Greedy, Search
 from padst_exp.permutations.grouped import Grouped, GroupedPermutation
 from padst_exp.permutations.gumbel_sinkhorn import DrawnPermutation, GumbelSinkhorn
 from padst_exp.permutations.kaleidoscope import Kaleidoscope, SwitchedPermutation
@@ -21,6 +22,7 @@ __all__ = [
     "DrawnPermutation",
     "Evidence",
     "Exchange",
+    "Greedy",
     "Grouped",
     "GroupedPermutation",
     "GumbelSinkhorn",
@@ -31,6 +33,7 @@ __all__ = [
     "PermutationLearner",
     "RandomPermutation",
     "Relaxed",
+    "Search",
     "Site",
     "StraightThrough",
     "SwitchedPermutation",
