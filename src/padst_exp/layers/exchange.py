@@ -103,6 +103,7 @@ def evidence(found: list[Place], fraction: float) -> Evidence:
         values.append(place.table(matrix))
         gradients.append(place.table(parts * len(parts)))
     return Evidence(
+        side=found[0].side,
         active=torch.cat(active),
         values=torch.cat(values),
         gradients=torch.cat(gradients, dim=1),

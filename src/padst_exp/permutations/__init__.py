@@ -3,6 +3,7 @@
 from padst_exp.permutations.distance import partition_distance, shift_distance
 from padst_exp.permutations.exchange import Evidence, Exchange
 from padst_exp.permutations.fitting import Greedy, Search
+from padst_exp.permutations.givens import Givens, TurningPermutation
 from padst_exp.permutations.grouped import Grouped, GroupedPermutation
 from padst_exp.permutations.gumbel_sinkhorn import DrawnPermutation, GumbelSinkhorn
 from padst_exp.permutations.kaleidoscope import Kaleidoscope, SwitchedPermutation
@@ -22,6 +23,7 @@ __all__ = [
     "DrawnPermutation",
     "Evidence",
     "Exchange",
+    "Givens",
     "Greedy",
     "Grouped",
     "GroupedPermutation",
@@ -37,6 +39,7 @@ __all__ = [
     "Site",
     "StraightThrough",
     "SwitchedPermutation",
+    "TurningPermutation",
     "is_bijection",
     "partition_distance",
     "shift_distance",

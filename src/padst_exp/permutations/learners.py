@@ -282,6 +282,13 @@ def require_end(delta: float, deadline: float) -> None:
     _require(0 < deadline <= 1, "deadline", deadline, "a fraction of training in (0, 1]")
 
 
+def require_span(start: float, deadline: float) -> None:
+    """Refuse fractions of training that make no span."""
+    _require(0 <= start < 1, "start", start, "a fraction of training in [0, 1)")
+    wanted = f"a fraction of training after permutation.start={start}"
+    _require(start < deadline <= 1, "deadline", deadline, wanted)
+
+
 def _require(valid: bool, key: str, value: object, wanted: str) -> None:
     require(valid, f"permutation.{key}", value, wanted)
 
