@@ -34,7 +34,11 @@ def exchange(
     done = {"exchanged": 0, "moved": 0, "lost": 0}
     for name, permutation in due.items():
         found = list(places(state.model, permutation))
-        known = evidence(found, fraction) if learner.parts else None
+        known = None
+        if learner.parts:
+            topologies = [place.weight.topology() for place in found]
+            changing = filter(experiment.algorithm.can_change, topologies)
+            known = evidence(found, fraction * sum(each.num_entries for each in changing))
         # Rank 0 decides for all: a rounding difference must not part the ranks.
         proposal = world.from_main(learner.exchange(permutation, known))
         if proposal is None:
@@ -47,7 +51,7 @@ def exchange(
                 place.name, place.weight, place.change(before, proposal), following, state.step
             )
             done["lost"] += move.num_new  # as many as are new in others' places
-            if learner.parts:  # it knew of a budget
+            if learner.spends_drops:
                 place.weight.carry -= move.num_new / place.weight.geometry.unit_size
         permutation.exchange(proposal)
         if state.average is not None:

@@ -14,6 +14,7 @@ from padst_exp.permutations.learners import (
     RandomPermutation,
     Relaxed,
 )
+from padst_exp.permutations.moves import Moves
 from padst_exp.permutations.permutation import Permutation, is_bijection
 from padst_exp.permutations.site import Site
 from padst_exp.permutations.straight_through import HeldPermutation, StraightThrough
@@ -30,6 +31,7 @@ __all__ = [
     "GumbelSinkhorn",
     "HeldPermutation",
     "Kaleidoscope",
+    "Moves",
     "NoPermutation",
     "Permutation",
     "PermutationLearner",

@@ -25,10 +25,13 @@ class PermutationLearner(Learner):
         side: which side of a sparse weight S is permuted: y = S P x ("in"), y = P S x ("out"),
             both, or what suits the structure ("auto").
         parts: of how many parts of a step's samples `exchange` wants gradients; 0: of none.
+        spends_drops: whether entries that an exchange loses count as dropped, so that the next
+            update of the topology drops so many fewer.
     """
 
     kind = Permutation
     parts = 0
+    spends_drops = False
 
     def __init__(self, *, side: Side, interval: int = 1) -> None:
         super().__init__(interval=interval)
