@@ -15,15 +15,14 @@ import sys
 import time
 import unittest.mock
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from runs import STRUCTURES, compose, training, write
+from runs import STRUCTURES, Row, compose, training, write
 from torch import nn
 
 from padst_exp.bench import choices
-from padst_exp.bench.models import moments, tensor_bytes
+from padst_exp.bench.models import tensor_bytes
 from padst_exp.config import build
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Batch
@@ -37,7 +36,6 @@ from padst_exp.sparsify import Rule, sparsify
 from padst_exp.train import build_experiment
 
 LIMITS = {"step": 1.05, "rewire": 0.02, "memory": 0.2, "start": 3.0}
-Row = dict[str, Any]
 
 
 def main() -> int:
@@ -139,26 +137,31 @@ def rewire_row(rounds: int, steps: int) -> Row:
 
 def memory_row(entry: Row) -> Row:
     """Bytes of parameters, gradients, moments and indices of a layer at 90%, over dense."""
-    kind, cfg, shares = choices.sparsity(entry), compose("dst=set"), []
-    algorithm = build(cfg.dst, "dst")
-    for state in dict.fromkeys((kind.phases[-1], kind.phases[0])):
-        layer, learner = nn.Sequential(nn.Linear(768, 3072, bias=False)), choices.learner(state)
-        sparsify(layer, [Rule("0")], structure=kind.structure, density=0.1, learner=learner)
-        optimizer, _ = build(cfg.optimizer, "optimizer").create(layer, total_steps=100)
-        learner.start(soft_choices(layer))
+    states = ["none"] if entry.get("permutations") == ["none"] else ["hard", "soft"]
+    kinds = choices.sparsities({**entry, "permutations": states})
+    hard, *soft = (kept_bytes(kind) / (4 * 4 * 768 * 3072) for kind in kinds)
+    what = f"memory of a 768->3072 layer at 90%, {kinds[0].label} / dense"
+    return row(what, "memory", [hard], f"soft phase {soft[0]:.3f}" if soft else "")
+
+
+def kept_bytes(kind: choices.Sparsity) -> int:
+    """What training keeps of such a layer between steps, once it has rewired."""
+    cfg, learner = compose("dst=set"), kind.learner()
+    algorithm, layer = build(cfg.dst, "dst"), nn.Sequential(nn.Linear(768, 3072, bias=False))
+    sparsify(layer, [Rule("0")], structure=kind.structure, density=0.1, learner=learner)
+    optimizer, _ = build(cfg.optimizer, "optimizer").create(layer, total_steps=100)
+    learner.start(soft_choices(layer))
+
+    def step() -> None:
         layer(torch.zeros(1, 768)).sum().backward()
         optimizer.step()
         learner.step(0.3)
-        # A rewiring makes the optimizer remember births.
-        for name, weight in sparse_weights(layer).items():
-            change = weight.decide(algorithm, step=10, total=100, generator=torch.Generator())
-            move = weight.adopt(change)
-            Moments(optimizer, algorithm.moments).follow(name, weight, move, 10)
-        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-        tensors = [*layer.parameters(), *gradients, *moments(optimizer, learner), *layer.buffers()]
-        shares.append(tensor_bytes(tensors) / (4 * 4 * 768 * 3072))
-    what = f"memory of a 768->3072 layer at 90%, {kind.label} / dense"
-    return row(what, "memory", shares[-1:], f"soft phase {shares[0]:.3f}" if shares[1:] else "")
+
+    step()
+    for name, weight in sparse_weights(layer).items():  # which makes the optimizer remember births
+        change = weight.decide(algorithm, step=10, total=100, generator=torch.Generator())
+        Moments(optimizer, algorithm.moments).follow(name, weight, weight.adopt(change), 10)
+    return tensor_bytes(layer, optimizer, step)["kept_bytes"]
 
 
 if __name__ == "__main__":

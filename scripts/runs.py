@@ -20,11 +20,20 @@ from padst_exp.engine.loop import run
 from padst_exp.engine.run_directory import RunDirectory, environment
 from padst_exp.train import build_experiment
 
+Row = dict[str, Any]
 FASHION = ["dataset=fashion_mnist", "dataset.shift=0", "dataset.flip=false", "model.patch_size=7"]
 # Entries of conf/bench.yaml: what is timed is trained, too.
-STRUCTURES: list[dict[str, Any]] = OmegaConf.to_container(
-    OmegaConf.load(config_dir() / "bench.yaml").usual.layers.structures
+STRUCTURES: list[Row] = OmegaConf.to_container(
+    OmegaConf.load(config_dir() / "bench.yaml").suites.layers.structures
 )  # type: ignore[assignment]
+
+
+def overrides_of(entry: Row) -> list[str]:
+    """How the command line of a training names an entry of conf/bench.yaml."""
+    keys = {key: value for key, value in entry.items() if key not in ("structure", "permutations")}
+    plain = ["permutation=none"] if entry.get("permutations") == ["none"] else []
+    chosen = [f"structure.{key}={value}" for key, value in keys.items()]
+    return [f"structure={entry['structure']}", *chosen, *plain]
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -36,14 +45,13 @@ def compose(*overrides: str) -> DictConfig:
 
 @contextmanager
 def training(
-    cfg: DictConfig, prepare: Callable[[nn.Module], object] | None = None
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+    cfg: DictConfig, prepare: Callable[[nn.Module], object] = lambda model: None
+) -> Iterator[tuple[Path, Row]]:
     """The run directory and the summary of a whole training; the directory goes on leaving."""
     world = World()
     with tempfile.TemporaryDirectory() as folder:
         experiment = build_experiment(cfg, world)
-        if prepare is not None:
-            prepare(experiment.model)
+        prepare(experiment.model)
         directory = RunDirectory.open(
             Path(folder), "bench", world, resume="never", config=results_config(cfg),
             config_text="", overrides=[],
@@ -51,7 +59,7 @@ def training(
         yield directory.path, run(experiment, directory, world)
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
+def write(name: str, rows: list[Row]) -> None:
     """Write a table of results/tables, with where it was measured."""
     run = environment("cpu")
     where = {"commit": run["git_commit"], "dirty": run["git_dirty"], "device": run["device"]}

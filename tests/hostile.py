@@ -66,8 +66,8 @@ def _content(content: bytes) -> Damage:
     return damage
 
 
-def _one_byte_short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+def _a_little_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
 
 
 def _flipped(path: Path) -> None:
@@ -106,7 +106,7 @@ DAMAGED: Mapping[str, Damage] = {
     "empty": _content(b""),
     "half": _cut(0.5),
     "begun": _cut(0.02),
-    "one byte short": _one_byte_short,
+    "a little short": _a_little_short,
     "flipped bytes": _flipped,
     "zeros": lambda path: _content(bytes(path.stat().st_size))(path),
     "a pointer of Git LFS": _content(LFS_POINTER),
@@ -124,8 +124,8 @@ DAMAGED: Mapping[str, Damage] = {
     "no end": _endless,
     "missing": Path.unlink,
 }
-"""Ways to damage a file in place, each so that no reader can take it for sound. Where readers are
-many, "flipped bytes" is for those that know a digest: some formats bear it without notice."""
+"""Ways to damage a file in place. Only who knows a digest can tell "flipped bytes", and some texts
+that are "a little short" are whole all the same."""
 
 
 def undone(path: Path, sound: bytes) -> None:

@@ -6,9 +6,10 @@ import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import hydra
 import yaml
@@ -19,9 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from padst_exp.config import GROUPS, closest, config_dir, options
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, is_lack_of_memory
+from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+# A launcher looks several times a second whether a process has ended, and then ends the others.
+SECONDS_TO_BE_ENDED = 3
 
 
 def command_line(
@@ -55,6 +60,7 @@ def command_line(
                     cfg.changes = [*cfg.changes, *changes]
                 try:
                     _require_keys()
+                    check_hydra(cast(DictConfig, HydraConfig.get()))
                     task(cfg)
                 except Exception as error:
                     # Jobs that a cluster runs elsewhere must bring their exception back here; a
@@ -70,6 +76,7 @@ def command_line(
                 config_path=str(config_dir()), config_name=config_name, version_base="1.3"
             )(job)
             try:
+                check_overrides(sys.argv[1:])
                 with _raising_hydra(), _without(changes):
                     program()
             except KeyboardInterrupt:
@@ -135,7 +142,7 @@ def explain(error: BaseException) -> str:
         group, *rest = f"{group}/{option}".split("/")
         return f"{group}={'/'.join(rest)}: unknown option; choose from {', '.join(options(group))}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read, expected key=value"
+        return unreadable(error.override)
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         return explain(cause)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
@@ -153,16 +160,31 @@ def explain(error: BaseException) -> str:
         return f"{_undecodable() or config_dir()}: not UTF-8 ({error.reason})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, Exception) and _is_of_a_peer(error):
+        return "another process of this run has ended"
+    if is_lack_of_memory(error):
+        first_line = str(error).partition("\n")[0]
+        return f"out of memory ({first_line}); smaller batches or a smaller model take less"
+    if several := re.match(r"Ambiguous value for argument '(.*)'\n", str(error)):
+        return ambiguous(several[1])
     return " ".join(str(error).split())
 
 
 def _is_expected(error: Exception) -> bool:
+    if is_lack_of_memory(error) or _is_of_a_peer(error):
+        return True
     if isinstance(error, OSError) and not isinstance(error, MissingConfigException):
+        # What names a file is about a file of the user: missing, read-only, of too long a name.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return full or isinstance(
-            error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
-        )
+        return full or error.filename is not None
     return isinstance(error, UserError | HydraException | OmegaConfBaseException | yaml.YAMLError)
+
+
+def _is_of_a_peer(error: Exception) -> bool:
+    """Whether this process lost another one of its run, which says why itself."""
+    lost = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "recvBytes")
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return several and isinstance(error, RuntimeError) and any(sign in str(error) for sign in lost)
 
 
 def _undecodable() -> str | None:
@@ -205,6 +227,10 @@ def _job_name() -> str:
 
 
 def _exit_with(error: Exception, job: str = "") -> NoReturn:
+    # What all processes of a run meet, process 0 has said; and the launcher has ended the others.
+    if rank := os.environ.get("RANK", "0").strip("0"):
+        time.sleep(SECONDS_TO_BE_ENDED)
+        job = f"process {rank}: {job}"
     _say(f"error: {job}{explain(error)}")
     sys.exit(USAGE if isinstance(error, OverrideParseException) else FAILURE)
 

@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     keys = read_keys(cfg, EvaluateSchema)
 
     from padst_exp.engine import distributed
-    from padst_exp.engine.progress import say
+    from padst_exp.messages import say
 
     world = distributed.start(keys.device)
     try:
@@ -100,8 +100,8 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
 def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> None:
     """Give an export the form that is fastest for such batches, and say which."""
     from padst_exp.engine.evaluation import forward_context, to_device
-    from padst_exp.engine.progress import say
     from padst_exp.inference import tune
+    from padst_exp.messages import say
 
     precision = export.trainer.precision
     for batch in islice(batches, 1):  # a rank may have none

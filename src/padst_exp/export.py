@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> None:
     keys = read_keys(cfg, ExportSchema)
 
     from padst_exp.engine import distributed
-    from padst_exp.engine.progress import say
+    from padst_exp.messages import say
 
     world = distributed.start(keys.device)
     try:

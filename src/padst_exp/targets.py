@@ -7,6 +7,7 @@ that lies in a run, a checkpoint or an export may be anybody's: it is data, and 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
@@ -48,6 +49,42 @@ def find(target: str) -> Callable[..., Any]:
     if within(name, "padst_exp") and not within(home, "padst_exp"):
         raise ValueError(f"{target} is none of ours, it is from {home}")
     return cast(Callable[..., Any], found)
+
+
+def constructor(target: str, home: str) -> Callable[..., Any]:
+    """The constructor of ours that a file names.
+
+    Args:
+        target: its dotted path.
+        home: the package that it has to be in.
+
+    Raises:
+        ValueError, ImportError: there is none, or it is no constructor.
+    """
+    if not within(target, home):
+        raise ValueError(f"{target!r} is none of {home}.*, which alone are called for a file")
+    found = find(target)
+    keyword_parameters(found)
+    return found
+
+
+def keyword_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a constructor, annotations evaluated.
+
+    Raises:
+        ValueError: it is none: one takes keywords alone, each of them annotated.
+    """
+    name = getattr(target, "__qualname__", str(target))
+    try:
+        parameters = dict(inspect.signature(target, eval_str=True).parameters)
+    except (NameError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is no constructor: {error}") from error
+    for parameter in parameters.values():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            raise ValueError(f"{name} is no constructor: it takes {parameter.name} by position")
+        if parameter.annotation is parameter.empty:
+            raise ValueError(f"{name} is no constructor: its {parameter.name} is not annotated")
+    return parameters
 
 
 def within(target: str, package: str) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
-from padst_exp.bench.choices import Layer, Sparsity, learner
+from padst_exp.bench.choices import Layer, Sparsity
 from padst_exp.inference.features import Fusion, TiledFeatureLinear
 from padst_exp.inference.linear import PackedLinear
 from padst_exp.inference.packing import packed_layer
@@ -29,7 +29,7 @@ Results = Callable[[], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: of a kernel, as rows of timings name its form, with what is expected."""
+    """One comparison of a kernel with what is expected."""
 
     kernel: str
     what: str
@@ -53,14 +53,14 @@ def checks(
         UserError: the structure cannot hold that density in this layer.
     """
     for permutation in ("none", "hard"):
-        model = layer.build()
-        model[0].bias = nn.Parameter(torch.randn(layer.out_features))  # type: ignore[index, union-attr]
+        model, learner = layer.build(), replace(kind, permutation=permutation).learner()
+        model[0].bias = nn.Parameter(torch.randn(layer.outputs))  # type: ignore[index, union-attr]
         sparsify(model, layer.rules("all"), structure=kind.structure, density=density,
-                 learner=learner(permutation))  # fmt: skip
+                 learner=learner)  # fmt: skip
         sparse = model.to(device, dtype)[0]  # type: ignore[index]
         assert isinstance(sparse, SparseLinear)
-        x = torch.randn(num_tokens, layer.in_features).to(device, dtype)
-        dy = torch.randn(num_tokens, layer.out_features).to(device, dtype)
+        x = layer.example(num_tokens).to(device, dtype)
+        dy = torch.randn(num_tokens, layer.outputs).to(device, dtype)
         what = f"{num_tokens} tokens, {layer.label}, {permutation} permutation"
         yield from _trained(sparse, x, dy, what)
         with torch.no_grad():

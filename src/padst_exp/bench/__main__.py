@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from typing import Any, cast
 
-from padst_exp.bench.keys import Keys
+from omegaconf import DictConfig, OmegaConf
+
 from padst_exp.cli import command_line
-from padst_exp.config import read_keys
 
 
 @command_line("bench")
 def main(cfg: DictConfig) -> None:
     """Run one suite; write its table, its figure and the README of all tables."""
-    keys = read_keys(cfg, Keys)
-
     from padst_exp.bench import suites
-    from padst_exp.engine.progress import say
+    from padst_exp.messages import say
 
-    for path in suites.run(keys, say):
+    plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    for path in suites.run(plain, say):
         say(f"wrote {path}")
 
 

@@ -6,20 +6,22 @@ keys (`{structure: nm, group: 64}`).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pydantic import with_config
 from torch import Tensor, nn
 
-from padst_exp.config import build, closest, config_dir, keyword_parameters, resolve_target
-from padst_exp.errors import UserError
+from padst_exp.bench.timing import Ceilings
+from padst_exp.config import build, closest, config_dir, options, resolve_target
+from padst_exp.errors import UserError, require
 from padst_exp.permutations import PermutationLearner
 from padst_exp.sparsify import Rule
 from padst_exp.structures import Structure
+from padst_exp.targets import keyword_parameters
 
 Entry = str | Mapping[str, Any]
 
@@ -31,82 +33,88 @@ def _entry(group: str, entry: Entry) -> tuple[DictConfig, dict[str, Any], str]:
     """The file of an entry, its keys, and a label of both."""
     keys: dict[str, Any] = {group: entry} if isinstance(entry, str) else dict(entry)
     option = str(keys.pop(group, ""))
-    path = config_dir() / group / f"{option}.yaml"
-    if not path.is_file():
-        known = [file.stem for file in path.parent.glob("*.yaml")]
-        raise UserError(f"{group}s: {option!r} is unknown{closest(option, known)}")
-    words = [option, *(f"{key}={value}" for key, value in keys.items() if key != "permutation")]
-    return cast(DictConfig, OmegaConf.load(path)), keys, " ".join(words)
-
-
-def learner(permutation: str) -> PermutationLearner:
-    """The learner whose permutations are "none", "hard" or "soft"."""
-    return build(_entry("permutation", LEARNERS[permutation])[0], "permutation")
+    if option not in options(group):
+        raise UserError(f"{group}s: {option!r} is unknown{closest(option, options(group))}")
+    file = cast(DictConfig, OmegaConf.load(config_dir() / group / f"{option}.yaml"))
+    words = [option, *(f"{key}={value}" for key, value in keys.items() if key != "permutations")]
+    return file, keys, " ".join(words)
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """A structure with its label in tables, and `phases`, keys of LEARNERS: how its permutations
-    end, and how they start."""
+    """A structure with its label in tables, and the state of permutations: a key of LEARNERS."""
 
     label: str
     structure: Structure
-    phases: tuple[str, ...]
+    permutation: str
+
+    def learner(self) -> PermutationLearner:
+        """Whose permutations are in that state."""
+        return build(_entry("permutation", LEARNERS[self.permutation])[0], "permutation")
 
 
-def sparsity(entry: Entry) -> Sparsity:
-    """The structure of an entry, whose `permutation: none` says that models learn none.
+def sparsities(entry: Entry) -> list[Sparsity]:
+    """The structure of an entry, in each of its `permutations`: "hard" ones, if nothing else.
 
     Raises:
         UserError: no such option or key.
     """
     file, keys, label = _entry("structure", entry)
-    phases = ("none",) if keys.pop("permutation", "") == "none" else ("hard", "soft")
-    return Sparsity(label, build(_merged(file, keys), "structures"), phases)
+    states = keys.pop("permutations", ["hard"])
+    require(set(states) <= set(LEARNERS), "structures.permutations", states, str(list(LEARNERS)))
+    structure = build(_merged(file, keys), "structures")
+    return [Sparsity(label, structure, state) for state in states]
 
 
 def _merged(*nodes: Mapping[Any, Any]) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(*nodes))
 
 
-@dataclass(frozen=True)
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A linear layer that fuses `split` projections on its output."""
+    """A linear layer, or a convolution of square images that keeps their size.
 
-    in_features: int
-    out_features: int
+    Args:
+        inputs, outputs: features, or channels.
+        split: projections that a linear layer fuses on its output, 3 for Q, K and V.
+        kernel: width of a convolution's kernel, odd; 0 for a linear layer.
+        pixels: width of the images of a convolution.
+    """
+
+    inputs: int
+    outputs: int
     split: int = 1
+    kernel: int = 0
+    pixels: int = 1
 
     @property
     def label(self) -> str:
         """Its name in tables."""
-        return f"{self.in_features}->{self.out_features}"
+        window = f", {self.kernel}x{self.kernel} on {self.pixels} pixels" if self.kernel else ""
+        return f"{self.inputs}->{self.outputs}{window}"
 
     def build(self) -> nn.Module:
-        """The dense layer, as the only one of a model."""
-        return nn.Sequential(nn.Linear(self.in_features, self.out_features, bias=False))
+        """The dense layer without a bias, as the only one of a model."""
+        sizes, kernel = (self.inputs, self.outputs), self.kernel
+        if not kernel:
+            return nn.Sequential(nn.Linear(*sizes, bias=False))
+        return nn.Sequential(nn.Conv2d(*sizes, kernel, padding=kernel // 2, bias=False))
 
     def rules(self, scope: str) -> list[Rule]:
         """What is sparse."""
         return [Rule("0", self.split)] if scope else []
 
+    def example(self, tokens: int) -> Tensor:
+        """Random inputs on the CPU: so many tokens, or images of a convolution."""
+        images = (self.pixels, self.pixels) if self.kernel else ()
+        return torch.randn(tokens, self.inputs, *images)
 
-def layers(names: Sequence[str]) -> list[Layer]:
-    """Layers by outputs x inputs, or all four of a transformer by its width; each once.
-
-    Raises:
-        UserError: a name is neither.
-    """
-    found: list[Layer] = []
-    for name in names:
-        match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", name)
-        if match is None:
-            raise UserError(f"shapes: expected a width (768) or a layer (3072x768), got {name!r}")
-        first, second = int(match[1]), match[2]
-        if second is None:
-            found += [Layer(first, 4 * first), Layer(4 * first, first), Layer(first, first)]
-        found.append(Layer(int(second), first) if second else Layer(first, 3 * first, split=3))
-    return list(dict.fromkeys(found))
+    def least_seconds(self, ceilings: Ceilings, tokens: int, dtype: torch.dtype) -> float:
+        """Of a dense forward pass whose weights come from beyond the cache."""
+        weights = self.inputs * self.outputs * max(1, self.kernel) ** 2
+        operations = 2 * tokens * self.pixels**2 * weights
+        return ceilings.least_seconds(operations, weights * dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -115,32 +123,22 @@ class Model:
 
     label: str  # its name in tables
     node: DictConfig  # the key `model` of its file
-    block_linears: tuple[Rule, ...]  # those that fuse projections (QKV) have a split
+    sparse: tuple[Rule, ...]  # what can be; those that fuse projections (QKV) have a split
     inputs: Mapping[str, int]  # what its constructor needs to know of the data
-
-    @property
-    def is_language(self) -> bool:
-        """Whether it maps tokens to logits of the next ones."""
-        return "context_length" in self.inputs
 
     def build(self) -> nn.Module:
         """The dense model, from seed 0."""
         torch.manual_seed(0)
         return build(self.node, "model", self.inputs)
 
-    def shallow(self) -> Model:
-        """The same with one block."""
-        node = _merged(self.node, {"depth": 1})
-        return Model(self.label, node, self.block_linears, self.inputs)
-
     def rules(self, scope: str) -> list[Rule]:
-        """What is sparse: "all" block linears, those but QKV ("dense_qkv"), or nothing ("")."""
-        return [r for r in self.block_linears if scope == "all" or (scope and r.split == 1)]
+        """What is sparse: "all" that can be, that but QKV ("dense_qkv"), or nothing ("")."""
+        return [r for r in self.sparse if scope == "all" or (scope and r.split == 1)]
 
     def example(self, batch: int) -> tuple[Tensor, Tensor]:
         """Random inputs and targets on the CPU, from seed 0."""
         generator, size = torch.Generator().manual_seed(0), self.inputs
-        if self.is_language:
+        if "context_length" in size:
             tokens = (batch, size["context_length"] + 1)
             text = torch.randint(size["vocab_size"], tokens, generator=generator)
             return text[:, :-1], text[:, 1:]
@@ -160,4 +158,6 @@ def model(entry: Entry, images: Mapping[str, int], text: Mapping[str, int]) -> M
     node = _merged(file.model, dropout, keys)
     language = "vocab_size" in keyword_parameters(resolve_target(node, "models"))
     rules = tuple(Rule(rule.pattern, rule.split) for rule in file.sparse)
+    size = text["context_length"] if language else images["image_size"]
+    label += f", context {size}" if language else f", {size} pixels"
     return Model(label, node, rules, text if language else images)

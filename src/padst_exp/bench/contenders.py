@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from padst_exp import dispatch
-from padst_exp.bench.choices import Layer, Model, Sparsity, learner
-from padst_exp.bench.floors import rotation
+from padst_exp.bench.choices import Layer, Model, Sparsity
 from padst_exp.bench.onednn import has_onednn, use_onednn
 from padst_exp.bench.session import Contender, Session
-from padst_exp.engine.backends import describe
+from padst_exp.bench.timing import rotation
+from padst_exp.dispatch import agrees
 from padst_exp.engine.step import compile_blocks
-from padst_exp.inference import PackedLinear, pack, tune
+from padst_exp.inference import PackedLinear, graphed, pack, tune
 from padst_exp.layers import SparseLinear, sparse_layers
-from padst_exp.sparsify import sparsify
+from padst_exp.sparsify import match, sparsify
 from padst_kernels import Backend
 
-# Backends that every layer has; timed where there is nothing better.
-PLAIN = ("torch", "scatter")
+# Modules whose passes one CUDA graph holds at most.
+MAX_CAPTURED = 16
 
 
 def dense(
@@ -35,30 +33,49 @@ def dense(
     eager = Contender(form="eager", kind="dense", modules=[module])
     if isinstance(subject, Layer):
         eager = several(session, eager)
-    known = has_onednn(session.device, session.dtype)
-    return [eager, compiled(eager, subject), *([onednn(eager, subject, packed)] if known else [])]
+    # PyTorch convolves by oneDNN anyway.
+    linear = all(isinstance(v.module, nn.Linear) for v, _ in match(module, subject.rules("all")))
+    known = has_onednn(session.device, session.dtype) and linear
+    return [eager, compiled(eager), *([onednn(eager, packed)] if known else [])]
 
 
-def onednn(one: Contender, subject: Layer | Model, packed: int | None = None) -> Contender:
+def onednn(one: Contender, packed: int | None = None) -> Contender:
     """A dense contender by oneDNN, with weights packed for inference with so many tokens."""
     modules = [twin(module) for module in one.modules]
     for module in modules:
         use_onednn(module, packed)
-        if isinstance(subject, Model):
-            compile_blocks(module)
+        compile_blocks(module)
     form = "oneDNN" if packed is None else "oneDNN, packed"
     return replace(one, form=form, kind="strong", modules=modules, trained=packed is None)
 
 
-def compiled(one: Contender, subject: Layer | Model) -> Contender:
+def compiled(one: Contender) -> Contender:
     """An eager contender, compiled as training compiles it; it shares the parameters."""
     modules = [twin(module) for module in one.modules]
     for module in modules:
-        if isinstance(subject, Model):
-            compile_blocks(module)
-        else:
+        if isinstance(module, nn.Sequential):  # a single layer
             module.compile(dynamic=False)
+        else:
+            compile_blocks(module)
     return replace(one, form=one.form.replace("eager", "compiled"), modules=modules)
+
+
+def captured(one: Contender, inputs: Tensor) -> Contender:
+    """A forward pass of every module of a contender as one CUDA graph."""
+    some = one.modules[:MAX_CAPTURED]
+    graph, form = graphed(Turns(some).eval(), inputs), f"{one.form}, CUDA graph"
+    return replace(one, form=form, modules=[graph], trained=False, passes=len(some))
+
+
+class Turns(nn.Module):
+    """Modules that read the same input, one after the other; what the last one computes."""
+
+    def __init__(self, modules: Collection[nn.Module]) -> None:
+        super().__init__()
+        self.turns = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return [module(x) for module in self.turns][-1]
 
 
 def sparse(
@@ -66,7 +83,6 @@ def sparse(
     subject: Layer | Model,
     kind: Sparsity,
     density: float,
-    permutation: str,
     scope: str = "all",
     dtype: torch.dtype | None = None,
 ) -> Contender:
@@ -75,31 +91,46 @@ def sparse(
     Raises:
         UserError: the structure cannot hold that density in a layer.
     """
-    module, trained_by = subject.build(), learner(permutation)
+    module, learner = subject.build(), kind.learner()
     report = sparsify(
-        module, subject.rules(scope), structure=kind.structure, density=density, learner=trained_by
+        module, subject.rules(scope), structure=kind.structure, density=density, learner=learner
     )
     module.to(session.device, dtype or session.dtype)
     return Contender(
-        structure=kind.label, form="eager", modules=[module], scope=scope, permutation=permutation,
-        density_asked=density, density=report.density("layers"), learner=trained_by,
+        structure=kind.label, form="eager", modules=[module], scope=scope, learner=learner,
+        permutation=kind.permutation, density_asked=density, density=report.density("layers"),
     )  # fmt: skip
 
 
-def by_backend(session: Session, one: Contender) -> Iterator[Contender]:
-    """A sparse layer by each backend that it has, and what export makes of it."""
+def by_backend(
+    session: Session, one: Contender, x: Tensor, plain: Collection[Backend]
+) -> Iterator[Contender]:
+    """A sparse layer by each backend that is right on `x`, and what export makes of it.
+
+    Backends that every layer has are `plain`, and timed where there is nothing else.
+    """
     layer = sparse_layer(one)
-    possible = layer.backends(session.device)
-    for backend in [b for b in possible if b not in PLAIN] or possible:
+    leaf, values = x.clone().requires_grad_(), [weight.values for weight in layer.parts()]
+    truth = _results(layer.dense_forward(leaf, layer.weight), leaf, *values)
+
+    def timed(backends: list[Backend]) -> list[Backend]:
+        return [backend for backend in backends if backend not in plain] or backends
+
+    for backend in timed(layer.backends(session.device)):
         layer.use_backend(backend)
-        yield several(session, replace(one, form=f"packed, {backend}"))
+        if agrees(backend, lambda: _results(layer(leaf), leaf, *values), truth):
+            yield several(session, replace(one, form=f"packed, {backend}"))
     if one.permutation != "soft":
         packed = exported_layer(one)
-        possible = packed.backends()
-        for backend in [b for b in possible if b not in PLAIN] or possible:
+        for backend in timed(packed.backends()):
             packed.backend = backend
-            form = f"exported, {backend}"
-            yield several(session, replace(one, form=form, modules=[packed], trained=False))
+            if agrees(backend, lambda: [packed(x)], truth[:1]):
+                form = f"exported, {backend}"
+                yield several(session, replace(one, form=form, modules=[packed], trained=False))
+
+
+def _results(y: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))]
 
 
 def exported_layer(one: Contender) -> PackedLinear:
@@ -110,30 +141,17 @@ def exported_layer(one: Contender) -> PackedLinear:
     return packed
 
 
-def exported_model(session: Session, one: Contender, inputs: Tensor) -> Contender:
-    """What export and `tune` make of an eager sparse model.
-
-    Raises:
-        ValueError: the kernels that it would use have failed their checks.
-    """
-    allowed = {
-        b
-        for b in get_args(Backend)
-        if not any(
-            session.refusal(one.structure, f"{how}, {b}") for how in ("exported", "features")
-        )
-    }
-    if not allowed:
-        raise ValueError("its kernels did not pass their checks")
+def exported_model(one: Contender, inputs: Tensor) -> Contender:
+    """What export and `tune` make of an eager sparse model."""
     module = copy.deepcopy(one.modules[0])
     pack(module)
-    report = tune(module, inputs, backends=allowed)
+    report = tune(module, inputs)
     how = f"{report.form}, {report.speedup:.2f}x dense"
     return replace(one, form="exported, eager", modules=[module], dispatcher=how)
 
 
 def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[Contender]:
-    """The weight of a sparse layer without permutations as others would have it.
+    """The weight of a sparse linear layer without permutations as others would have it.
 
     A format of PyTorch is there where it stores the entries of the weight and no zeros. Masks and
     CSR take as long whatever the structure is; they are left out where they are `known`.
@@ -155,37 +173,6 @@ def peers(session: Session, one: Contender, known: Collection[str]) -> Iterator[
         blocks = weight.to_sparse_bsr((size, size))
         if blocks.values().numel() == sum(w.values.numel() for w in sparse_layer(one).parts()):
             yield peer("torch BSR", Peer(blocks), trained=False)
-
-
-def two_of_four(session: Session, layer: Layer) -> Contender:
-    """PyTorch's 2:4, at its one density."""
-
-    def pruned() -> nn.Module:
-        quads = torch.randn(layer.out_features * layer.in_features // 4, 4)
-        kept = quads * (quads.abs().argsort(1).argsort(1) >= 2)
-        weight = kept.view(layer.out_features, layer.in_features)
-        return Peer(
-            torch.sparse.to_sparse_semi_structured(weight.to(session.device, session.dtype))
-        )
-
-    # Half of the values, and two bits each that tell where they stood.
-    size = layer.out_features * layer.in_features * session.dtype.itemsize * 9 // 16
-    modules = [pruned() for _ in range(rotation(size, session.device))]
-    return Contender(structure="2:4", form="torch 2:4", modules=modules, trained=False,
-                     density_asked=0.5, density=0.5)  # fmt: skip
-
-
-def choose(session: Session, one: Contender, example: Callable[[], object], samples: int) -> str:
-    """Let a sparse contender use its fastest backends for `samples`; which, in one line.
-
-    Of backends that may be used. `example` runs the contender on one sample.
-    """
-    refused = {b for b in get_args(Backend) if session.refusal(one.structure, f"packed, {b}")}
-    chosen = dispatch.choose(
-        one.modules[0], example, samples=samples, device=session.device, compiled=False,
-        allowed=set(get_args(Backend)) - refused,
-    )  # fmt: skip
-    return describe(chosen).partition(": ")[2]
 
 
 def twin(module: nn.Module) -> nn.Module:
@@ -234,8 +221,8 @@ class Peer(nn.Module):
         return Peer(self.weight.detach().clone())  # parameters in such formats cannot be copied
 
     def forward(self, x: Tensor) -> Tensor:
-        # The Triton kernel of BSR and 2:4 are behind `linear`; elsewhere this order is several
-        # times as fast, and y comes feature-major.
-        if x.is_cuda and self.weight.layout != torch.sparse_csr:
+        # The Triton kernel of BSR is behind `linear`; elsewhere this order is several times as
+        # fast, and y comes feature-major.
+        if x.is_cuda and self.weight.layout == torch.sparse_bsr:
             return linear(x, self.weight)
         return torch.sparse.mm(self.weight, x.t()).t()

@@ -3,52 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from padst_exp.config import Device, require_sparsity
+from omegaconf import OmegaConf
+
+from padst_exp.bench.choices import Layer
+from padst_exp.config import Device, read_keys, require_sparsity
 from padst_exp.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """What to measure; conf/bench.yaml says what each key is."""
+    """What one suite measures; conf/bench.yaml says what each key is."""
 
-    suite: Literal["layers", "model_inference", "model_train", "memory", "gpu_all"]
+    suite: str
+    measure: Literal["layers", "inference", "training", "memory"]
     device: Device
     dtype: Literal["float32", "bfloat16", "float16"] | None
     threads: int
-    rounds: int | None
+    rounds: int
     clock: Literal["wall", "cpu"]
-    budget: float | None
     out: str
-    sparsities: list[float] | None
-    structures: list[str | dict[str, Any]] | None
-    shapes: list[str] | None
+    sparsities: list[float]
+    structures: list[str | dict[str, Any]]
+    shapes: list[Layer] | None
     tokens: list[int] | None
     models: list[str | dict[str, Any]] | None
-    batches: list[int] | dict[str, list[int]] | None
+    batches: list[int] | None
     scopes: list[Literal["all", "dense_qkv"]] | None
-    images: dict[str, int]
-    text: dict[str, int]
-    usual: dict[str, dict[str, Any]]
-    gpu_all: list[dict[str, Any]]
+    images: dict[str, int] | None
+    text: dict[str, int] | None
 
     def __post_init__(self) -> None:
-        for sparsity in self.sparsities or ():
+        for sparsity in self.sparsities:
             require_sparsity("sparsities", sparsity)
         for key in ("threads", "rounds", "tokens", "batches"):
             value = getattr(self, key)
             for count in value if isinstance(value, list) else [value]:
-                good = not isinstance(count, int) or count >= 1
-                require(good, key, count, "at least 1")
+                require(count is None or count >= 1, key, count, "at least 1")
+        for layer in self.shapes or ():
+            least = min(layer.inputs, layer.outputs, layer.split, layer.pixels)
+            odd = layer.kernel == 0 or layer.kernel % 2 == 1
+            require(least >= 1 and odd, "shapes", layer, "sizes of at least 1, and odd kernels")
         require(self.clock == "wall" or self.threads == 1, "clock", "cpu", "wall for threads > 1")
-        # NaN is none either.
-        require(self.budget is None or self.budget > 0, "budget", self.budget, "seconds")
 
-    def filled(self, part: Mapping[str, Any], device: str) -> Keys:
-        """These with the keys of a part of `gpu_all`, and of `usual`, where they are null."""
-        usual = self.usual[part["suite"]]
-        own = {**usual, **usual[device], **part}
-        null = {key: value for key, value in own.items() if getattr(self, key, "") is None}
-        return replace(self, suite=part["suite"], **null)
+
+def keys_of(cfg: Mapping[str, Any]) -> Keys:
+    """The keys of a run, from conf/bench.yaml with what the command line changed.
+
+    What is null there is as in its suite.
+
+    Raises:
+        UserError: in one line that names the key.
+    """
+    own, suites = dict(cfg), cfg["suites"]
+    require(own["suite"] in suites, "suite", own["suite"], f"{', '.join(suites)} or gpu_all")
+    given = {key: value for key, value in own.items() if value is not None}
+    keys = {**own, **suites[own["suite"]], **given}
+    others = "suites", "gpu_all", "check_seconds", "title"
+    return read_keys(OmegaConf.create({k: v for k, v in keys.items() if k not in others}), Keys)

@@ -1,132 +1,101 @@
-"""Suite `layers`: single sparse layers, their permutations and conversions, beside dense ones."""
+"""Single sparse layers beside dense ones: forward, backward, conversions, peers."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from padst_exp.bench import choices, contenders
 from padst_exp.bench.choices import Layer, Sparsity
-from padst_exp.bench.floors import bytes_twin
 from padst_exp.bench.keys import Keys
-from padst_exp.bench.session import Contender, Row, Samples, Session
-from padst_exp.bench.timing import Call, captured
+from padst_exp.bench.session import Contender, Row, Session
+from padst_exp.bench.timing import Call
 from padst_exp.inference.packing import packed_layer
+from padst_kernels import Backend
 
 # Up to here a GPU waits for Python, and CUDA graphs help.
 GRAPH_TOKENS = 1024
-PASSES = {"forward": ("forward",), "forward+backward": ("forward", "dX", "dW")}
+# Products of each kind of pass: y; y, dX and dW.
+PASSES = {"forward": 1, "forward+backward": 3}
 
 
-def run(keys: Keys, session: Session) -> Iterator[list[Row]]:
+def run(keys: Keys, session: Session) -> Iterator[pd.DataFrame]:
     """Time every layer at every density and number of tokens.
 
     Raises:
-        UserError: an unknown shape or structure.
+        UserError: an unknown structure.
     """
-    kinds = [choices.sparsity(entry) for entry in keys.structures or ()]
-    densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities or ()]
-    layers, tokens = choices.layers(keys.shapes or ()), keys.tokens or ()
-    cells = list(itertools.product(densities, layers, tokens, PASSES))
-    # Contenders of a layer are made once, for all that is done with them.
-    groups = itertools.groupby(session.affordable("layers", cells), key=lambda cell: cell[:2])
-    for (density, layer), group in groups:
-        made = _contenders(session, layer, kinds, density, first=density == densities[0])
-        if not _trained(made):
+    kinds = [kind for entry in keys.structures for kind in choices.sparsities(entry)]
+    for sparsity, layer in itertools.product(keys.sparsities, keys.shapes or ()):
+        density = round(1 - sparsity, 6)
+        # Contenders are made once, for all that is done with them.
+        made = _contenders(session, layer, kinds, density)
+        if all(one.structure == "dense" for one in made):
             continue  # dense layers alone are nothing to compare
-        for _, _, count, what in group:
-            name = f"{layer.label}, {count} tokens, {what}"
-            yield from session.tried(name, partial(_cell, session, layer, made, count, what))
-        yield from session.tried("conversions", partial(_conversions, session, layer, made))
-        session.say(f"layers: {layer.label} at density {density:g}")
+        about: Row = {"suite": keys.suite, "case": layer.label}
+        for tokens, what in itertools.product(keys.tokens or (), PASSES):
+            name = f"{layer.label}, {tokens} tokens, {what}"
+            cell = {**about, "tokens": tokens, "pass": what}
+            yield from session.tried(name, partial(_cell, session, layer, made, cell))
+        cell = {**about, "tokens": 0, "pass": "conversion"}
+        yield from session.tried("conversions", partial(_conversions, session, made, cell))
+        session.say(f"{keys.suite}: {layer.label} at density {density:g}")
 
 
 def _contenders(
-    session: Session, layer: Layer, kinds: Sequence[Sparsity], density: float, *, first: bool
+    session: Session, layer: Layer, kinds: Sequence[Sparsity], density: float
 ) -> list[Contender]:
-    """All contenders of a layer; at the first density also what permutations cost, and 2:4."""
+    """All contenders of a layer; peers where a structure has no permutations."""
     made = contenders.dense(session, layer, session.dtype)
+    # A dense convolution needs no patches, so that it can be the fastest way to a sparse one.
+    plain: list[Backend] = ["torch"] if layer.kernel else ["torch", "scatter"]
+    x = layer.example(5).to(session.device, session.dtype)
 
-    def ours(kind: Sparsity, permutation: str) -> list[Contender]:
-        one = contenders.sparse(session, layer, kind, density, permutation)
-        return list(contenders.by_backend(session, one))
-
-    def peers(kind: Sparsity) -> list[Contender]:
-        one = contenders.sparse(session, layer, kind, density, "none")
-        return list(contenders.peers(session, one, {other.form for other in made}))
+    def ours(kind: Sparsity) -> list[Contender]:
+        one = contenders.sparse(session, layer, kind, density)
+        found = list(contenders.by_backend(session, one, x, plain))
+        if kind.permutation == "none" and not layer.kernel:
+            found += contenders.peers(session, one, {other.form for other in made})
+        return found
 
     for kind in kinds:
-        states = [kind.phases[0]]
-        if first:
-            # The others say what a permutation costs: none, and, for one structure, a soft one.
-            states = [*kind.phases[: 2 if kind is kinds[0] else 1], "none"]
-        makes = [partial(ours, kind, state) for state in dict.fromkeys(states)]
-        for make in (*makes, partial(peers, kind)):
-            made += itertools.chain(*session.tried(f"{kind.label} in {layer.label}", make))
-    if first:
-        made += session.tried("2:4", partial(contenders.two_of_four, session, layer))
+        made += itertools.chain(
+            *session.tried(f"{kind.label} in {layer.label}", partial(ours, kind))
+        )
     return made
 
 
-def _trained(sides: Sequence[Contender]) -> dict[str, Contender]:
-    """The layer that training ends with, for each structure."""
-    found: dict[str, Contender] = {}
-    for one in sides:
-        if one.form.startswith("packed") and one.permutation != "soft":
-            found.setdefault(one.structure, one)
-    return found
-
-
-def _cell(
-    session: Session, layer: Layer, made: Sequence[Contender], tokens: int, what: str
-) -> list[Row]:
+def _cell(session: Session, layer: Layer, made: Sequence[Contender], about: Row) -> pd.DataFrame:
     """One kind of pass of all contenders over so many tokens."""
     torch.compiler.reset()  # every cell is a variant, and the number of variants is limited
-    forward, passes, size = what == "forward", PASSES[what], session.dtype.itemsize
+    tokens, products = about["tokens"], PASSES[about["pass"]]
+    forward = products == 1
+    x = layer.example(tokens).to(session.device, session.dtype)
     sides = [one for one in made if one.trained or forward]
     if forward and any(one.kind == "strong" for one in made):
-        sides.append(contenders.onednn(made[0], layer, tokens))
-    x = torch.randn(tokens, layer.in_features).to(session.device, session.dtype)
-    dy = torch.randn(tokens, layer.out_features).to(session.device, session.dtype)
-    graphs = session.device.type == "cuda" and tokens <= GRAPH_TOKENS
-    entries = layer.in_features * layer.out_features
-
-    def twin(density: float) -> Call:
-        weight = round(density * entries) * size
-        call = bytes_twin(x.nbytes, dy.nbytes, weight, passes, session.device)
-        return captured(call, 1) if graphs else call
-
-    twins = {f"bytes twin {d:g}": twin(d) for d in {one.density_asked for one in sides}}
-
-    def floor(one: Contender, samples: Samples) -> float:
-        moved = float(np.median(samples[f"bytes twin {one.density_asked:g}"]))
-        return max(moved, 2 * tokens * one.density * entries * len(passes) / session.ceilings.rate)
-
-    about: Row = {"suite": "layers", "case": layer.label, "tokens": tokens, "pass": what}
+        sides.append(contenders.onednn(made[0], tokens))
+    least = products * layer.least_seconds(session.ceilings, tokens, session.dtype)
+    sides = [replace(one, floor=one.density * least) for one in sides]
     with torch.set_grad_enabled(not forward):
-        calls = [(one, _pass(one, x, dy, forward)) for one in sides]
-        rows = session.compare(about, calls, floor=floor, twins=twins, graphs=graphs)
-    for structure, one in _trained(sides).items():
-        chosen = _trained_by(session, one, tokens)
-        for row in rows:
-            if row["structure"] == structure and row["form"].startswith("packed"):
-                row["dispatcher"] = chosen
-    return rows
+        if forward and session.device.type == "cuda" and tokens <= GRAPH_TOKENS:
+            for one in list(sides):
+                sides += session.tried(one.form, partial(contenders.captured, one, x))
+        return session.compare(about, [(one, _pass(one, x, forward)) for one in sides])
 
 
-def _pass(one: Contender, x: Tensor, dy: Tensor, forward: bool) -> Call:
+def _pass(one: Contender, x: Tensor, forward: bool) -> Call:
     """One pass by the next module in turn."""
     turns = itertools.cycle(one.modules)
     if forward:
         return lambda: next(turns)(x)
     leaf = x.detach().requires_grad_()
+    dy = torch.randn_like(one.modules[0](x))
 
     def call() -> Sequence[Tensor]:
         module = next(turns)
@@ -135,25 +104,15 @@ def _pass(one: Contender, x: Tensor, dy: Tensor, forward: bool) -> Call:
     return call
 
 
-def _trained_by(session: Session, one: Contender, tokens: int) -> str:
-    """What the dispatcher would train a layer with so many tokens by."""
-    if session.timer.left < 0:
-        return ""
-    alone = replace(one, modules=[copy.deepcopy(one.modules[0])])
-    sample = next(alone.modules[0].parameters()).new_ones(
-        1, contenders.sparse_layer(one).in_features
-    )
-    example = partial(alone.modules[0], sample)
-    choose = partial(contenders.choose, session, alone, example, tokens)
-    return "".join(session.tried("the dispatcher", choose))
-
-
-def _conversions(session: Session, layer: Layer, made: Sequence[Contender]) -> list[Row]:
+def _conversions(session: Session, made: Sequence[Contender], about: Row) -> pd.DataFrame:
     """What follows a rewiring: deriving the indices anew; and packing, once, for inference."""
     sides: list[tuple[Contender, Call]] = []
-    for one in _trained(made).values():
+    final: dict[str, Contender] = {}
+    for one in made:
+        if one.form.startswith("packed") and one.permutation != "soft":
+            final.setdefault(one.structure, one)
+    for one in final.values():
         sparse = contenders.sparse_layer(one)
         sides.append((replace(one, form="index"), sparse.index))
         sides.append((replace(one, form="export"), partial(packed_layer, sparse)))
-    about: Row = {"suite": "layers", "case": layer.label, "tokens": 0, "pass": "conversion"}
     return session.compare(about, sides)

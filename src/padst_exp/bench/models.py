@@ -1,35 +1,29 @@
-"""Suites `model_inference`, `model_train` and `memory`: whole models, sparse beside dense.
+"""Whole models, sparse beside dense: inference, training steps, and what these keep in memory.
 
 A training step is forward, backward and fused AdamW on data that is on the device already, in
-single precision or under autocast; in the soft phase the learner of permutations steps too. What
-it keeps is counted in bytes of tensors. What it peaks at is what the device allocated at most
-(GPU), or by how much the resident memory of a fresh process grew while it had the model (CPU).
+single precision or under autocast; in the soft phase the learner of permutations steps too.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import itertools
-import math
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
 
+from padst_exp import dispatch
 from padst_exp.bench import choices, contenders
 from padst_exp.bench.choices import Model, Sparsity
-from padst_exp.bench.floors import Work
 from padst_exp.bench.keys import Keys
 from padst_exp.bench.session import Contender, Row, Session
-from padst_exp.bench.timing import Call, Timer
-from padst_exp.layers import SparseLinear, SparseWeight
-from padst_exp.soft import Learner, soft_choices
+from padst_exp.bench.timing import Call
+from padst_exp.engine.backends import describe
+from padst_exp.soft import soft_choices
 
 # oneDNN packs weights for so many tokens; their order depends on it only where they are few.
 PACKED_TOKENS = 4096
@@ -37,40 +31,32 @@ PACKED_TOKENS = 4096
 BLOCK = {"cpu": 0.0, "cuda": 0.5}
 # Completed share of a training, at which the penalty of soft permutations has its full weight.
 PROGRESS = 0.3
-# Products of a step for each product of a forward pass: y, dX and dW.
-TRAINING = 3
-KEPT = ("parameters_bytes", "gradients_bytes", "moments_bytes", "indices_bytes")
-# Structure, density, scope, and state of the permutations; None for the dense model.
-Kind = tuple[Sparsity, float, str, str]
-Forward = Callable[[nn.Module, Tensor], Tensor]
+# Columns of bytes by the names that PyTorch's tracker has for them.
+KEPT = {"PARAM": "parameters_bytes", "GRAD": "gradients_bytes", "OPT": "moments_bytes",
+        "BUFFER": "indices_bytes"}  # fmt: skip
+# A structure, its density, and the scope of what is sparse.
+Kind = tuple[Sparsity, float, str]
 
 
-def run(keys: Keys, session: Session) -> Iterator[list[Row]]:
+def run(keys: Keys, session: Session) -> Iterator[pd.DataFrame]:
     """Measure every model at every batch size; all structures and scopes of one in turn.
 
     Raises:
         UserError: an unknown model or structure.
     """
-    cases = []
-    for entry in keys.models or ():
-        model, batches = choices.model(entry, keys.images, keys.text), keys.batches
-        if isinstance(batches, Mapping):
-            batches = batches["text" if model.is_language else "images"]
-        cases += [(model, batch) for batch in batches or ()]
-    structures = [choices.sparsity(entry) for entry in keys.structures or ()]
-    densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities or ()]
-    every = itertools.product(structures, densities, keys.scopes or ())
-    # Steps of the soft phase take long, and as long whatever the structure is.
-    soft = {"memory": structures, "model_train": structures[:1]}.get(keys.suite, [])
-    kinds: list[Kind] = [
-        (*one, state) for one in every for state in one[0].phases[: 2 if one[0] in soft else 1]
+    models = [
+        choices.model(entry, keys.images or {}, keys.text or {}) for entry in keys.models or ()
     ]
-    training = partial(_time, training=keys.suite == "model_train")
-    measure = _memory if keys.suite == "memory" else training
-    for model, batch in session.affordable(keys.suite, cases):
-        name = f"{model.label} at batch {batch}"
-        yield from session.tried(name, partial(measure, session, model, batch, kinds))
-        session.say(f"{keys.suite}: {name}")
+    structures = [kind for entry in keys.structures for kind in choices.sparsities(entry)]
+    densities = [round(1 - sparsity, 6) for sparsity in keys.sparsities]
+    kinds = list(itertools.product(structures, densities, keys.scopes or ()))
+    measure = {"inference": _inference, "training": _training, "memory": _memory}[keys.measure]
+    for model, batch in itertools.product(models, keys.batches or ()):
+        about: Row = {"suite": keys.suite, "case": model.label, "tokens": batch}
+        # Without a legal structure there is nothing to compare.
+        for rows in session.tried(model.label, partial(measure, session, model, kinds, about)):
+            yield from [rows] if (rows.structure != "dense").any() else []
+        session.say(f"{keys.suite}: {model.label} at batch {batch}")
 
 
 def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.dtype) -> Contender:
@@ -79,79 +65,48 @@ def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.
     Raises:
         UserError: the structure cannot hold that density in a layer of the model.
     """
-    structure, density, scope, state = kind
-    one = contenders.sparse(session, model, structure, density, state, scope, dtype)
-    sample = _to(session, model.example(1)[0], dtype)
+    one = contenders.sparse(session, model, *kind, dtype)
+    module, sample = one.modules[0].eval(), _to(session, model.example(1)[0], dtype)
 
     def forward() -> None:
         with torch.no_grad(), _autocast(session, dtype):
-            one.modules[0](sample)
+            module(sample)
 
-    return replace(one, dispatcher=contenders.choose(session, one, forward, batch))
+    picks = dispatch.choose(module, forward, samples=batch, device=session.device, compiled=False)
+    return replace(one, dispatcher=describe(picks).partition(": ")[2])
 
 
-def _time(
-    session: Session, model: Model, batch: int, kinds: Sequence[Kind], *, training: bool
-) -> list[Row]:
-    """Dense and sparse models, eager and compiled; no rows where no structure is legal."""
+def _inference(session: Session, model: Model, kinds: Sequence[Kind], about: Row) -> pd.DataFrame:
+    """Dense, sparse and exported models, eager and compiled, and on a GPU captured."""
     torch.compiler.reset()
-    dtype, sides = torch.float32 if training else session.dtype, []
-    inputs, sample = (_to(session, model.example(n)[0], dtype) for n in (batch, 1))
-    for kind in session.affordable(f"structures of {model.label}", kinds):
+    batch, dtype = about["tokens"], session.dtype
+    inputs = _to(session, model.example(batch)[0], dtype)
+    sides = contenders.dense(session, model, dtype, PACKED_TOKENS)
+    for kind in kinds:
         name = f"{kind[0].label} in {model.label}"
         made = session.tried(name, partial(sparse, session, model, batch, kind, dtype))
-        if made and not training:
-            pack = partial(contenders.exported_model, session, made[0], inputs)
-            made += session.tried(f"{name}, exported", pack)
-        sides += [form for one in made for form in (one, contenders.compiled(one, model))]
-    if not sides:
-        return []
-    sides = contenders.dense(session, model, dtype, None if training else PACKED_TOKENS) + sides
-    size = model.inputs["context_length" if model.is_language else "image_size"]
-    case = f"{model.label}, " + (f"context {size}" if model.is_language else f"{size} pixels")
-    passes, rows, device = _passes(model, training), [], session.device.type
-    for done, (what, forward) in enumerate(passes.items()):
-        part = replace(session, timer=session.timer.part(1 / (len(passes) - done)))
-        about: Row = {"suite": "model_train" if training else "model_inference", "case": case,
-                      "tokens": batch, "pass": what}  # fmt: skip
-        work = Work(sides[0].modules[0], forward, sample)
-
-        def floor(one: Contender, _: object, work: Work = work) -> float:
-            operations, weights = work.left(model.rules(one.scope), one.density)
-            moved = weights * session.dtype.itemsize / session.ceilings.bandwidth
-            seconds = max(batch * operations / session.ceilings.rate, moved)
-            return TRAINING * seconds if training else seconds
-
-        calls: list[tuple[Contender, Call]] = [
-            (one, step(session, model, one, batch)[0] if training
-             else partial(forward, one.modules[0].eval(), inputs)) for one in sides
-        ]  # fmt: skip
-        with torch.inference_mode(not training):
-            graphs = device == "cuda" and not training
-            rows += part.compare(about, calls, floor=floor, graphs=graphs, block=BLOCK[device])
-    return rows
+        for one in tuple(made):
+            made += session.tried(name, partial(contenders.exported_model, one, inputs))
+        sides += [form for one in made for form in (one, contenders.compiled(one))]
+    with torch.inference_mode():
+        for one in tuple(sides):
+            one.modules[0].eval()
+            if session.device.type == "cuda":
+                sides += session.tried(one.form, partial(contenders.captured, one, inputs))
+        calls = [(one, partial(one.modules[0], inputs)) for one in sides]
+        return session.compare({**about, "pass": "inference"}, calls, BLOCK[session.device.type])
 
 
-def _passes(model: Model, training: bool) -> dict[str, Forward]:
-    """What is timed, by name; of a language model all logits, and those of the last position."""
-
-    def forward(module: nn.Module, inputs: Tensor) -> Tensor:
-        outputs: Tensor = module(inputs)
-        return outputs
-
-    if training or not model.is_language:
-        return {"training step" if training else "inference": forward}
-    return {
-        "inference, logits of all positions": forward,
-        "inference, logits of the last position": last_logits,
-    }
-
-
-def last_logits(module: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits `[B, V]` of the token that follows a prompt `[B, T]`."""
-    transformer, head = module.get_submodule("transformer"), module.get_submodule("lm_head")
-    logits: Tensor = head(transformer(tokens, use_cache=False).last_hidden_state[:, -1])
-    return logits
+def _training(session: Session, model: Model, kinds: Sequence[Kind], about: Row) -> pd.DataFrame:
+    """Steps of dense and sparse models, eager and compiled."""
+    torch.compiler.reset()
+    batch, sides = about["tokens"], contenders.dense(session, model, torch.float32)
+    for kind in kinds:
+        make = partial(sparse, session, model, batch, kind, torch.float32)
+        for one in session.tried(f"{kind[0].label} in {model.label}", make):
+            sides += [one, contenders.compiled(one)]
+    calls = [(one, step(session, model, one, batch)[0]) for one in sides]
+    return session.compare({**about, "pass": "training step"}, calls, BLOCK[session.device.type])
 
 
 def step(
@@ -181,101 +136,44 @@ def step(
     return call, optimizer
 
 
-def _memory(session: Session, model: Model, batch: int, kinds: Sequence[Kind]) -> list[Row]:
-    """Bytes of every side, the dense one first; on a CPU each in a process of its own."""
-    rows: list[Row] = []
-    for kind in session.affordable(f"sides of {model.label}", [None, *kinds]):
-        name = "dense" if kind is None else f"{kind[0].label}, {kind[3]}"
-        apart = weigh if session.device.type == "cuda" else _in_a_process
-        for row in session.tried(name, partial(apart, session, model, batch, kind)):
-            first = rows[0] if rows else row
-            for share, parts in {"kept": KEPT, "peak": ("peak_bytes",)}.items():
-                own, dense = (sum(r[part] for part in parts) for r in (row, first))
-                row[f"{share}_share"] = round(own / dense, 4)
-            about = {"suite": "memory", "case": model.label, "tokens": batch}
-            rows.append({**about, **row, **session.columns})
-    return rows if len(rows) > 1 else []
+def _memory(session: Session, model: Model, kinds: Sequence[Kind], about: Row) -> pd.DataFrame:
+    """Bytes of training steps of every side, the dense one first."""
+    batch = about["tokens"]
 
-
-def _in_a_process(session: Session, model: Model, batch: int, kind: Kind | None) -> Row:
-    timer = Timer(session.device, session.timer.clock, math.inf)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        session = replace(session, say=_nothing, timer=timer)
-        return pool.submit(weigh, session, model, batch, kind).result()
-
-
-def _nothing(line: str) -> None:
-    pass
-
-
-def weigh(session: Session, model: Model, batch: int, kind: Kind | None) -> Row:
-    """Bytes of training steps of one side in this process.
-
-    Raises:
-        UserError: the structure cannot hold that density in a layer of the model.
-    """
-    torch.set_num_threads(int(session.columns["threads"] or 1))
-
-    def prepared(model: Model, batch: int) -> tuple[Contender, Call, torch.optim.Optimizer]:
+    def weighed(kind: Kind | None) -> Row:
         if kind is None:
-            module = model.build().to(session.device)
-            one = Contender(form="eager", modules=[module])
+            one = Contender(form="eager", modules=[model.build().to(session.device)])
         else:
             one = sparse(session, model, batch, kind, torch.float32)
-        return one, *step(session, model, one, batch)
+        call, optimizer = step(session, model, one, batch)
+        return {**about, **one.columns(), **tensor_bytes(one.modules[0], optimizer, call)}
 
-    # One block first, for what every process loads once.
-    prepared(model.shallow(), 1)[1]()
-    _give_back()
-    before = _resident(session.device, "VmRSS")
-    one, call, optimizer = prepared(model, batch)
-    _give_back()
-    if session.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(session.device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(2):
-        call()
-    peak = _resident(session.device, "VmHWM") - before
-    parameters = list(one.modules[0].parameters())
-    sparse_parts = (
-        m for m in one.modules[0].modules() if isinstance(m, SparseLinear | SparseWeight)
-    )
-    gradients = (p.grad for p in parameters if p.grad is not None)
-    tensors = parameters, gradients, moments(optimizer, one.learner)
-    indices = (buffer for part in sparse_parts for buffer in part.buffers())
-    sizes = dict(zip(KEPT, map(tensor_bytes, (*tensors, indices)), strict=True))
-    return {**one.columns(), **sizes, "peak_bytes": peak}
+    rows = [weighed(None)]
+    for kind in kinds:
+        rows += session.tried(f"{kind[0].label} in {model.label}", partial(weighed, kind))
+    frame = pd.DataFrame(rows)
+    for what in ("kept", "peak"):
+        frame[f"{what}_share"] = (frame[f"{what}_bytes"] / frame[f"{what}_bytes"][0]).round(4)
+    return frame.assign(**session.columns)
 
 
-def moments(optimizer: torch.optim.Optimizer, learner: Learner | None) -> list[Tensor]:
-    """What the optimizers of values and of soft choices remember."""
-    states = list(optimizer.state.values())
-    if learner is not None:
-        states += (learner.state_dict()["optimizer"] or {"state": {}})["state"].values()
-    return [t for state in states for t in state.values() if isinstance(t, Tensor) and t.ndim]
+def tensor_bytes(module: nn.Module, optimizer: torch.optim.Optimizer, step: Call) -> Row:
+    """Bytes of tensors that training steps keep, in all and by kind, and of those alive at most.
 
-
-def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, shared memory once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def _give_back() -> None:
-    """Return freed memory to the operating system: building a sparse model takes a dense one."""
-    gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # of glibc
-
-
-def _resident(device: torch.device, key: str) -> int:
-    """Bytes in use now ("VmRSS") or at most ("VmHWM")."""
-    if device.type == "cuda":
-        read = torch.cuda.memory_allocated if key == "VmRSS" else torch.cuda.max_memory_allocated
-        return read(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
+    Storage counts once, however many tensors share it.
+    """
+    tracker = MemTracker()
+    tracker.track_external(module, optimizer)
+    with tracker:
+        step()  # makes what the next one meets
+        tracker.reset_mod_stats()
+        step()
+        (kept,), (peak,) = (
+            tracker.get_tracker_snapshot(when).values() for when in ("current", "peak")
+        )
+    kinds = {str(kind).rpartition(".")[2]: size for kind, size in kept.items()}
+    parts = {column: kinds[kind] for kind, column in KEPT.items()}
+    return {**parts, "kept_bytes": sum(parts.values()), "peak_bytes": peak["Total"]}
 
 
 def _autocast(session: Session, dtype: torch.dtype) -> torch.autocast:

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
-from padst_exp.bench.floors import Ceilings
-from padst_exp.bench.timing import Call, Timer, captured, reason
+from padst_exp.bench.timing import Call, Ceilings, Timer, reason
 from padst_exp.dispatch import device_name
 from padst_exp.engine.run_directory import environment
 from padst_exp.soft import Learner
-from padst_kernels import Backend
 
 Row = dict[str, Any]
-Samples = Mapping[str, list[float]]
 Cell = TypeVar("Cell")
-
-GRAPH, MAX_GRAPHED = ", CUDA graph", 16
-# Kernels of ours, as forms of sparse layers name them; and all of a structure's.
-KERNELS = {f"{how}, {b}" for how in ("packed", "exported", "features") for b in get_args(Backend)}
-EVERY = "every kernel"
-NUMBERS = (
-    "p20_ms", "p50_ms", "p80_ms", "rounds", "dense_form", "dense_ms", "ratio", "ratio_q1",
-    "ratio_q3", "strongest_form", "strongest_ms", "ratio_strongest", "floor_ms", "floor_share",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +24,7 @@ class Contender:
     """One way to compute a layer or a model."""
 
     structure: str = "dense"  # its label; "dense" for none
-    form: str  # how weights are stored and multiplied; for sparse layers the kernel, of KERNELS
+    form: str  # how weights are stored and multiplied
     modules: Sequence[nn.Module]  # called in turn, so that weights come from memory
     # What PyTorch does by itself, other dense kernels, or neither. Ratios are to the fastest dense
     # one, and to the fastest dense or strong one.
@@ -49,45 +36,30 @@ class Contender:
     trained: bool = True  # whether weights have gradients
     dispatcher: str = ""  # what the dispatcher chose, in one line
     learner: Learner | None = None  # of soft permutations
-
-    @property
-    def name(self) -> str:
-        """A name that no other contender of a comparison has."""
-        return ", ".join(filter(None, (self.structure, self.form, self.permutation, self.scope)))
+    passes: int = 1  # that one call makes
+    floor: float | None = None  # the least seconds of a pass
 
     def columns(self) -> Row:
         """What rows say of it."""
         names = "structure", "form", "scope", "permutation", "density_asked", "density"
-        own = {name: getattr(self, name) for name in names}
-        return {k: round(v, 4) if isinstance(v, float) else v for k, v in own.items()}
+        return {**{name: getattr(self, name) for name in names}, "density": round(self.density, 4)}
 
 
 @dataclass(frozen=True)
 class Session:
     """What every suite gets."""
 
-    timer: Timer  # of the device, with the budget of one suite
+    timer: Timer  # of the device
     dtype: torch.dtype  # of weights and activations
     ceilings: Ceilings  # what the device reaches, measured in this run
     columns: Mapping[str, Any]  # of every row: where and with what it was measured
     rounds: int  # timings of each contender
     say: Callable[[str], None]  # takes a line for a person
-    # "" or why a kernel is refused, by label of the structure and name of the kernel; None where
-    # nothing was checked, and all may be timed.
-    verdicts: Mapping[tuple[str, str], str] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where everything is measured."""
         return self.timer.device
-
-    def refusal(self, structure: str, form: str) -> str:
-        """Why sparse layers of a structure may not be timed in a form; "" where they may."""
-        kernel = form.removesuffix(GRAPH)
-        if self.verdicts is None or kernel not in KERNELS:
-            return ""
-        every = self.verdicts.get((structure, EVERY), "")
-        return every or self.verdicts.get((structure, kernel), "was not checked")
 
     def tried(self, name: str, make: Callable[[], Cell]) -> list[Cell]:
         """What `make` makes, in a list; nothing, and a line about `name`, where that fails."""
@@ -97,79 +69,40 @@ class Session:
             self.say(f"{name}: skipped, {reason(error)}")
             return []
 
-    def affordable(self, what: str, cells: Sequence[Cell]) -> Iterator[Cell]:
-        """`cells` while there is time for one as long as the longest so far; says what is left."""
-        longest = 0.0
-        for done, cell in enumerate(cells):
-            if self.timer.left <= longest:
-                self.say(f"{what}: budget spent, {len(cells) - done} of {len(cells)} left out")
-                return
-            began = time.monotonic()
-            yield cell
-            longest = max(longest, time.monotonic() - began)
-
     def compare(
-        self,
-        about: Row,
-        contenders: Sequence[tuple[Contender, Call]],
-        *,
-        floor: Callable[[Contender, Samples], float] | None = None,
-        twins: Mapping[str, Call] | None = None,
-        graphs: bool = False,
-        block: float = 0.0,
-    ) -> list[Row]:
-        """Time calls in turn; a row for each, without numbers for what is refused or fails.
+        self, about: Row, sides: Sequence[tuple[Contender, Call]], block: float = 0.0
+    ) -> pd.DataFrame:
+        """Time calls in turn: a row for each that runs, with the columns `about`.
 
-        All rows have the columns `about`. `floor` gives the least seconds of a contender from the
-        timings of all; `twins` take turns too, but have no row; with `graphs` each contender is
-        timed as a CUDA graph, too. A timing takes `block` seconds if the budget allows.
+        Milliseconds have four digits. A timing takes at least `block` seconds.
         """
-        sides = {one.name: (one, call) for one, call in contenders}
-        passes: dict[str, int] = {}
-        for one, call in contenders if graphs else ():
-            graph = replace(one, form=one.form + GRAPH)
-            passes[graph.name] = min(len(one.modules), MAX_GRAPHED)
-            sides[graph.name] = graph, captured(call, passes[graph.name])
-        notes = {name: self.refusal(one.structure, one.form) for name, (one, _) in sides.items()}
-        calls = {name: call for name, (_, call) in sides.items() if not notes[name]}
-        timer = self.timer.part(1)
-        samples, failed = timer.alternate({**(twins or {}), **calls}, self.rounds, block, passes)
-        for name, why in failed.items():
-            self.say(f"{name}: skipped, {why}")
-        timed = [name for name in sides if name in samples]
-        fastest = sorted(timed, key=lambda name: float(np.median(samples[name])))
-        usual = [name for name in fastest if sides[name][0].kind == "dense"][:1]
-        strong = [name for name in fastest if sides[name][0].kind != "sparse"][:1]
-        dense = [(sides[name][0].form, samples[name]) for name in usual + strong]
-        rows = []
-        for name, (one, _) in sides.items():
-            numbers: Row = dict.fromkeys(NUMBERS, "")
-            if name in samples:
-                least = None if floor is None else floor(one, samples)
-                numbers |= _numbers(samples[name], dense, least)
-            said = {"dispatcher": one.dispatcher, "note": notes[name] or failed.get(name, "")}
-            rows.append({**about, **one.columns(), **numbers, **said, **self.columns})
-        return rows
-
-
-def _numbers(own: list[float], dense: list[tuple[str, list[float]]], floor: float | None) -> Row:
-    """Milliseconds in four digits; ratios to the fastest dense contenders, if there are any."""
-    low, middle, high = (_milliseconds(value) for value in np.quantile(own, [0.2, 0.5, 0.8]))
-    row: Row = {"p20_ms": low, "p50_ms": middle, "p80_ms": high, "rounds": len(own)}
-    for prefix, (form, samples) in zip(("dense", "strongest"), dense, strict=False):
-        row[f"{prefix}_form"], row[f"{prefix}_ms"] = form, _milliseconds(float(np.median(samples)))
-        # Of neighbouring timings.
-        half, first, third = np.quantile(np.divide(samples, own), [0.5, 0.25, 0.75]).round(3)
-        usual = {"ratio": half, "ratio_q1": first, "ratio_q3": third}
-        row |= usual if prefix == "dense" else {"ratio_strongest": half}
-    if floor is not None:
-        share = round(floor / float(np.median(own)), 3)
-        row |= {"floor_ms": _milliseconds(floor), "floor_share": share}
-    return row
-
-
-def _milliseconds(seconds: float) -> float:
-    return float(f"{1e3 * seconds:.4g}")
+        calls = {str(number): call for number, (_, call) in enumerate(sides)}
+        seconds, failed = self.timer.alternate(calls, self.rounds, block)
+        for number, why in failed.items():
+            one = sides[int(number)][0]
+            self.say(f"{one.structure}, {one.form}, {one.permutation}: skipped, {why}")
+        timed = [sides[int(number)][0] for number in seconds]
+        times = 1e3 * pd.DataFrame(dict(enumerate(seconds.values()))) / [o.passes for o in timed]
+        rows = pd.DataFrame([{**about, **one.columns()} for one in timed])
+        rows[["p20_ms", "p50_ms", "p80_ms"]] = times.quantile([0.2, 0.5, 0.8]).T
+        rows["rounds"] = len(times)
+        # Ratios of neighbouring timings, to the fastest of some contenders.
+        for prefix, column, kinds in (
+            ("dense", "ratio", ("dense",)),
+            ("strongest", "ratio_strongest", ("dense", "strong")),
+        ):
+            others = [number for number, one in enumerate(timed) if one.kind in kinds]
+            if others:
+                best = rows.p50_ms[others].idxmin()
+                rows[f"{prefix}_form"], rows[f"{prefix}_ms"] = rows.form[best], rows.p50_ms[best]
+                ratios = times.rdiv(times[best], axis=0).quantile([0.5, 0.25, 0.75]).round(3).T
+                rows[[column, f"{column}_q1", f"{column}_q3"]] = ratios
+        rows["floor_ms"] = 1e3 * pd.Series([one.floor for one in timed], dtype=float)
+        rows["floor_share"] = (rows.floor_ms / rows.p50_ms).round(3)
+        rows["dispatcher"] = [one.dispatcher for one in timed]
+        digits = [column for column in rows if column.endswith("_ms")]
+        rows[digits] = rows[digits].map(lambda value: float(f"{value:.4g}"))
+        return rows.assign(**self.columns)
 
 
 def columns(timer: Timer, dtype: torch.dtype, ceilings: Ceilings) -> Row:

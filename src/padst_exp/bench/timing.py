@@ -1,14 +1,20 @@
-"""Seconds of calls that take turns on one device."""
+"""Seconds of calls that take turns on one device, and the most that the device can do."""
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
+from torch import nn
 
+from padst_exp.bench.onednn import OneDNNLinear, has_onednn
 from padst_exp.errors import UserError
 
 Call = Callable[[], object]
@@ -18,28 +24,17 @@ SHORTEST = {"cpu": 3e-3, "cuda": 2e-2}
 # A call of so many seconds finds nothing of its own left in a cache, whoever ran before.
 LONG = 0.1
 MAX_REPEATS = 10_000
-# A spent budget still grants so many rounds; first calls, which may compile, leave a share of it.
-MIN_ROUNDS, RESERVED = 3, 0.35
+# Side of the square product that shows the rate of a device.
+GEMM = {"cpu": 1024, "cuda": 8192}
+MAX_ROTATION = 512
 
 
+@dataclass(frozen=True)
 class Timer:
-    """Times calls on one device within a budget of wall time in seconds, counted from now.
+    """Times calls on one device, by the clock "wall", or "cpu" for the time of this one thread."""
 
-    The clock is "wall", or "cpu" for the time of this one thread.
-    """
-
-    def __init__(self, device: torch.device, clock: str, budget: float = math.inf) -> None:
-        self.device, self.clock, self.budget = device, clock, budget
-        self._end = time.monotonic() + budget
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left, negative once overspent."""
-        return self._end - time.monotonic()
-
-    def part(self, share: float) -> Timer:
-        """A timer with a `share` of what is left."""
-        return Timer(self.device, self.clock, max(0.0, share * self.left))
+    device: torch.device
+    clock: str
 
     def seconds(self, call: Call, repeats: int = 1) -> float:
         """Mean seconds of one of `repeats` calls."""
@@ -53,45 +48,32 @@ class Timer:
         return (now() - began) / repeats
 
     def alternate(
-        self,
-        calls: Mapping[str, Call],
-        rounds: int,
-        block: float = 0.0,
-        passes: Mapping[str, int] | None = None,
+        self, calls: Mapping[str, Call], rounds: int, block: float = 0.0
     ) -> tuple[dict[str, list[float]], dict[str, str]]:
-        """Seconds of one pass of each, in turn, so that all meet the same disturbances.
+        """Seconds of one call of each, in turn, so that all meet the same disturbances.
 
-        A timing is a burst of calls, of `block` seconds if the budget allows, as layers of one kind
-        follow each other in a model. A call that is not timed comes before it, since other calls
-        have used the caches. A spent budget means fewer rounds, and that first calls, the most
-        important ones first, do not begin. `passes`: how many passes one call makes, if not one.
+        A timing is a burst of calls, of at least `block` seconds, as layers of one kind follow each
+        other in a model. A call that is not timed comes before it, since other calls have used the
+        caches.
 
         Returns the timings, and the reason in one line for each call that did not run.
         """
         once: dict[str, float] = {}
         failed: dict[str, str] = {}
         for name, call in calls.items():
-            if once and self.left < RESERVED * self.budget < math.inf:
-                failed[name] = "no time left"
-                continue
             try:
                 call()
                 once[name] = self.seconds(call)
             except Exception as error:  # whatever a library or a compiler raises is the result
                 failed[name] = reason(error)
-        # Every timing comes after as long a call that is not timed, at worst.
-        fair = max(0.0, self.left) / (2 * rounds * max(1, len(once)))
-        block = max(SHORTEST[self.device.type], min(block, fair))
+        block = max(SHORTEST[self.device.type], block)
         samples: dict[str, list[float]] = {name: [] for name in once}
-        for done in range(rounds):
-            if done >= MIN_ROUNDS and self.left < 0:
-                break
+        for _ in range(rounds):
             for name, first in once.items():
                 if first < LONG:
                     calls[name]()
                 repeats = min(MAX_REPEATS, math.ceil(block / max(first, 1e-7)))
-                seconds = self.seconds(calls[name], repeats)
-                samples[name].append(seconds / (passes or {}).get(name, 1))
+                samples[name].append(self.seconds(calls[name], repeats))
         return samples, failed
 
 
@@ -101,20 +83,44 @@ def reason(error: Exception) -> str:
     return " ".join(f"{kind}{error}".split())[:200]
 
 
-def captured(call: Call, repeats: int) -> Call:
-    """A CUDA graph of `repeats` calls as one call, which captures when it is first called."""
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the last-level cache; 32 MiB where the operating system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [re.fullmatch(r"(\d+)([KM])", path.read_text().strip()) for path in files]
+    return max((int(s[1]) << {"K": 10, "M": 20}[s[2]] for s in sizes if s), default=32 << 20)
 
-    @functools.cache
-    def graph() -> torch.cuda.CUDAGraph:
-        made, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(made):
-            for _ in range(repeats):
-                call()
-        return made
 
-    return lambda: graph().replay()
+def rotation(size: int, device: torch.device) -> int:
+    """How many weights of `size` bytes exceed the last-level cache by far."""
+    return max(2, min(MAX_ROTATION, 5 * last_level_cache(device) // (2 * max(1, size))))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches in a second: bytes that a copy beyond the cache reads and writes, and
+    operations of the fastest dense product."""
+
+    bandwidth: float
+    rate: float
+
+    def least_seconds(self, operations: float, moved: float) -> float:
+        """Of so many operations on so many bytes from beyond the cache."""
+        return max(operations / self.rate, moved / self.bandwidth)
+
+
+@torch.no_grad()
+def ceilings(timer: Timer, dtype: torch.dtype) -> Ceilings:
+    """Measure what a device reaches; each ceiling is the best of a few timings."""
+    device, side = timer.device, GEMM[timer.device.type]
+    source = torch.zeros(4 * last_level_cache(device), dtype=torch.uint8, device=device)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    linear = nn.Linear(side, side, bias=False, device=device, dtype=dtype)
+    copy = partial(torch.empty_like(source).copy_, source)
+    calls: dict[str, Call] = {"copy": copy, "linear": partial(linear, a)}
+    if has_onednn(device, dtype):
+        calls["oneDNN"] = partial(OneDNNLinear(linear, side), a)
+    samples, _ = timer.alternate(calls, rounds=7)
+    bandwidth = 2 * len(source) / min(samples.pop("copy"))
+    return Ceilings(bandwidth, 2 * side**3 / min(itertools.chain(*samples.values())))

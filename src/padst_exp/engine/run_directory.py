@@ -95,16 +95,20 @@ class RunDirectory:
         """Return the summary of a finished run."""
         return json.loads((self.path / "summary.json").read_text())
 
-    def open_metrics(self, step: int) -> None:
+    def open_metrics(self, step: int) -> list[dict[str, Any]]:
         """Open `metrics.jsonl` for rows after `step`, dropping those that are there already.
 
         They stem from steps after the checkpoint that a killed run is resumed from; they
         will be computed, and written, again.
+
+        Returns:
+            The rows that stay.
         """
         path = self.path / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         replace_text(path, "".join(_line(row) for row in kept))
         self._metrics = open(path, "a", buffering=1, opener=own_descriptor)  # noqa: SIM115
+        return kept
 
     def append(self, row: Mapping[str, object]) -> None:
         """Append one row to `metrics.jsonl`, visible to readers at once."""

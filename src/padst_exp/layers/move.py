@@ -113,7 +113,7 @@ def plan(weight: SparseWeight, change: Change) -> Move:
         ValueError: the change does not fit the weight.
     """
     geometry, active = weight.geometry, change.active
-    _check_active(geometry, active)
+    check_active(geometry, active)
     if change.row_order is not None:
         order = change.row_order
         if order.shape != geometry.shape[:1] or not is_bijection(order):
@@ -135,7 +135,8 @@ def plan(weight: SparseWeight, change: Change) -> Move:
     return Move(change, geometry, weight.storage, source, old_entries, weight.values)
 
 
-def _check_active(geometry: Geometry, active: Tensor) -> None:
+def check_active(geometry: Geometry, active: Tensor) -> None:
+    """Raise a ValueError unless `active` are sorted ids, int64 `[N]`, of units of `geometry`."""
     if active.dim() != 1 or active.is_floating_point() or not len(active):
         raise ValueError(f"active units are {tuple(active.shape)}, expected one list of ids")
     if not bool((active.diff() > 0).all()):

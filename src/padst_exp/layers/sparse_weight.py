@@ -87,6 +87,11 @@ class SparseWeight(nn.Module):
         """`(O, I)`."""
         return self.geometry.shape
 
+    @property
+    def frozen(self) -> bool:
+        """Whether its values are not trained; then its units are not to change either."""
+        return not self.values.requires_grad
+
     def topology(self) -> Topology:
         """The active units as tables."""
         device, geometry = self.active.device, self.geometry

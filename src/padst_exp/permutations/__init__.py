@@ -1,6 +1,6 @@
 """Permutations of features and the learners that create and train them."""
 
-from padst_exp.permutations.distance import partition_distance, shift_distance
+from padst_exp.permutations.distance import distance_to_identity
 from padst_exp.permutations.exchange import Evidence, Exchange
 from padst_exp.permutations.fitting import Greedy, Search
 from padst_exp.permutations.givens import Givens, TurningPermutation
@@ -42,7 +42,6 @@ __all__ = [
     "StraightThrough",
     "SwitchedPermutation",
     "TurningPermutation",
+    "distance_to_identity",
     "is_bijection",
-    "partition_distance",
-    "shift_distance",
 ]

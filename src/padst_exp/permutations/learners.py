@@ -192,6 +192,8 @@ class DoublyStochastic(Relaxed):
         iterations: rounds of row and column normalisation.
         init: as in `initial_logits`.
         scale: as in `initial_logits`.
+        keep: share of the identity in what it starts as over trained weights, which must survive
+            it; the noise has the rest. From about 1 - delta on it hardens as the identity at once.
         side, lr, betas, weighting, weight, ramp_start, ramp_end, delta, deadline, interval, clip:
             as in `Relaxed`.
     """
@@ -204,6 +206,7 @@ class DoublyStochastic(Relaxed):
         iterations: int,
         init: Init,
         scale: float,
+        keep: float,
         lr: float,
         betas: tuple[float, float],
         weighting: Literal["adaptive", "fixed"],
@@ -221,15 +224,29 @@ class DoublyStochastic(Relaxed):
             interval=interval, clip=clip,
         )  # fmt: skip
         require_start(iterations, init, scale)
+        _require(0.5 < keep < 1, "keep", keep, "a share above 0.5 and below 1")
         self.projected = parametrization == "projected"
         self.iterations = iterations
         self.init: Init = init
         self.scale = scale
+        self.keep = keep
 
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         if size == 1:
             return single(generator)
         logits = initial_logits((size, size), self.init, self.scale, generator)
+        return self._soft(logits)
+
+    def fit(self, site: Site, generator: torch.Generator) -> Permutation | None:
+        fresh = self.create(site.size, generator)
+        if site.importance is None or fresh is None or not fresh.soft:
+            return fresh
+        # Its singular values are at least 2 keep - 1: trained weights can be read through it.
+        noise = fresh.matrix().detach()
+        identity = torch.eye(site.size, device=noise.device)
+        return self._soft((self.keep * identity + (1 - self.keep) * noise).log())
+
+    def _soft(self, logits: Tensor) -> Permutation:
         return Permutation(
             logits.exp() if self.projected else logits,
             projected=self.projected,
