@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,6 @@ class SparseLinear(nn.Module):
             Forward then calls `index` by itself, once for all weights.
     """
 
-    bias: nn.Parameter | None
     live: Tensor | None
     products: nn.ModuleList
     # How many neighbouring inputs of a weight belong to one position of a convolution's kernel.
@@ -52,7 +53,7 @@ class SparseLinear(nn.Module):
         self.weights = nn.ModuleList(weights)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach().clone())
-        self.bias = bias
+        self._parameters["bias"] = bias  # read through a property
         self.input_permutation = input_permutation
         # Empty modules stand for "no permutation here", which a ModuleList cannot hold.
         self.output_permutations = nn.ModuleList(
@@ -67,6 +68,8 @@ class SparseLinear(nn.Module):
         self.backend: Backend = self.backends(weights[0].values.device)[0]
         self.products = nn.ModuleList()
         self._parts: list[slice] = []
+        # The matrix that `weight` shows, and of which tensors in which versions.
+        self._shown: tuple[Tensor, list[Tensor], list[int]] | None = None
         self.stale = True
         self.register_buffer("live", None, persistent=False)
         for weight in weights:
@@ -75,6 +78,11 @@ class SparseLinear(nn.Module):
             permutation.on_change.append(self._outdate)
         self.register_load_state_dict_post_hook(_index)
         self.index()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether none of its weights is trained; then hard permutations are to stay, too."""
+        return all(weight.frozen for weight in self.parts())
 
     def parts(self) -> list[SparseWeight]:
         """The sparse weights, in the order of their outputs."""
@@ -125,7 +133,7 @@ class SparseLinear(nn.Module):
 
     def _live_rows(self, folding: Folding) -> Tensor | None:
         """Which outputs have a bias, bool `[O]`; None: all."""
-        if not self.silences_rows or self.bias is None:
+        if not self.silences_rows or self._parameters["bias"] is None:
             return None
         # A companion, or a soft permutation of the outputs, leaves no output without inputs.
         mixed = any(p.soft for (side, _), p in self.permutations().items() if side == "out")
@@ -153,12 +161,21 @@ class SparseLinear(nn.Module):
         y = self._multiply(x, dtype)
         if self.companion is not None:
             y = y + self.companion(x.to(y.dtype))
-        bias = self.live_bias()
+        bias = self.bias
         return y if bias is None else y + bias.to(y.dtype)
 
-    def live_bias(self) -> Tensor | None:
-        """The bias `[O]`, zero at silent rows; None without one."""
-        return self.bias if self.live is None or self.bias is None else self.bias * self.live
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias `[O]`, zero at silent rows; None without one. Differentiable.
+
+        The parameter itself, where no row is silent.
+        """
+        bias = self._parameters["bias"]
+        if bias is None or not self.silences_rows:
+            return bias
+        if self.stale:
+            self.index()
+        return bias if self.live is None else bias * self.live
 
     def _multiply(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """P_out S P_in x."""
@@ -194,8 +211,28 @@ class SparseLinear(nn.Module):
         """The whole layer as one dense `[O, I]` matrix, permutations applied. Differentiable.
 
         For parents that read `weight` instead of calling the layer; `F.linear(x, weight, bias)` is
-        the layer's output.
+        the layer's output. In evaluation without gradients it is kept until something changes.
         """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._matrix()
+        parts = [*self.parameters(), *self.buffers()]
+        if any(tensor.is_inference() for tensor in parts):  # such a tensor counts no versions
+            return self._matrix()
+        versions = [tensor._version for tensor in parts]
+        if self._shown is None or not _same(self._shown[1], parts) or self._shown[2] != versions:
+            self._shown = self._matrix(), parts, versions
+        return self._shown[0]
+
+    def train(self, mode: bool = True) -> Self:
+        self._shown = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy counts the versions of its own tensors.
+        return {**self.__dict__, "_shown": None}
+
+    def _matrix(self) -> Tensor:
+        """`[O, I]`, what `weight` shows."""
         matrices = [weight.matrix() for weight in self.parts()]
         for i, permutation in enumerate(self.output_permutations):
             if isinstance(permutation, Permutation):
@@ -225,6 +262,10 @@ class SparseLinear(nn.Module):
 def _index(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, SparseLinear)
     layer.index()
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
