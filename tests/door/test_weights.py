@@ -54,7 +54,7 @@ def test_no_checkpoint_without_its_parts_loads(run: Path) -> None:
             checkpoint.write({**payload, key: value}, path)
             refused(run, f"{key}={value}")
     # What only says how fast backends were is measured again.
-    for value in (None, 5, {}, {"device": 1}, {"device": "x", "picks": 5}):
+    for value in ({}, {"device": 1}, {"device": "x", "picks": 5}):
         checkpoint.write({**payload, "backends": value}, path)
         restore_run(run, World())
     for whole in (None, 5, [], {}, {"format": 99}, torch.zeros(3)):
@@ -78,6 +78,6 @@ def test_no_damaged_file_of_a_run_is_read(run: Path, capsys: pytest.CaptureFixtu
                 assert restore_run(run, World()).path == last
                 assert ("best.pt" in capsys.readouterr().err) == (what != "missing")
             damage(file)
-            assert file.name in refused(run, f"{file.name} is {what}")
+            assert str(file.parent) in refused(run, f"{file.name} is {what}")
             undone(file, sound)
             undone(best, last.read_bytes())

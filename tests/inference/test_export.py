@@ -68,7 +68,8 @@ def make_run(
     if own_model:
         cfg.model = OWN_MODEL
         cfg.sparse = [{"pattern": "hidden", "split": 1}]
-    model = build_experiment(cfg, World()).model
+    experiment = build_experiment(cfg, World())
+    model = experiment.model
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -85,6 +86,12 @@ def make_run(
         "average": state if averaged else None,
         "backends": dispatch.save(dispatch.forced(model, "torch", CPU), CPU),
         "config_text": text,
+        "data": experiment.task.describe(),
+        # Nothing of the rest is read here.
+        "optimizer": {"state": {}, "param_groups": []},
+        **dict.fromkeys(("schedule", "topology", "environment", "config"), {}),
+        **dict.fromkeys(("learners", "losses", "norms", "random"), []),
+        **dict.fromkeys(("births", "best")),
     }
     checkpoint.write(payload, folder / "checkpoints" / "last.pt")
     return folder
