@@ -73,6 +73,30 @@ for step in (1, 2):
     assert files and {file.name for file in files} == {name}
 
 
+def test_the_environment_wins_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    seen: list[tuple[object, object]] = []
+    monkeypatch.setattr(wandb, "init", lambda **given: seen.append((given["mode"], given["dir"])))
+    cases: list[tuple[dict[str, str], str, object]] = [
+        ({}, "offline", tmp_path),
+        ({"WANDB_MODE": "online"}, "online", tmp_path),
+        ({"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, "disabled", tmp_path),
+        ({"WANDB_DISABLED": "false", "WANDB_DIR": "elsewhere"}, "offline", "elsewhere"),
+    ]
+    for environment, mode, folder in cases:
+        for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_DIR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        from_yaml("logger/wandb").start(tmp_path, {})
+        assert seen == ([] if mode == "disabled" else [(mode, folder)])
+        seen.clear()
+        assert (f"wandb is {mode}" in capsys.readouterr().err) == (mode != "offline")
+
+
 def test_no_logger_does_nothing(tmp_path: Path) -> None:
     logger = NoLogger()
     logger.start(tmp_path, {})
@@ -132,6 +156,7 @@ def test_the_environment_says_where_and_the_config_says_what(
 ) -> None:
     for switch in ({"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}):
         assert recorded(monkeypatch, tmp_path, switch) == []
+        assert f"wandb is disabled, as {next(iter(switch))} in the" in capsys.readouterr().err
     (call,) = recorded(monkeypatch, tmp_path, {"WANDB_MODE": "dryrun", "WANDB_DIR": "/x"})
     assert (call["mode"], call["dir"]) == ("offline", "/x")
     assert capsys.readouterr().err == ""

@@ -89,8 +89,8 @@ def make_run(
         "data": experiment.task.describe(),
         # Nothing of the rest is read here.
         "optimizer": {"state": {}, "param_groups": []},
-        **dict.fromkeys(("schedule", "topology", "environment", "config"), {}),
-        **dict.fromkeys(("learners", "losses", "norms", "random"), []),
+        **{key: {} for key in ("schedule", "topology", "environment", "config")},
+        **{key: [] for key in ("learners", "losses", "norms", "random")},
         **dict.fromkeys(("births", "best")),
     }
     checkpoint.write(payload, folder / "checkpoints" / "last.pt")
@@ -260,7 +260,7 @@ def test_a_head_of_zeros_exports_and_what_diverged_is_refused(tmp_path: Path) ->
         payload["model"]["head.bias"][0] = float("nan")
 
     edit_checkpoint(run, diverge)
-    with pytest.raises(UserError, match=r"last\.pt \(head.bias is not finite, the"):
+    with pytest.raises(UserError, match=r"last\.pt: head.bias of its model is not a number"):
         export(keys(run), World())
     assert not folder.exists()
 
