@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from hostile import DAMAGED, broken_states, undone
+from padst_exp.analyze import AnalyzeSchema, analyze
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
+from padst_exp.engine.records import read_metrics
 from padst_exp.errors import UserError
 from padst_exp.restore import restore_run
 
@@ -81,3 +83,26 @@ def test_no_damaged_file_of_a_run_is_read(run: Path, capsys: pytest.CaptureFixtu
             assert str(file.parent) in refused(run, f"{file.name} is {what}")
             undone(file, sound)
             undone(best, last.read_bytes())
+
+
+def test_metrics_that_are_none_cost_a_line_or_nothing(run: Path) -> None:
+    """They are read for pictures and for people."""
+    file = run / "metrics.jsonl"
+    sound = file.read_bytes()
+    rows = len(read_metrics(file))
+    for what, damage in DAMAGED.items():
+        damage(file)
+        if what in ("a folder", "a pipe", "no end", "a pointer of Git LFS"):
+            with pytest.raises(UserError, match=r"^run: expected the metrics of a run, got "):
+                read_metrics(file)
+        else:
+            assert len(read_metrics(file)) <= rows, what
+        undone(file, sound)
+    strange = ('{"step": 1}', '{"step": "1", "kind": "eval"}', '{"kind": "rewire"}', "[1]", "NaN")
+    odd = '{"kind": "rewire", "step": 3, "churn": "x", "density": [1]}'
+    file.write_text("\n".join((*strange, odd)))
+    assert [row.get("churn") for row in read_metrics(file)] == [None, "x"]
+    keys = AnalyzeSchema(
+        run=str(run), out=None, parts=("topology",), device="cpu", trust=(), changes=()
+    )
+    assert analyze(keys, World())[1]["topology"]["changes"] == []
