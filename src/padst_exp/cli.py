@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import functools
+import logging
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -20,8 +22,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from padst_exp import end_quietly
 from padst_exp.config import GROUPS, closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
+from padst_exp.messages import say
 from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -60,6 +64,7 @@ def command_line(
             def job(cfg: DictConfig) -> None:
                 nonlocal composed
                 composed = True
+                _hear("padst_kernels")
                 if changes:
                     cfg.changes = [*cfg.changes, *changes]
                 try:
@@ -87,6 +92,8 @@ def command_line(
                 config_path=str(config_dir()), config_name=config_name, version_base="1.3"
             )(job)
             try:
+                if signal.getsignal(signal.SIGINT) is end_quietly:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
                 check_overrides(sys.argv[1:])
                 with _raising_hydra(), _without(changes):
                     program()
@@ -131,6 +138,17 @@ def _without(arguments: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"warning: {record.getMessage()}")
+
+
+def _hear(package: str) -> None:
+    """Say what a package warns of as we say everything else, not as Hydra's log has it."""
+    logger = logging.getLogger(package)
+    logger.handlers, logger.propagate = [_Said(logging.WARNING)], False
 
 
 @contextlib.contextmanager
@@ -256,4 +274,6 @@ def _exit_with(error: Exception) -> NoReturn:
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"padst_exp: {message}\n")
+    # What a user typed may hold line breaks, or what would speak to the terminal.
+    shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
+    sys.stderr.write(f"padst_exp: {shown}\n")

@@ -186,6 +186,58 @@ def test_full_errors_on_request(program: Program, monkeypatch: pytest.MonkeyPatc
         program(checked, "sparsity=1.5")
 
 
+def test_ctrl_c_before_anything_began_shows_no_traceback() -> None:
+    code = (
+        "import sys, signal; sys.argv = ['-m']; import padst_exp; "
+        "signal.raise_signal(signal.SIGINT)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (130, "padst_exp: interrupted\n")
+
+
+def test_what_all_processes_meet_process_0_says(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lost = RuntimeError("[../gloo/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    for rank, error, line in (
+        ("0", UserError("a: b"), "a: b"),
+        ("1", UserError("a: b"), "process 1: a: b"),
+        ("1", lost, "process 1: another process of this run has ended"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+
+        def task(cfg: DictConfig, error: Exception = error) -> None:
+            raise error
+
+        assert program(task, **SMALL) == (1, "", f"padst_exp: error: {line}\n")
+        assert len(waited) == (rank != "0")
+        waited.clear()
+
+
+def test_lack_of_memory_is_one_line(program: Program) -> None:
+    for error in (
+        MemoryError("no more"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
+
+        def task(cfg: DictConfig, error: Exception = error) -> None:
+            raise error
+
+        code, _, err = program(task, **SMALL)
+        assert (code, err.count("\n")) == (1, 1) and "out of memory (" in err
+
+
+def test_what_a_terminal_would_act_on_is_shown_as_an_escape(program: Program) -> None:
+    code, _, err = program(checked, "a\x1b[2J\nb\u202ec", **SMALL)
+    assert (code, err.count("\n")) == (2, 1) and err[:-1].isprintable()
+
+
 def test_interruption(program: Program) -> None:
     def task(cfg: DictConfig) -> None:
         raise KeyboardInterrupt

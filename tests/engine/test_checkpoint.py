@@ -13,6 +13,8 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.checkpoint import Checkpoints
 from padst_exp.errors import UserError
 
+REFUSED = r"^checkpoint: expected one that training wrote, got \S*x\.pt \("
+
 
 def payload(step: int, **changes: Any) -> dict[str, Any]:
     """Of all parts, each as small as it can be but the weights."""
@@ -42,7 +44,7 @@ def test_random_state_of_every_kind_survives(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
     torch.save({"format": checkpoint.FORMAT, "bad": os.system}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt: damaged, or not a checkpoint"):
+    with pytest.raises(UserError, match=REFUSED):
         checkpoint.read(tmp_path / "x.pt")
 
 
@@ -52,13 +54,13 @@ def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for share in (0.0, 0.1, 0.5, 0.99):
         path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(UserError, match=r"^\S*x\.pt: damaged") as caught:
+        with pytest.raises(UserError, match=REFUSED) as caught:
             checkpoint.read(path)
         assert "\n" not in str(caught.value)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="there is no such file"):
         checkpoint.read(tmp_path / "x.pt")
     torch.save({"format": checkpoint.FORMAT + 1}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=f"this version reads {checkpoint.FORMAT}"):

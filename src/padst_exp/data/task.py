@@ -49,6 +49,9 @@ class Task(abc.ABC):
         """Augments a training batch on its device, reproducibly from `seed`. Identity here."""
         return inputs, targets
 
+    def require_micro_batch(self, size: int) -> None:
+        """Raise a `UserError` unless `augment` can take so many samples. Any number here."""
+
     def baselines(self) -> dict[str, float]:
         """Figures of simple models on the validation split, to compare with; may be empty."""
         return {}
@@ -127,15 +130,13 @@ class Classification(Task):
         Raises:
             UserError: the micro-batch of this rank is odd (each image is mixed with a partner).
         """
+        self.require_micro_batch(len(inputs))
         if self.mixup == self.cutmix == 0:
             return inputs, targets
         from timm.data.mixup import Mixup
 
         from padst_exp.seeds import preserved_rng
 
-        found = f"{len(inputs)} images in a micro-batch of one process"
-        wanted = "an even number for dataset.mixup and dataset.cutmix"
-        require(len(inputs) % 2 == 0, "trainer.batch_size", found, wanted)
         mix = Mixup(
             mixup_alpha=self.mixup,
             cutmix_alpha=self.cutmix,
@@ -145,6 +146,13 @@ class Classification(Task):
         with preserved_rng(seed):
             # timm mixes in place.
             return mix(inputs.clone(), targets)
+
+    def require_micro_batch(self, size: int) -> None:
+        """Raise a `UserError` for an odd one where each image is mixed with a partner."""
+        mixed = self.mixup > 0 or self.cutmix > 0
+        found = f"{size} images in a micro-batch of one process"
+        wanted = "an even number for dataset.mixup and dataset.cutmix"
+        require(not mixed or size % 2 == 0, "trainer.batch_size", found, wanted)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits `[B, K]`, targets int64 `[B]` (smoothed here) or mixed `[B, K]` -> scalar."""

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from padst_exp.atomic import replacing
 from padst_exp.errors import UserError
-from padst_exp.files import reason
+from padst_exp.files import one_line, reading, reason
 from padst_exp.identity import differences
 from padst_exp.messages import say
 
@@ -94,14 +95,14 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: when the file is missing, damaged, or not one of ours; names the part.
     """
-    try:
+    with reading("checkpoint", path, "one that training wrote"):
+        with zipfile.ZipFile(path) as archive:
+            # A little that is compressed may be very much.
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("it is compressed")
+            if (damaged := archive.testzip()) is not None:  # torch does not look
+                raise ValueError(f"{damaged} in it is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such checkpoint") from None
-    except Exception as error:  # a pickle of anything fails in any way
-        raise UserError(
-            f"{path}: damaged, or not a checkpoint; delete it, or resume from another one"
-        ) from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else None
         raise UserError(f"{path}: checkpoint format {found}, this version reads {FORMAT}")
@@ -114,7 +115,7 @@ def read(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: damaged, its {name} is {found}")
     for weights in (payload["model"], payload["average"] or {}):
         for name, tensor in weights.items():
-            if not isinstance(tensor, Tensor):
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise UserError(f"{path}: damaged, {name} of its model is no tensor")
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
                 raise UserError(f"{path}: {name} of its model is not a number in places")
@@ -175,12 +176,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
     Raises:
         UserError: when it is the state of another model, or holds infinities; names `path`.
     """
+    expected = model.state_dict()
+    for name, tensor in weights.items():
+        like = expected.get(name, tensor)
+        # Loading would convert it without a word.
+        if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex():
+            raise UserError(f"{path}: does not fit this model: {name} is of {tensor.dtype}")
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
+    except (RuntimeError, IndexError, TypeError, AttributeError, KeyError, ValueError) as error:
         # torch lists one mismatch a line, below a title.
         lines = str(error).splitlines()
-        first = lines[1].strip() if len(lines) > 1 else reason(error)
+        first = one_line(lines[1]) if len(lines) > 1 else reason(error)
         raise UserError(f"{path}: does not fit this model: {first}") from error
     for name, parameter in model.named_parameters():
         if not bool(parameter.detach().isfinite().all()):

@@ -104,11 +104,15 @@ class Wandb(NoLogger):
 
     def _mode(self) -> Any:
         """As configured, unless the environment of this machine says something else."""
+        variable, mode = "WANDB_MODE", os.environ.get("WANDB_MODE") or self.mode
         if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "y", "t", "on"):
-            return "disabled"
-        mode = os.environ.get("WANDB_MODE") or self.mode
+            variable, mode = "WANDB_DISABLED", "disabled"
         mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
-        return mode if mode in ("offline", "online", "disabled") else self.mode
+        if mode not in ("offline", "online", "disabled"):
+            mode = self.mode
+        if mode != self.mode:
+            say(f"wandb is {mode}, as {variable} in the environment has it, not {self.mode}")
+        return mode
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self._run is not None:

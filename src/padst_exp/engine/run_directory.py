@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import json
@@ -68,6 +69,7 @@ class RunDirectory:
         self._metrics: TextIO | None = None
         self._lock: Lock | None = None
         self._new = False
+        self._made: list[Path] = []  # folders above it that were not there, the innermost first
 
     @classmethod
     def open(
@@ -101,6 +103,7 @@ class RunDirectory:
         def find() -> RunDirectory:
             try:
                 draft = _Draft(config_text, overrides, str(world.device))
+                made = [folder for folder in (root, *root.parents) if not folder.exists()]
                 while True:
                     path = _newest(root, name) if resume == "auto" else None
                     found = path is not None
@@ -109,6 +112,7 @@ class RunDirectory:
                         if path is None:  # another process has just made it
                             continue
                     directory = cls(path, config=config, config_text=config_text)
+                    directory._made = made
                     directory._enter(None if found else draft.lock, str(world.device))
                     if not found and resume == "auto":
                         say(f"resume=auto: {_nothing_to_continue(root, path, config)}")
@@ -236,6 +240,9 @@ class RunDirectory:
         if self._new and not self.checkpoints.last.exists():
             self.close()
             shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another run may have come there
+                for folder in self._made:
+                    folder.rmdir()
 
 
 class _Draft:
@@ -290,6 +297,12 @@ class _Draft:
         replace_text(draft / "overrides.yaml", "".join(lines) or "[]\n")
         replace_text(draft / "env.json", to_json(environment(self.device), indent=2))
         replace_text(draft / "config.yaml", self.config_text)
+
+
+def can_continue(root: Path, name: str) -> bool:
+    """Whether there is a run called `name` in `root` with a checkpoint to go on from."""
+    path = _newest(root, name)
+    return path is not None and (path / "checkpoints" / "last.pt").exists()
 
 
 def _newest(root: Path, name: str) -> Path | None:

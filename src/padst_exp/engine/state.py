@@ -13,7 +13,7 @@ from padst_exp.engine.ema import Average
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import UserError
-from padst_exp.layers import sparse_weights
+from padst_exp.layers import sparse_layers, sparse_weights
 from padst_exp.seeds import seed_generators, seed_of
 from padst_exp.soft import choices
 
@@ -61,8 +61,10 @@ class TrainingState:
         decay = experiment.trainer.ema_decay
         self.average = None if decay is None else Average(model, decay)
         # Only now is it known which choices are still soft.
+        layers = sparse_layers(model).values()
+        frozen = {module for layer in layers if layer.frozen for module in layer.modules()}
+        found = {n: c for n, c in choices(model).items() if c.soft or c not in frozen}
         for learner in self.learners:
-            found = choices(model)
             learner.start({n: c for n, c in found.items() if isinstance(c, learner.kind)})
         self.optimizer, self.schedule = experiment.optimizer.create(model, experiment.total_steps)
         if saved is not None:
