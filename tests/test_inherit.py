@@ -24,6 +24,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
 from padst_exp.errors import UserError
 from padst_exp.export import ExportSchema, export
+from padst_exp.inference import files
 from padst_exp.inference.packing import harden
 from padst_exp.inherit import saliency
 from padst_exp.layers import permutations, sparse_layers, sparse_weights
@@ -363,14 +364,11 @@ def test_a_classifier_for_other_classes_starts_fresh(
     with pytest.raises(UserError, match=r"^init_from: "):
         built(f"init_from={edited}", "sparsity=0.5")
     folder = exported(dense, tmp_path / "plain", "dense")
-    from safetensors.torch import load_file
-
-    description = json.loads((folder / "model.json").read_text())
+    description = files.read_description(folder)
+    state = files.read_state(folder, description)
     description["model"]["arguments"]["num_classes"] = 20
-    (folder / "model.json").write_text(json.dumps(description))
-    state = load_file(folder / "model.safetensors")
     widen({"model": state})
-    save_file(state, folder / "model.safetensors")
+    files.write(folder, state, description, extra={}, overwrite=True)
     model = built(f"init_from={folder}", "sparsity=0.5", "permutation=none").model
     assert "starts fresh" in capsys.readouterr().err
     assert model.get_submodule("head").out_features == 10
