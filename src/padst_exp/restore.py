@@ -161,14 +161,13 @@ def open_run(
     if path.is_file():
         folder = path.resolve().parent.parent
         run = folder if (folder / "config.yaml").is_file() else None
-    elif not (path / "config.yaml").is_file():
+        saved = checkpoint.read(path)
+    elif not (path / "config.yaml").exists():
         raise UserError(f"run: {path} is no run directory, it has no config.yaml")
     else:
-        best, last = path / "checkpoints" / "best.pt", path / "checkpoints" / "last.pt"
-        path = best if best.exists() else last
-    saved = checkpoint.read(path)
+        path, saved = checkpoint.read_best(path / "checkpoints")
     if run is None:
-        cfg = _config(saved.get("config_text"), path, trust, changes)
+        cfg = _config(saved["config_text"], path, trust, changes)
     else:
         file = run / "config.yaml"
         text = read_text("run", file, TRAINING_CONFIG, most=stored.MOST_BYTES)
@@ -214,7 +213,7 @@ def restore_run(
         config=cfg,
         run=opened.run,
         path=path,
-        step=int(saved["step"]),
+        step=saved["step"],
         averaged=opened.averaged,
         task=experiment.task,
         trainer=experiment.trainer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,14 +159,19 @@ def train(cfg: DictConfig) -> None:
         require_device(settings.backend, world.device)
         # A run that goes on has everything in its checkpoint; where it started may be gone.
         experiment = build_experiment(alone(cfg) if _goes_on(cfg, world) else cfg, world)
+        experiment.require_batches(world)
         directory = open_directory(cfg, world)
         summary = run(experiment, directory, world)
     finally:
         world.close()
     if world.main:
-        name, value = summary["monitor"], summary["final"][summary["monitor"]]
+        name = summary["monitor"]
+        value = summary["final"][name]  # None, where it is read from a file, for what is no number
+        value = math.nan if value is None else value
         say(f"{name} {value:.4g}, density of layers {summary['density_of_layers']:.4f}")
-        say(f"results in {directory.path}")
+        bad = summary.get("not_finite")
+        warning = f", but its last evaluation is not finite ({', '.join(bad)})" if bad else ""
+        say(f"results in {directory.path}{warning}")
 
 
 def build_experiment(cfg: DictConfig, world: World, task: Task | None = None) -> Experiment:

@@ -19,7 +19,7 @@ from engine.toy import (
 from from_yaml import from_yaml
 from padst_exp.dst import Algorithm, Change, Signals, Topology
 from padst_exp.engine.experiment import Experiment
-from padst_exp.engine.run_directory import read_metrics
+from padst_exp.engine.records import read_metrics
 from padst_exp.engine.step import Stepper, compile_blocks
 from padst_exp.layers import SparseLinear, SparseWeight, sparse_layers, sparse_weights
 from padst_exp.permutations import DoublyStochastic, Permutation

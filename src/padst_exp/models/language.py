@@ -159,7 +159,12 @@ def _load(
         _require_same(stored, config, key, source)
         # By default the weights would keep the precision of the file, and so would training.
         loading: Any = kind.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            weights_only=True,
+            trust_remote_code=False,
         )
     lm, loaded = loading
     missing = sorted(set(loaded["missing_keys"]) - tied)

@@ -59,7 +59,7 @@ def load(
                 filter_fn=convert,
             )
         elif checkpoint is not None:
-            state = load_state_dict(checkpoint)
+            state = load_state_dict(checkpoint, weights_only=True)
             state = state if convert is None else convert(state, model)
             _load_backbone(model, state, classifier, checkpoint)
     loaded: nn.Module = model
