@@ -22,6 +22,7 @@ from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.state import TrainingState
 from padst_exp.errors import UserError
 from padst_exp.export import ExportSchema, export
 from padst_exp.inference import files
@@ -68,7 +69,8 @@ def restored(path: Path) -> nn.Module:
 def run(folder: Path, *overrides: str, hard: bool = False, seed: int = 7) -> Path:
     """A run directory as a training leaves it, with large random weights in every layer."""
     cfg = config(*overrides)
-    model = build_experiment(cfg, World(), task_of(cfg)).model
+    experiment = build_experiment(cfg, World(), task_of(cfg))
+    model = experiment.model
     if hard:
         harden(model)
     generator = torch.Generator().manual_seed(seed)
@@ -79,11 +81,14 @@ def run(folder: Path, *overrides: str, hard: bool = False, seed: int = 7) -> Pat
     text = OmegaConf.to_yaml(cfg, resolve=True)
     (folder / "config.yaml").write_text(text)
     (folder / "metrics.jsonl").write_text("")
+    state = TrainingState(experiment, world=World(), saved=None, path=folder)
     payload = {
-        "step": 3,
-        "model": model.state_dict(),
+        "data": {},
+        "environment": {},
+        **state.payload(),
         "average": None,
         "backends": dispatch.save(dispatch.forced(model, "torch", CPU), CPU),
+        "config": {},
         "config_text": text,
     }
     checkpoint.write(payload, folder / "checkpoints" / "last.pt")
@@ -93,7 +98,7 @@ def run(folder: Path, *overrides: str, hard: bool = False, seed: int = 7) -> Pat
 def exported(folder: Path, out: Path, form: Any) -> Path:
     keys = ExportSchema(
         run=str(folder), format=form, out=str(out), overwrite=False, device="cpu", trust=(),
-        changes=(),
+        changes=(), batch_size=1,
     )  # fmt: skip
     return export(keys, World())[0]
 
@@ -386,7 +391,7 @@ def edit(source: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -
 
 def test_weights_that_are_not_finite_are_refused(dense: Path, tmp_path: Path) -> None:
     def spoil(payload: dict[str, Any]) -> None:
-        payload["model"]["head.bias"][0] = torch.nan
+        payload["model"]["head.bias"][0] = torch.inf
 
     edited = edit(dense, tmp_path / "spoilt", spoil)
     with pytest.raises(UserError, match=r"^init_from: [^\n]*finite[^\n]*$"):

@@ -404,6 +404,32 @@ def test_every_learner_keeps_trained_weights_or_says_that_it_cannot() -> None:
     assert {"none", "random", "doubly_stochastic"} <= kept
 
 
+def test_fitted_permutations_keep_more_of_trained_weights_on_either_side() -> None:
+    structures = {"nm": STRUCTURES["nm-16"], "block": STRUCTURES["block-8"]}
+    for structure in structures.values():
+        for side in ("in", "out", "both"):
+            kept, at = {}, {"side": side}
+            for name in ("none", "random", "greedy", "search"):
+                torch.manual_seed(0)
+                model = plain(nn.Linear(64, 96))
+                # Rows and columns of hidden groups, some of which matter.
+                rows, columns = torch.randperm(96) % 6, torch.randperm(64) % 8
+                matters = (torch.rand(6, 8) > 0.7).float()[rows][:, columns]
+                with torch.no_grad():
+                    model[0].weight.mul_(0.2 + 2 * matters)
+                dense = model[0].weight.detach().clone()
+                sparsify(
+                    model, [Rule("0")], structure=structure, density=0.25, topology="magnitude",
+                    learner=from_yaml(f"permutation/{name}", **({} if name == "none" else at)),
+                    rescale=False,
+                )  # fmt: skip
+                found = model[0].weight.detach()
+                assert torch.equal(found[found != 0], dense[found != 0])
+                kept[name] = float(found.square().sum() / dense.square().sum())
+            assert kept["greedy"] > max(kept["none"], kept["random"]) + 0.01, (side, kept)
+            assert kept["search"] > kept["greedy"] - 0.02, (side, kept)
+
+
 def test_importance_decides_where_it_is_given() -> None:
     torch.manual_seed(0)
     model = plain(nn.Linear(16, 16))
