@@ -245,7 +245,7 @@ def test_interruption(program: Program) -> None:
     assert program(task, **SMALL) == (130, "", "padst_exp: interrupted\n")
 
 
-def test_a_sweep_stops_at_the_first_mistake_and_names_the_job(program: Program) -> None:
+def test_a_sweep_goes_on_after_a_failed_job_and_fails_at_its_end(program: Program) -> None:
     seen = []
 
     def task(cfg: DictConfig) -> None:
@@ -254,11 +254,22 @@ def test_a_sweep_stops_at_the_first_mistake_and_names_the_job(program: Program) 
 
     code, _, err = program(task, "--multirun", "seed=0,1", "structure.n=1,0")
     assert code == 1
-    assert seen == [0, 0]
+    assert seen == [0, 0, 1, 1]
+    line = "structure.n: expected an integer of at least 1, got 0\n"
     assert err == (
-        "padst_exp: error: job 1 (seed=0 structure.n=0): "
-        "structure.n: expected an integer of at least 1, got 0\n"
+        f"padst_exp: error: job 1 (seed=0 structure.n=0): {line}"
+        f"padst_exp: error: job 3 (seed=1 structure.n=0): {line}"
+        "padst_exp: error: 2 jobs of this sweep failed: 1, 3\n"
     )
+
+    def bug(cfg: DictConfig) -> None:
+        seen.append(cfg.seed)
+        if cfg.seed == 2:
+            raise ZeroDivisionError("of ours")
+
+    code, _, err = program(bug, "--multirun", "seed=2,3")
+    assert code == 1 and seen[-1] == 3
+    assert "Traceback" in err and err.endswith("1 jobs of this sweep failed: 0\n")
 
 
 def test_an_experiment_is_a_sweep(program: Program) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from padst_exp.data.fingerprint import fingerprint
 from padst_exp.errors import require
 
 Batch = tuple[Tensor, Tensor]
@@ -54,6 +55,18 @@ class Task(abc.ABC):
     def baselines(self) -> dict[str, float]:
         """Figures of simple models on the validation split, to compare with; may be empty."""
         return {}
+
+    def describe(self) -> dict[str, int | str]:
+        """What the data are, wherever they lie: a run goes on with the same, on every rank.
+
+        Returns:
+            The samples of both splits, and a hash of their `fingerprint`s, which a split without
+            one leaves out.
+        """
+        splits = {"training": self.train, "validation": self.validation}
+        prints = [split.fingerprint() for split in splits.values() if hasattr(split, "fingerprint")]
+        counts: dict[str, int | str] = {name: len(split) for name, split in splits.items()}
+        return counts | {"fingerprint": fingerprint(*prints)}
 
     @abc.abstractmethod
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ class DropGrow(Periodic):
 
         # Few active units would round to zero drops for ever without the carry.
         wanted = self.drop_fraction(step, total) * len(survivors) + carry
-        num_drop = min(math.floor(wanted), len(survivors))
+        num_drop = max(0, min(math.floor(wanted), len(survivors)))
         leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=scores.device))[0]
         left = topology.with_active(survivors[~leaving])
 

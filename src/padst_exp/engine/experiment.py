@@ -57,6 +57,14 @@ class Experiment:
             "0 with dst.moments=zero, which keeps no births",
         )
 
+        drops = type(self.algorithm).drop_fraction is not Algorithm.drop_fraction
+        require(
+            drops or not self.learner.spends_drops,
+            "dst",
+            type(self.algorithm).__name__,
+            "one that drops and grows, such as rigl, where a permutation moves within drops",
+        )
+
     @property
     def learners(self) -> list[Learner]:
         """Those of all soft choices: of permutations, and of selections if there are any."""

@@ -86,12 +86,12 @@ def places(model: nn.Module, permutation: Permutation) -> Iterator[Place]:
 
 
 @torch.no_grad()
-def evidence(found: list[Place], fraction: float) -> Evidence:
+def evidence(found: list[Place], budget: float) -> Evidence:
     """What a learner may know of the weights of `places`.
 
     Args:
         found: the weights; their `part_gradients` were collected.
-        fraction: share of the active entries that may be lost.
+        budget: how many active entries may be lost.
     """
     active, values, gradients = [], [], []
     for place in found:
@@ -103,8 +103,9 @@ def evidence(found: list[Place], fraction: float) -> Evidence:
         values.append(place.table(matrix))
         gradients.append(place.table(parts * len(parts)))
     return Evidence(
+        side=found[0].side,
         active=torch.cat(active),
         values=torch.cat(values),
         gradients=torch.cat(gradients, dim=1),
-        budget=fraction * int(sum(part.sum() for part in active)),
+        budget=budget,
     )

@@ -25,10 +25,13 @@ class PermutationLearner(Learner):
         side: which side of a sparse weight S is permuted: y = S P x ("in"), y = P S x ("out"),
             both, or what suits the structure ("auto").
         parts: of how many parts of a step's samples `exchange` wants gradients; 0: of none.
+        spends_drops: whether entries that an exchange loses count as dropped, so that the next
+            update of the topology drops so many fewer.
     """
 
     kind = Permutation
     parts = 0
+    spends_drops = False
 
     def __init__(self, *, side: Side, interval: int = 1) -> None:
         super().__init__(interval=interval)
@@ -300,6 +303,13 @@ def require_end(delta: float, deadline: float) -> None:
     """Refuse ends of a soft phase that make no sense."""
     _require(0 < delta < 1, "delta", delta, "between 0 (a permutation) and 1 (uniform)")
     _require(0 < deadline <= 1, "deadline", deadline, "a fraction of training in (0, 1]")
+
+
+def require_span(start: float, deadline: float) -> None:
+    """Refuse fractions of training that make no span."""
+    _require(0 <= start < 1, "start", start, "a fraction of training in [0, 1)")
+    wanted = f"a fraction of training after permutation.start={start}"
+    _require(start < deadline <= 1, "deadline", deadline, wanted)
 
 
 def _require(valid: bool, key: str, value: object, wanted: str) -> None:
