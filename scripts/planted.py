@@ -1,9 +1,9 @@
 """Every permutation learner against a fixed random permutation, and what each costs.
 
-results/tables/planted.csv: planted regression (`padst_exp.analysis.planted`), five seeds; errors are
-shares of the teacher's weight. results/tables/learners.csv: parameters, memory and time of one layer
-at 768 and 3072 features. Rows that are there already are not measured again: delete a table, or
-rows of it, to do so. About ten minutes on one core.
+planted.csv in results/tables: planted regression (`padst_exp.analysis.planted`), five seeds; errors
+are shares of the teacher's weight. learners.csv: parameters, memory and time of one layer at 768
+and 3072 features. Rows that are there already are not measured again: delete a table, or rows of
+it, to do so. About ten minutes on one core.
 """
 
 import csv

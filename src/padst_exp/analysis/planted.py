@@ -104,10 +104,11 @@ def learn_planted(
     """
     task = Planted(structure, size=size, density=density, seed=seed)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(size, size, bias=False))
+    dense = nn.Linear(size, size, bias=False)
     if noise is not None:
         apart = noise * task.teacher.std() * torch.randn(size, size)
-        model[0].weight.data.copy_(task.teacher + apart)
+        dense.weight.data.copy_(task.teacher + apart)
+    model = nn.Sequential(dense)
     report = sparsify(
         model, [Rule("0")], structure=structure, density=density, learner=learner,
         algorithm=algorithm, seed=seed, rescale=noise is None,
