@@ -36,7 +36,14 @@ def evaluated(path: Path, **changes: Any) -> dict[str, float]:
 
 
 def exported(path: Path, out: Path | None = None, **changes: Any) -> Path:
-    values = {"format": "packed", "out": out and str(out), "overwrite": True, **KEYS, **changes}
+    values = {
+        "format": "packed",
+        "out": out and str(out),
+        "overwrite": True,
+        "batch_size": 1,
+        **KEYS,
+        **changes,
+    }
     return export(ExportSchema(run=str(path), **values), World())[0]
 
 

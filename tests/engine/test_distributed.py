@@ -9,7 +9,7 @@ from engine.moving import Moving
 from engine.toy import double, start_ranks, toy_run
 from padst_exp.engine import checkpoint, distributed
 from padst_exp.engine.distributed import World
-from padst_exp.engine.run_directory import read_metrics
+from padst_exp.engine.records import read_metrics
 from padst_exp.errors import UserError
 
 

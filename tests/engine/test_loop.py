@@ -34,7 +34,8 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.backends import choose_backends, describe
 from padst_exp.engine.distributed import World
 from padst_exp.engine.interruption import Interrupted
-from padst_exp.engine.run_directory import RunDirectory, read_metrics
+from padst_exp.engine.records import read_metrics
+from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.errors import UserError
 from padst_exp.layers import permutations, sparse_layers
 from padst_exp.structures import Block

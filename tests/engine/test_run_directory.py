@@ -5,8 +5,11 @@ import pytest
 import yaml
 
 from padst_exp.engine.distributed import World
-from padst_exp.engine.run_directory import RunDirectory, read_metrics
+from padst_exp.engine.records import read_metrics
+from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.errors import UserError
+
+SUMMARY = {"monitor": "x", "final": {"x": 1}}
 
 
 def create(root: Path, resume: str = "never", lr: float = 0.1) -> RunDirectory:
@@ -28,6 +31,7 @@ def test_what_a_new_folder_holds(tmp_path: Path) -> None:
         "overrides.yaml",
         "env.json",
         "checkpoints",
+        "lock.json",
     }
     assert yaml.safe_load((path / "config.yaml").read_text())["optimizer"] == {"lr": 0.1}
     overrides = yaml.safe_load((path / "overrides.yaml").read_text())
@@ -44,16 +48,18 @@ def test_never_takes_a_folder_of_its_own(tmp_path: Path) -> None:
 
 def test_auto_continues_the_folder_of_its_name(tmp_path: Path) -> None:
     first = create(tmp_path, "auto")
+    first.close()
     again = create(tmp_path, "auto")
     assert again.path == first.path and not again.finished
     assert (again.path / "env-resume-1.json").exists()
-    first.finish({"x": 1})
-    assert again.finished and again.summary() == {"x": 1}
+    first.finish(SUMMARY)
+    assert again.finished and again.summary() == SUMMARY
 
 
 def test_auto_continues_the_newest_of_several(tmp_path: Path) -> None:
-    create(tmp_path).finish({"x": 1})
+    create(tmp_path).finish(SUMMARY)
     second = create(tmp_path)
+    second.close()
     assert second.path.name == "run-2"
     assert create(tmp_path, "auto").path == second.path
 
@@ -66,7 +72,7 @@ def test_auto_leaves_a_foreign_folder_alone(tmp_path: Path) -> None:
 
 
 def test_auto_refuses_another_configuration(tmp_path: Path) -> None:
-    create(tmp_path, "auto", lr=0.1)
+    create(tmp_path, "auto", lr=0.1).close()
     with pytest.raises(UserError, match=r"optimizer\.lr=0\.1 there and 0\.2 here"):
         create(tmp_path, "auto", lr=0.2)
 

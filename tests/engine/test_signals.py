@@ -27,7 +27,7 @@ from engine.toy import (
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.interruption import Interrupted, Interruption, ending_at_once
-from padst_exp.engine.run_directory import read_metrics
+from padst_exp.engine.records import read_metrics
 from padst_exp.errors import UserError
 from padst_exp.signals import ENDING, REQUEUE
 

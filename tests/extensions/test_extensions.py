@@ -16,7 +16,7 @@ from PIL import Image
 from extensions.own import Arrow
 from layers.layer_cases import LIVES, linear, sparse_layer
 from layers.reference import assert_close, expected, run
-from padst_exp.engine.run_directory import read_metrics
+from padst_exp.engine.records import read_metrics
 from padst_exp.train import main
 
 Train = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]

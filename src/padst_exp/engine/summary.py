@@ -1,5 +1,6 @@
 """What came out of a run, computed from its metrics, its report and its model."""
 
+import math
 import resource
 import statistics
 import sys
@@ -47,12 +48,15 @@ def summarize(
     # Where there is an average of the weights, it is what is watched.
     watched = f"ema_{name}" if f"ema_{name}" in evaluations[-1] else name
     choose = max if direction == "max" else min
-    best = choose(evaluations, key=lambda row: row[watched])
+    sound = [row for row in evaluations if not math.isnan(row[watched])]
+    best = choose(sound or evaluations, key=lambda row: row[watched])
     return {
         "steps": evaluations[-1]["step"],
         "monitor": watched,
         "best": _values(best),
         "final": _values(evaluations[-1]),
+        # A run may reach its end and be worth nothing.
+        "not_finite": not_finite(evaluations[-1]),
         "baselines": dict(baselines),
         "density_of_layers": report.density("layers"),
         "density_of_model": report.density("model"),
@@ -62,6 +66,11 @@ def summarize(
         "sparsification": report.to_dict(),
         "timing": _timing(rows, world, seconds),
     }
+
+
+def not_finite(row: Row) -> list[str]:
+    """The metrics in a row that are NaN or infinite."""
+    return [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
 
 
 def _topology(rows: Sequence[Row], model: nn.Module, tracker: TopologyTracker) -> dict[str, object]:

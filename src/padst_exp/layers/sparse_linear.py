@@ -76,6 +76,11 @@ class SparseLinear(nn.Module):
         self.register_load_state_dict_post_hook(_index)
         self.index()
 
+    @property
+    def frozen(self) -> bool:
+        """Whether none of its weights is trained; then hard permutations are to stay, too."""
+        return all(weight.frozen for weight in self.parts())
+
     def parts(self) -> list[SparseWeight]:
         """The sparse weights, in the order of their outputs."""
         return [weight for weight in self.weights if isinstance(weight, SparseWeight)]

@@ -295,6 +295,16 @@ def _check_loaded(weight: nn.Module, _: object) -> None:
     assert isinstance(weight, SparseWeight)
     try:
         plan(weight, Change(weight.active.long(), row_order=weight.row_order))
+        if weight.storage == "packed" and len(weight.values) != len(weight.active):
+            raise ValueError(f"{len(weight.active)} of them for {len(weight.values)} values")
+        if weight.storage == "masked":
+            entries = weight.entries()
+            inside = scatter_entries(torch.ones_like(entries), entries, weight.shape)
+            if bool(weight.values.detach()[inside == 0].any()):
+                raise ValueError("other values are not zero")
+        selection = weight.selection
+        if selection is not None and not torch.equal(selection.units, weight.active.long()):
+            raise ValueError("others are chosen among")
     except ValueError as error:
         raise UserError(
             f"checkpoint: its active units do not fit this structure ({error}); "

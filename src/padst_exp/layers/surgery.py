@@ -209,10 +209,13 @@ class Surgery:
         self, cuts: Sequence[Cut], importance: Tensor | None, generator: torch.Generator
     ) -> list[Tensor]:
         """The first active units of every weight."""
+        if importance is None:
+            # Also where others are taken: what is drawn next does not depend on it.
+            drawn = [random_units(cut.geometry, cut.counts, generator) for cut in cuts]
         if self.taken.units is not None:
             return [self._taken_units(cut, self.taken.units) for cut in cuts]
         if importance is None:
-            return [random_units(cut.geometry, cut.counts, generator) for cut in cuts]
+            return drawn
         parts = importance.chunk(len(cuts))
         return [cut.best(part, cut.counts) for cut, part in zip(cuts, parts, strict=True)]
 
@@ -319,7 +322,11 @@ class Sides:
         """Let them be those that are given, hard."""
         if taken.indices is None:
             return
-        for name, permutation in self.all().items():
+        own, here = self.all(), f"{self.found.name}."
+        for name in taken.indices:
+            if name.startswith(here) and name not in own:
+                raise UserError(f"{taken.indices_from} with {name}, where there is none here")
+        for name, permutation in own.items():
             index = taken.indices.get(name)
             if index is None:
                 raise UserError(f"{taken.indices_from}, which has no {name}")

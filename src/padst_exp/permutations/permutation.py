@@ -192,5 +192,11 @@ class Permutation(Soft):
                 )
             if not soft:
                 self.logits = None
+        initial = state_dict.get(f"{prefix}initial")
+        if initial is not None and initial.shape == (self.size,) and not is_bijection(initial):
+            raise UserError(
+                f"{prefix}initial: not a permutation of {self.size} features; "
+                "the checkpoint is damaged"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.changed()
