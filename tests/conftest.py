@@ -1,6 +1,7 @@
 """Every test runs seeded and on one thread; `gpu` tests are skipped where there is no GPU."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small finished run; whoever changes something in it takes a copy."""
+    from hostile import trained_run
+
+    return trained_run(tmp_path_factory.mktemp("real"))
 
 
 @pytest.fixture(autouse=True)

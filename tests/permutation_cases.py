@@ -13,6 +13,7 @@ def learned(**changes: Any) -> DoublyStochastic:
         "iterations": 10,
         "init": "lognormal",
         "scale": 1.0,
+        "keep": 0.7,
         "lr": 0.3,
         "betas": (0.9, 0.99),
         "weighting": "adaptive",

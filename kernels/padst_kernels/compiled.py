@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import os
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -26,14 +27,14 @@ def compiled(source: Path) -> ctypes.CDLL | None:
     PADST_NATIVE=0 in the environment, read at the first use, does without.
 
     Needs GCC (`CXX`, by default g++) at the first use on a machine: some seconds. Libraries
-    stay in `PADST_CACHE` (else `~/.cache/padst_exp`), by the hash of source, headers, compiler and
-    CPU.
+    stay in a folder of this user's in `PADST_CACHE` (else `~/.cache/padst_exp`), by the hash of
+    source, headers, compiler and CPU. A damaged one is compiled again. Where the folder cannot be
+    made, or somebody else could write to it, they are compiled for this process alone.
     """
     try:
         if os.environ.get("PADST_NATIVE") == "0":
             raise RuntimeError("PADST_NATIVE is 0")
-        return ctypes.CDLL(str(_build(source)))
-    # RuntimeError: also where there is no home directory.
+        return _loaded(source)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[-1])
@@ -43,7 +44,7 @@ def compiled(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _build(source: Path) -> Path:
+def _loaded(source: Path) -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "g++")
     # Every option that -march=native stands for on this CPU.
     target = _run([compiler, "-march=native", "-Q", "--help=target"])
@@ -51,17 +52,59 @@ def _build(source: Path) -> Path:
     headers = sorted([*HEADERS.glob("*.h"), *source.parent.glob("*.h")])
     code = b"".join(file.read_bytes() for file in [source, *headers])
     key = hashlib.sha256(code + f"{COMPILE}{target}{version}".encode()).hexdigest()
-    cache = Path(os.environ.get("PADST_CACHE") or Path.home() / ".cache" / "padst_exp")
-    library = cache / f"{source.parent.name}-{key[:16]}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            objects, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
-            _run([compiler, *COMPILE, str(source), "-o", str(objects)])
-            _run([compiler, "-shared", str(objects), "-o", str(linked)])
-            # Several processes may build at once; each puts a whole file in place.
-            linked.replace(library)
-    return library
+    name = f"{source.parent.name}-{key[:16]}.so"
+    folder = own_folder()
+    if folder is not None and _is_whole(folder / name):
+        return ctypes.CDLL(str(folder / name))
+    with tempfile.TemporaryDirectory(dir=folder, prefix="padst-") as temporary:
+        objects, linked = Path(temporary, "kernel.o"), Path(temporary, name)
+        _run([compiler, *COMPILE, str(source), "-o", str(objects)])
+        _run([compiler, "-shared", str(objects), "-o", str(linked)])
+        content = linked.read_bytes()
+        # Behind what a loader reads.
+        linked.write_bytes(content + hashlib.sha256(content).digest())
+        if folder is None:
+            return ctypes.CDLL(str(linked))
+        # Several processes may build at once; each puts a whole file in place.
+        linked.replace(folder / name)
+    return ctypes.CDLL(str(folder / name))
+
+
+@functools.cache
+def own_folder() -> Path | None:
+    """Where this user's libraries are kept, or None where no folder is theirs alone."""
+    try:
+        cache = Path(os.environ.get("PADST_CACHE") or Path.home() / ".cache" / "padst_exp")
+        folder = cache / f"native-{os.geteuid()}"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.lstat()
+        if not stat.S_ISDIR(state.st_mode):
+            raise OSError(f"{folder} is a link")
+        if state.st_uid != os.geteuid():
+            raise OSError(f"{folder} is another user's")
+        if state.st_mode & 0o077:
+            raise OSError(f"{folder} is open to others (chmod 700 closes it)")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(f"{folder} cannot be written")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        logging.getLogger(__name__).warning(
+            "CPU kernels are compiled for this process alone, some seconds each: %s", error
+        )
+        return None
+    return folder
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is there and what its last bytes say of it is true.
+
+    To load one that is not whole may end the process.
+    """
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _run(command: list[str]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig
 
+from padst_exp.atomic import replace_text
 from padst_exp.cli import command_line
 from padst_exp.config import Device, read_keys
 from padst_exp.errors import UserError
@@ -33,12 +34,17 @@ class AnalyzeSchema:
         out: folder to write; null is `analysis` beside the checkpoints.
         parts: what to look at.
         device: "auto" takes the GPU where there is one.
+        trust: packages other than ours whose constructors the run's config may name.
+        changes: of keys of the run that change no weight, as on a command line, which may also
+            have them directly: `dataset.root=/where/the/data/are/now`.
     """
 
     run: str
     out: str | None
     parts: tuple[Part, ...]
     device: Device
+    trust: str | tuple[str, ...]
+    changes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,13 @@ class Snapshot:
     explored: dict[str, float]
 
 
-@command_line("analyze")
+@command_line("analyze", of_run=True)
 def main(cfg: DictConfig) -> None:
     """Analyse a run and say what came out."""
     keys = read_keys(cfg, AnalyzeSchema)
 
     from padst_exp.engine import distributed
-    from padst_exp.engine.progress import say
+    from padst_exp.messages import say
 
     world = distributed.start(keys.device)
     try:
@@ -88,7 +94,7 @@ def analyze(keys: AnalyzeSchema, world: World) -> tuple[Path, Results]:
 
     if world.size > 1:
         raise UserError(f"analyze: one process is enough, torchrun started {world.size}")
-    restored = restore_run(Path(keys.run), world)
+    restored = restore_run(Path(keys.run), world, trust=keys.trust, changes=keys.changes)
     if not restored.report.model_layers:
         raise UserError(f"run: expected one with sparse layers, {restored.path} has none")
     folder = Path(keys.out) if keys.out is not None else _home(restored) / "analysis"
@@ -107,7 +113,7 @@ def analyze(keys: AnalyzeSchema, world: World) -> tuple[Path, Results]:
     results.update(history)
     if "topology" in keys.parts:
         results["topology"] = {"explored": explored, "changes": _changes(restored)}
-    (folder / "analysis.json").write_text(json.dumps(results, indent=1) + "\n")
+    replace_text(folder / "analysis.json", json.dumps(results, indent=1) + "\n")
     for part in keys.parts:
         figures.DRAW[part](results[part], folder / f"{part}.png")
     return folder, results
@@ -130,7 +136,7 @@ def summary(results: Results) -> Iterator[str]:
     if "paths" in results:
         last = results["paths"][-1]
         for name in ("trained", "unpermuted", "random"):
-            after = last[name][min(1, len(last[name]) - 1)]
+            after = last[name][min(2, len(last[name]) - 1)]
             yield (
                 f"{name} masks: {after['reach']:.1%} of pairs reached after {after['layers']}, "
                 f"s2/s1 {after['ratio']:.3f}"

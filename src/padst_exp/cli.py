@@ -4,10 +4,12 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import hydra
 import yaml
@@ -17,13 +19,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from padst_exp.config import closest, config_dir, options
-from padst_exp.errors import UserError
+from padst_exp.config import GROUPS, closest, config_dir, options
+from padst_exp.errors import UserError, is_lack_of_memory
+from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
+# A launcher looks several times a second whether a process has ended, and then ends the others.
+SECONDS_TO_BE_ENDED = 3
 
-def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+
+def command_line(
+    config_name: str, *, of_run: bool = False
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorate a function of a config into a program with Hydra's command line.
 
     A mistake of the user ends in one line on stderr and status 1 (2 when an argument cannot be
@@ -32,6 +40,8 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
 
     Args:
         config_name: file of conf/, without the suffix.
+        of_run: whether the program is about a finished run. Overrides of keys that only a training
+            has are then meant for the config of that run: they become its key `changes`.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -40,13 +50,17 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
             full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
             launcher = os.getpid()
             composed = False
+            changes = _changes(config_name) if of_run else []
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> None:
                 nonlocal composed
                 composed = True
+                if changes:
+                    cfg.changes = [*cfg.changes, *changes]
                 try:
                     _require_keys()
+                    check_hydra(cast(DictConfig, HydraConfig.get()))
                     task(cfg)
                 except Exception as error:
                     # Jobs that a cluster runs elsewhere must bring their exception back here; a
@@ -62,7 +76,8 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
                 config_path=str(config_dir()), config_name=config_name, version_base="1.3"
             )(job)
             try:
-                with _raising_hydra():
+                check_overrides(sys.argv[1:])
+                with _raising_hydra(), _without(changes):
                     program()
             except KeyboardInterrupt:
                 _say("interrupted")
@@ -77,6 +92,30 @@ def command_line(config_name: str) -> Callable[[Callable[[DictConfig], None]], C
         return main
 
     return decorate
+
+
+def _changes(config_name: str) -> list[str]:
+    """The overrides on the command line that are for a run: of keys that a training alone has."""
+    training, own = (
+        set(OmegaConf.load(config_dir() / f"{name}.yaml")) for name in ("config", config_name)
+    )
+    keys = {*GROUPS, *map(str, training)} - {*map(str, own), "defaults", "hydra"}
+    return [
+        argument
+        for argument in sys.argv[1:]
+        if re.split(r"[.=@]", argument.lstrip("+~"))[0] in keys and not argument.startswith("-")
+    ]
+
+
+@contextlib.contextmanager
+def _without(arguments: list[str]) -> Iterator[None]:
+    """Leave out some arguments of the command line for a while."""
+    before = sys.argv
+    sys.argv = [argument for argument in before if argument not in arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 @contextlib.contextmanager
@@ -103,7 +142,7 @@ def explain(error: BaseException) -> str:
         group, *rest = f"{group}/{option}".split("/")
         return f"{group}={'/'.join(rest)}: unknown option; choose from {', '.join(options(group))}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read, expected key=value"
+        return unreadable(error.override)
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         return explain(cause)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
@@ -121,16 +160,31 @@ def explain(error: BaseException) -> str:
         return f"{_undecodable() or config_dir()}: not UTF-8 ({error.reason})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, Exception) and _is_of_a_peer(error):
+        return "another process of this run has ended"
+    if is_lack_of_memory(error):
+        first_line = str(error).partition("\n")[0]
+        return f"out of memory ({first_line}); smaller batches or a smaller model take less"
+    if several := re.match(r"Ambiguous value for argument '(.*)'\n", str(error)):
+        return ambiguous(several[1])
     return " ".join(str(error).split())
 
 
 def _is_expected(error: Exception) -> bool:
+    if is_lack_of_memory(error) or _is_of_a_peer(error):
+        return True
     if isinstance(error, OSError) and not isinstance(error, MissingConfigException):
+        # What names a file is about a file of the user: missing, read-only, of too long a name.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return full or isinstance(
-            error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
-        )
+        return full or error.filename is not None
     return isinstance(error, UserError | HydraException | OmegaConfBaseException | yaml.YAMLError)
+
+
+def _is_of_a_peer(error: Exception) -> bool:
+    """Whether this process lost another one of its run, which says why itself."""
+    lost = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "recvBytes")
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return several and isinstance(error, RuntimeError) and any(sign in str(error) for sign in lost)
 
 
 def _undecodable() -> str | None:
@@ -173,6 +227,10 @@ def _job_name() -> str:
 
 
 def _exit_with(error: Exception, job: str = "") -> NoReturn:
+    # What all processes of a run meet, process 0 has said; and the launcher has ended the others.
+    if rank := os.environ.get("RANK", "0").strip("0"):
+        time.sleep(SECONDS_TO_BE_ENDED)
+        job = f"process {rank}: {job}"
     _say(f"error: {job}{explain(error)}")
     sys.exit(USAGE if isinstance(error, OverrideParseException) else FAILURE)
 

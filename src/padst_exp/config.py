@@ -5,9 +5,8 @@ Imports neither torch nor anything that does, so that `--help` answers at once.
 
 import difflib
 import hashlib
-import importlib
-import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -19,22 +18,18 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from padst_exp.errors import UserError, require
+from padst_exp.targets import HOMES, find, keyword_parameters
 
 # Of a training; each is one constructor call, made by `build`.
-GROUPS = (
-    "model",
-    "dataset",
-    "transform",
-    "structure",
-    "dst",
-    "permutation",
-    "optimizer",
-    "trainer",
-    "logger",
-)
+GROUPS = tuple(HOMES)
 
 # Keys that say where and how a run is watched, not what it computes.
 NOT_RESULTS = ("logger", "runs", "resume", "name", "device", "backend")
+
+# What float32 and int64 hold, the types that things are computed in.
+LARGEST_FLOAT, LARGEST_INT = 3.4e38, 2**63 - 1
+# Besides control characters, bytes of the command line that are no letters in this locale.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Device = Literal["auto", "cpu", "cuda"]
 Keys = TypeVar("Keys")
@@ -63,17 +58,18 @@ def options(group: str) -> list[str]:
     )
 
 
-def read_keys(cfg: DictConfig, schema: type[Keys]) -> Keys:
+def read_keys(cfg: DictConfig, schema: type[Keys], groups: Collection[str] = ()) -> Keys:
     """The keys of an entry point, checked as `build` checks those of a constructor.
 
     Args:
-        cfg: its composed config; the groups of a training are left out.
+        cfg: its composed config.
         schema: dataclass with one annotated field for each key, and without defaults.
+        groups: keys that are constructor calls, and left to `build`.
 
     Raises:
         UserError: in one line that names the key.
     """
-    own = OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in GROUPS])
+    own = OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in groups])
     return schema(**_arguments(schema, _values(own), "", {}))
 
 
@@ -99,7 +95,9 @@ def build(node: DictConfig, key: str, extra: Mapping[str, object] | None = None)
     target = resolve_target(node, key)
     extra = extra or {}
     require_fit(node, key, extra)
-    arguments = _arguments(target, _values(node), f"{key}.", extra)
+    values = _values(node)
+    del values["_target_"]
+    arguments = _arguments(target, values, f"{key}.", extra)
     try:
         return target(**arguments)
     except UserError as error:
@@ -123,26 +121,12 @@ def resolve_target(node: DictConfig, key: str) -> Callable[..., object]:
     path = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(path, str) or "." not in path:
         raise UserError(f"{key}: expected a mapping with a _target_, got {node!r}")
-    module_name, _, attribute = path.rpartition(".")
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A missing dependency of an existing module is not a misspelt target.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(f"{key}._target_: no module {module_name!r}") from error
-    target = getattr(module, attribute, None)
-    if not callable(target):
-        raise UserError(f"{key}._target_: {module_name} has no {attribute!r}")
-    return cast(Callable[..., object], target)
-
-
-def keyword_parameters(target: Callable[..., object]) -> dict[str, inspect.Parameter]:
-    """The parameters of a constructor, annotations evaluated; all must be keyword-only."""
-    parameters = dict(inspect.signature(target, eval_str=True).parameters)
-    for parameter in parameters.values():
-        assert parameter.kind is parameter.KEYWORD_ONLY, f"{target}: {parameter} by position"
-    return parameters
+        target = find(path)
+        keyword_parameters(target)
+    except ValueError as error:
+        raise UserError(f"{key}._target_: {error}") from error
+    return target
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -184,7 +168,7 @@ def run_name(cfg: DictConfig, choices: Mapping[str, str | None]) -> str:
 def _values(node: DictConfig) -> dict[str, object]:
     """The keys of a node that have a value."""
     values = cast(dict[object, object], OmegaConf.to_container(node, resolve=True))
-    return {str(k): v for k, v in values.items() if k != "_target_" and v != "???"}
+    return {str(k): v for k, v in values.items() if v != "???"}
 
 
 def _arguments(
@@ -210,8 +194,26 @@ def _arguments(
     return arguments
 
 
+def _require_meaning(value: object, key: str) -> None:
+    """Refuse what means nothing for any key, at any depth of its value."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _require_meaning(str(name), key)
+            _require_meaning(inner, f"{key}.{name}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _require_meaning(inner, f"{key}[{index}]")
+    elif isinstance(value, str):
+        require(not _CONTROL.search(value), key, ascii(value), "text without control characters")
+    elif isinstance(value, float):
+        # NaN is none either.
+        require(abs(value) <= LARGEST_FLOAT, key, value, "a finite number of at most 3.4e38")
+    elif isinstance(value, int):
+        require(abs(value) <= LARGEST_INT, key, value, "an integer of at most 2^63 - 1")
+
+
 def _argument(value: object, key: str, annotation: Any) -> object:
-    assert annotation is not inspect.Parameter.empty, f"{key}: not annotated"
+    _require_meaning(value, key)
     adapter = TypeAdapter[object](annotation, config=ConfigDict(arbitrary_types_allowed=True))
     got = repr(value)
     try:

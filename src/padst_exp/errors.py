@@ -13,3 +13,16 @@ def require(valid: bool, key: str, value: object, wanted: str) -> None:
     """Unless `valid`, raise a one-line `UserError` naming `key`, `value` and what is `wanted`."""
     if not valid:
         raise UserError(f"{key}: expected {wanted}, got {value}")
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU, or a size is beyond all memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    signs = (
+        "can't allocate memory",
+        "Storage size calculation overflowed",
+        "invalid shape dimension",
+        "numel: integer multiplication overflow",
+    )
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

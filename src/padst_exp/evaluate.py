@@ -29,24 +29,29 @@ class EvaluateSchema:
         run: run directory, as printed at the end of a training; a checkpoint file; an export.
         batch_size: null takes the run's own evaluation batch size.
         device: "auto" takes the GPU where there is one.
+        trust: packages other than ours whose constructors the run's config may name.
+        changes: of keys of the run that change no weight, as on a command line, which may also
+            have them directly: `dataset.root=/where/the/data/are/now`.
     """
 
     run: str
     batch_size: int | None
     device: Device
+    trust: str | tuple[str, ...]
+    changes: tuple[str, ...]
 
     def __post_init__(self) -> None:
         valid = self.batch_size is None or self.batch_size >= 1
         require(valid, "batch_size", self.batch_size, "at least 1")
 
 
-@command_line("evaluate")
+@command_line("evaluate", of_run=True)
 def main(cfg: DictConfig) -> None:
     """Evaluate the best checkpoint of a run and print its metrics."""
     keys = read_keys(cfg, EvaluateSchema)
 
     from padst_exp.engine import distributed
-    from padst_exp.engine.progress import say
+    from padst_exp.messages import say
 
     world = distributed.start(keys.device)
     try:
@@ -75,7 +80,7 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
     from padst_exp.engine import evaluation
     from padst_exp.restore import RestoredRun, restore
 
-    restored = restore(Path(keys.run), world)
+    restored = restore(Path(keys.run), world, trust=keys.trust, changes=keys.changes)
     trainer = restored.trainer
     batches = validation_loader(
         restored.task,
@@ -95,8 +100,8 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
 def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> None:
     """Give an export the form that is fastest for such batches, and say which."""
     from padst_exp.engine.evaluation import forward_context, to_device
-    from padst_exp.engine.progress import say
     from padst_exp.inference import tune
+    from padst_exp.messages import say
 
     precision = export.trainer.precision
     for batch in islice(batches, 1):  # a rank may have none

@@ -32,6 +32,9 @@ class ExportSchema:
         out: folder to write; null is `export` (or `export-dense`) in the run.
         overwrite: whether an earlier export there may be replaced.
         device: "auto" takes the GPU where there is one.
+        trust: packages other than ours whose constructors the run's config may name.
+        changes: of keys of the run that change no weight, as on a command line, which may also
+            have them directly: `dataset.root=/where/the/data/are/now`.
     """
 
     run: str
@@ -39,18 +42,20 @@ class ExportSchema:
     out: str | None
     overwrite: bool
     device: Device
+    trust: str | tuple[str, ...]
+    changes: tuple[str, ...]
 
     def __post_init__(self) -> None:
         require(self.out != "", "out", repr(self.out), "a folder")
 
 
-@command_line("export")
+@command_line("export", of_run=True)
 def main(cfg: DictConfig) -> None:
     """Export the best checkpoint of a run and say where it is."""
     keys = read_keys(cfg, ExportSchema)
 
     from padst_exp.engine import distributed
-    from padst_exp.engine.progress import say
+    from padst_exp.messages import say
 
     world = distributed.start(keys.device)
     try:
@@ -90,7 +95,7 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     source = Path(keys.run)
     folder = _folder(keys)
     files.require_free(folder, overwrite=keys.overwrite)
-    restored = restore_run(source, world)
+    restored = restore_run(source, world, trust=keys.trust, changes=keys.changes)
     model = restored.model.eval()
     dispatch.forced(model, "torch", world.device)
     hardened = harden(model)
@@ -109,7 +114,8 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         extra = _configuration(model)
     _, found = _logits(model, restored, sample)
     largest = dispatch.difference(found, expected)
-    assert largest <= TOLERANCE, f"the exported model differs by {largest:.2g}"
+    if not largest <= TOLERANCE:
+        raise RuntimeError(f"the exported model differs by {largest:.2g}")
     description = {
         "kind": keys.format,
         "model": _constructor(restored),

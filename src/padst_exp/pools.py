@@ -1,7 +1,8 @@
-"""What structures and algorithms share: words for pools, and the best k of each pool."""
+"""What structures share with others: words for pools, the best of each pool, symmetries."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -39,3 +40,39 @@ def best_of_each(scores: Tensor, k: Tensor, most: int | None = None) -> Tensor:
     still = k[:, None] - above.sum(1, keepdim=True)
     chosen = above | (tied & (tied.cumsum(1) <= still))
     return chosen & (k > 0)[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symmetry:
+    """Which permutations of the features on one side of a weight only relabel its topologies.
+
+    They move whole classes of features, in any order inside, to the places of classes of the same
+    width: of any of the same kind, or, cyclic ones, all by the same number of classes.
+
+    Args:
+        labels: int64 `[d]`, the class of each feature, 0 .. K-1.
+        kinds: int64 `[K]`; None: all classes are of one kind.
+        step: cyclic, by multiples of so many classes, which divides K; None: not cyclic.
+    """
+
+    labels: Tensor
+    kinds: Tensor | None = None
+    step: int | None = None
+
+    def of_channels(self, taps: int) -> Symmetry:
+        """The symmetries among them that do the same at every one of `taps` equal parts."""
+        if taps == 1:
+            return self
+        at_taps = self.labels.view(taps, -1).T
+        classes, labels = at_taps.unique(dim=0, return_inverse=True)
+        if self.step is not None and bool((at_taps == at_taps[:, :1]).all()):
+            return Symmetry(labels=labels, step=self.step)
+        own = torch.arange(len(classes))
+        if self.step is not None:
+            return Symmetry(labels=labels, kinds=own)
+        kinds = torch.zeros_like(classes) if self.kinds is None else self.kinds[classes]
+        kinds = kinds.unique(dim=0, return_inverse=True)[1]
+        # A class that shares features of another tap with a further one cannot move alone.
+        widths = self.labels.bincount()[classes]
+        whole = (widths == labels.bincount()[:, None]).all(1)
+        return Symmetry(labels=labels, kinds=torch.where(whole, kinds, len(classes) + own))

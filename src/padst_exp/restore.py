@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from torch import nn
-from yaml import YAMLError
 
-from padst_exp import dispatch
+from padst_exp import dispatch, stored
 from padst_exp.config import build
 from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError
+from padst_exp.files import read_text, reading
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.sparsify import Report
 from padst_exp.train import build_experiment, build_task, original, run_settings
+
+TRAINING_CONFIG = "a training config"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,9 @@ class RestoredRun(Restored):
     report: Report
 
 
-def restore(path: Path, world: World) -> Restored:
+def restore(
+    path: Path, world: World, *, trust: str | Sequence[str] = (), changes: Sequence[str] = ()
+) -> Restored:
     """The model of an export, or else of a run as in `restore_run`.
 
     Raises:
@@ -69,8 +72,9 @@ def restore(path: Path, world: World) -> Restored:
     if path.is_file() and (path.parent / DESCRIPTION).is_file():
         raise UserError(f"run: {path} is one file of an export, give its folder {path.parent}")
     if not (path / DESCRIPTION).is_file():
-        return restore_run(path, world)
-    cfg = _config(io.StringIO(read_description(path)["config"]), path / DESCRIPTION)
+        return restore_run(path, world, trust=trust, changes=changes)
+    text = read_description(path)["config"]
+    cfg = _config(text, path / DESCRIPTION, trust, changes)
     task = build_task(cfg, world)
     trainer = build(cfg.trainer, "trainer")
     return Restored(
@@ -92,7 +96,9 @@ def plain_model(cfg: DictConfig, task: Task) -> nn.Module:
     return model
 
 
-def restore_run(path: Path, world: World) -> RestoredRun:
+def restore_run(
+    path: Path, world: World, *, trust: str | Sequence[str] = (), changes: Sequence[str] = ()
+) -> RestoredRun:
     """The model of the best checkpoint of a run (of the last one where none is the best yet).
 
     Where the run keeps a moving average of its weights, the model has these.
@@ -100,9 +106,12 @@ def restore_run(path: Path, world: World) -> RestoredRun:
     Args:
         path: run directory, or one checkpoint file.
         world: of this process.
+        trust: packages other than ours whose constructors its config may name.
+        changes: overrides of keys that change no weight, see `stored.change`.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged.
+        UserError: there is no such run or checkpoint, it is damaged, or it names constructors
+            that are not trusted.
     """
     run: Path | None = path
     if path.is_file():
@@ -115,9 +124,11 @@ def restore_run(path: Path, world: World) -> RestoredRun:
         path = best if best.exists() else last
     saved = checkpoint.read(path)
     if run is None:
-        cfg = _config(io.StringIO(saved["config_text"]), path)
+        cfg = _config(saved.get("config_text"), path, trust, changes)
     else:
-        cfg = _config(run / "config.yaml", run / "config.yaml")
+        file = run / "config.yaml"
+        text = read_text("run", file, TRAINING_CONFIG, most=stored.MOST_BYTES)
+        cfg = _config(text, file, trust, changes)
     experiment = build_experiment(cfg, world)
     model = experiment.model.to(world.device, experiment.trainer.dtype)
     averaged = saved["average"] is not None
@@ -141,18 +152,23 @@ def restore_run(path: Path, world: World) -> RestoredRun:
     )
 
 
-def _config(file: Path | io.StringIO, name: Path) -> DictConfig:
-    """The training config in `file`, which a user knows as `name`."""
+def _config(
+    text: object, where: Path, trust: str | Sequence[str], changes: Sequence[str]
+) -> DictConfig:
+    """The training config `text`, which a user knows as `where`."""
+    with reading("run", where, TRAINING_CONFIG):
+        if not isinstance(text, str):
+            raise TypeError("its config is no text")
+        cfg = stored.parse(text)
+    # Before anything else: even the keys of a run are built where they name a constructor.
+    stored.require_ours(cfg, where, [trust] if isinstance(trust, str) else trust)
     try:
-        cfg = OmegaConf.load(file)
-        if not isinstance(cfg, DictConfig):
-            raise ValueError("it is no mapping")
         run_settings(cfg)
-        # All weights come from the run's own checkpoint, wherever they started.
-        for key, value in (("pretrained", False), ("checkpoint", None)):
-            if key in cfg.model:
-                cfg.model[key] = value
-    except (YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{name}: damaged, no training config: {reason}") from error
+    except UserError as error:
+        raise UserError(f"run: expected {TRAINING_CONFIG}, got {where} ({error})") from error
+    # All weights come from the run's own checkpoint, wherever they started.
+    for key, value in (("pretrained", False), ("checkpoint", None)):
+        if key in cfg.model:
+            cfg.model[key] = value
+    stored.change(cfg, changes)
     return cfg

@@ -25,9 +25,12 @@ class Soft(nn.Module, abc.ABC):
     Attributes:
         logits: what a learner trains, float32 or wider; None once hard.
         on_change: called, without arguments, after the choice hardened or was loaded.
+        copied: names of buffers that count as much as the logits, such as a temperature; an
+            average of models copies them.
     """
 
     logits: nn.Parameter | None
+    copied: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,14 +108,14 @@ class Learner:
         return self.released > 0 and len(self.choices) > 0
 
     def start(self, choices: Mapping[str, Soft]) -> None:
-        """Take over the training of soft `choices`, by name."""
+        """Take over `choices`, by name: those that are soft still are trained from now on."""
         self.released = 0
-        self.choices = dict(choices)
-        logits = [choice.logits for choice in choices.values() if choice.logits is not None]
+        self.choices = {name: choice for name, choice in choices.items() if choice.soft}
+        logits = [choice.logits for choice in self.choices.values() if choice.logits is not None]
         self._optimizer = self.optimizer(logits) if logits else None
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer of the logits."""
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
+        """Return the optimizer of the logits; None if `step` does without one."""
         raise AssertionError(f"{type(self).__name__} has nothing to train")
 
     def zero_grad(self) -> None:
@@ -148,9 +151,8 @@ class Learner:
         """Let go of a choice that hardened, whose logits were these."""
         del self.choices[name]
         self.released += 1
-        if logits is None:
+        if logits is None or self._optimizer is None:
             return
-        assert self._optimizer is not None
         self._optimizer.state.pop(logits, None)
         for group in self._optimizer.param_groups:
             group["params"] = [other for other in group["params"] if other is not logits]

@@ -16,24 +16,17 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from padst_exp.dst import Algorithm
 from padst_exp.errors import UserError, require
-from padst_exp.layers import LowRank, SparseLinear, SparseWeight, layer_densities
+from padst_exp.layers import SparseLinear, SparseWeight, layer_densities
+from padst_exp.layers.surgery import Scoring, Surgery, Taken
 from padst_exp.layers.views import LinearView, view
-from padst_exp.permutations import NoPermutation, Permutation, PermutationLearner
-from padst_exp.pools import TRAITS
+from padst_exp.permutations import NoPermutation, PermutationLearner
 from padst_exp.seeds import stream
-from padst_exp.structures import (
-    Dense,
-    Geometry,
-    Storage,
-    Structure,
-    best_units,
-    random_units,
-)
+from padst_exp.structures import Dense, Storage, Structure
 
 
 @dataclass(frozen=True)
@@ -183,7 +176,9 @@ class Report:
             density=topology.density,
             active_units=len(topology.active),
             unit_entries=weight.geometry.unit_size,
-            static=self.algorithm is None or not self.algorithm.can_change(topology),
+            static=weight.frozen
+            or self.algorithm is None
+            or not self.algorithm.can_change(topology),
             side=self.sides[layer_name],
             companion=companion,
             parameters=entries + companion,
@@ -211,12 +206,17 @@ def sparsify(
     algorithm: Algorithm | None = None,
     low_rank: int = 0,
     storage: Storage = "packed",
-    topology: Literal["random", "magnitude"] = "random",
+    topology: Scoring = "random",
     rescale: bool = True,
     seed: int = 0,
     baseline: Baseline | None = None,
+    taken: Taken | None = None,
 ) -> Report:
     """Replace every layer that a rule names by a sparse one, in place.
+
+    A layer that several modules share stays shared. What is frozen (`requires_grad=False`) stays
+    so: a frozen weight has its final density, hard permutations and no companion from the start,
+    and no algorithm changes its units. Hooks of forward and backward passes stay.
 
     Args:
         model: any module; layers that `layers.views` knows can be replaced.
@@ -224,112 +224,139 @@ def sparsify(
         structure: the sparsity structure of all of them; `Dense` leaves the model as it is.
         density: share of the weights of these layers to keep, in (0, 1].
         distribution: `"uniform"`; `"erk"` (Erdos-Renyi-Kernel: density of a layer proportional
-            to (O + I) / (O * I), capped at 1, same total; RigL, section 3); or densities for
+            to (O + I) / (O * I), capped at 1, same total; RigL, section 3); or sparsities for
             patterns, the others keeping `density`.
         learner: creates the permutations; None for none.
         algorithm: says with which density weights start and whether a soft selection weighs their
             units; None: with the density asked, and none does.
         low_rank: rank of a dense companion U V of every layer, paid for by fewer active units.
         storage: `"packed"` or `"masked"`.
-        topology: initial active units: random, or the largest of the present weights.
-        rescale: multiply each row by sqrt(I / its active inputs), so that outputs keep the
-            variance the dense initialisation gave them.
+        topology: initial active units: random; the largest of the present weights; or those of
+            the largest importance, given for each layer by name as its matrix is, `[O, I]`.
+        rescale: the weights are fresh: multiply each row by sqrt(I / its active inputs), so that
+            outputs keep the variance the dense initialisation gave them. False: they are worth
+            keeping. S is then read from P_out^-1 W P_in^-1 and its units are chosen there, so
+            that the layer computes what the dense one did as far as its units allow.
         seed: of topologies and permutations.
         baseline: what the report compares with; None: the model as it comes.
+        taken: units and permutations of other layers of the same names and shapes, which then
+            are neither drawn nor chosen.
 
     Returns:
         The report. Each sparse weight's topology depends on the seed and its own position only.
 
     Raises:
-        UserError: a pattern matches nothing, or a tied or unsuitable layer; an impossible density.
+        UserError: a pattern matches nothing, or a tied or unsuitable layer; an impossible
+            density. The model is then as it was.
     """
     require(low_rank >= 0, "low_rank", low_rank, "a rank of at least 0")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = _count(model)
     if isinstance(structure, Dense):
         return Report(type(structure).__name__, {}, {}, {}, baseline or Baseline(parameters, 0))
+    require(bool(rules) or density == 1, "sparse", "none", "patterns of layers, or structure=dense")
     chosen = match(model, rules)
-    output = output_layer(model)
+    for found, _ in chosen:
+        if found.parameter.is_meta:
+            where = f"'{found.name}' on the meta device, without values"
+            raise UserError(f"sparse: expected layers with weights, got {where}")
     shapes = weight_shapes(chosen)
     baseline = baseline or Baseline(parameters, sum(o * i for o, i in shapes.values()))
     densities = layer_densities(shapes, density, distribution)
-    learner = NoPermutation() if learner is None else learner
+    surgery = Surgery(
+        structure=structure,
+        densities=densities,
+        learner=NoPermutation() if learner is None else learner,
+        algorithm=algorithm,
+        low_rank=low_rank,
+        storage=storage,
+        topology=topology,
+        fresh=rescale,
+        taken=taken or Taken(),
+    )
+    output = output_layer(model)
     layers: dict[str, SparseLinear] = {}
     sides: dict[str, str] = {}
     for position, (found, rule) in enumerate(chosen):
-        generator = stream(seed, "sparsify", position)
-        weights = []
-        for part, matrix in enumerate(found.matrix.chunk(rule.split)):
-            name = f"{found.name}.weights.{part}"
-            try:
-                weight = _weight(
-                    matrix.contiguous(),
-                    structure,
-                    densities[name] - _companion_density(found.matrix, low_rank),
-                    storage,
-                    algorithm,
-                    topology,
-                    generator,
-                    is_output=found.module is output,
-                )
-            except UserError as error:
-                raise UserError(f"{error} (layer {name})") from None
-            if rescale:
-                _rescale_rows(weight)
-            weights.append(weight)
-        inputs, outputs, sides[found.name] = _permutations(
-            weights, found, structure, learner, generator
+        layers[found.name], sides[found.name] = surgery(
+            found,
+            rule.split,
+            stream(seed, "sparsify", position),
+            is_output=found.module is output,
         )
-        companion = None
-        if low_rank:
-            companion = LowRank(found.matrix.shape[0], found.matrix.shape[1], low_rank, generator)
-        layer = found.build(weights, found.bias_tensor, inputs, outputs, companion)
-        if algorithm is not None and algorithm.silences_rows:
-            layer.silences_rows = True
-            layer.index()
-        layer.to(found.matrix.device).train(found.module.training)
-        found.replace(model, layer)
-        layers[found.name] = layer
+    # Whatever cannot be done was refused by now.
+    for found, _ in chosen:
+        found.replace(model, layers[found.name])
     return Report(type(structure).__name__, layers, densities, sides, baseline, algorithm)
 
 
+def _count(model: nn.Module) -> int:
+    """Parameters of the whole model."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            seen = "a model that has seen a batch, so that all its parameters have shapes"
+            raise UserError(f"sparse: expected {seen}, got '{name}' without one")
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rule]]:
-    """The layers that rules name, in the order of the model.
+    """The layers that rules name, in the order of the model; each once, under its first name.
 
     Raises:
         UserError: a pattern matches nothing, or a tied or unsuitable layer.
     """
-    modules = dict(model.named_modules())
-    views = {name: view(module, name) for name, module in modules.items() if name}
-    owners: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{name}.{key}")
-    chosen: dict[str, Rule] = {}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    views = {module: view(module, known[0]) for module, known in names.items()}
+    owners = _owners(names)
+    chosen: dict[nn.Module, Rule] = {}
     for rule in rules:
-        names = [name for name in views if fnmatchcase(name, rule.pattern)]
-        if not names:
-            known = [name for name, found in views.items() if found is not None]
-            some = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "") if known else "none"
-            raise UserError(
-                f"sparse: pattern '{rule.pattern}' matches no layer of the model; "
-                f"layers that can be sparse are {some}"
-            )
-        for name in names:
-            found = views[name]
-            if found is None or not isinstance(getattr(found.module, found.weight), nn.Parameter):
+        matched = {
+            module: name
+            for module, known in names.items()
+            for name in reversed(known)
+            if name and fnmatchcase(name, rule.pattern)
+        }
+        if not matched:
+            raise UserError(f"sparse: pattern '{rule.pattern}' matches no {_known(model, views)}")
+        for module, name in matched.items():
+            where, found = f"sparse: pattern '{rule.pattern}' matches '{name}', ", views[module]
+            if found is None:
                 raise UserError(
-                    f"sparse: pattern '{rule.pattern}' matches '{name}', a "
-                    f"{type(modules[name]).__name__}; only linear layers and ungrouped 2d "
+                    f"{where}a {type(module).__name__}; only linear layers and ungrouped 2d "
                     "convolutions can be made sparse"
                 )
-            if len(owners[id(found.parameter)]) > 1:
-                raise UserError(
-                    f"sparse: pattern '{rule.pattern}' matches '{name}', whose weight is tied: "
-                    f"{' and '.join(owners[id(found.parameter)])}"
-                )
-            chosen.setdefault(name, rule)
-    return [(found, chosen[name]) for name, found in views.items() if name in chosen and found]
+            if (obstacle := found.obstacle()) is not None:
+                raise UserError(f"{where}{obstacle}; make it a plain layer first")
+            if len(tied := owners[_memory(found.parameter)]) > 1:
+                raise UserError(f"{where}whose weight is tied: {' and '.join(tied)}")
+            chosen.setdefault(module, rule)
+    return [(found, chosen[m]) for m, found in views.items() if m in chosen and found]
+
+
+def _known(model: nn.Module, views: Mapping[nn.Module, LinearView | None]) -> str:
+    """What could have been matched, in words that follow "no"."""
+    known = [found.name for module, found in views.items() if found and module is not model]
+    if not known and view(model, "") is not None:
+        kind = type(model).__name__
+        return f"layer: the model itself is the {kind}, and cannot be replaced inside itself"
+    some = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "") if known else "none"
+    return f"layer of the model; layers that can be sparse are {some}"
+
+
+def _owners(names: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
+    """Who holds each parameter, also as a view of the same memory (a transposed one)."""
+    owners: dict[int, list[str]] = {}
+    for module, known in names.items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(_memory(parameter), []).append(f"{known[0]}.{key}")
+    return owners
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """Where its values are; itself where it has none."""
+    return id(parameter) if is_lazy(parameter) else parameter.data_ptr() or id(parameter)
 
 
 def weight_shapes(chosen: Sequence[tuple[LinearView, Rule]]) -> dict[str, tuple[int, int]]:
@@ -363,100 +390,3 @@ def _projection_shapes(found: LinearView, rule: Rule) -> list[tuple[int, int]]:
             f"{rows} outputs of '{found.name}'"
         )
     return [(rows // rule.split, columns)] * rule.split
-
-
-def _companion_density(matrix: Tensor, rank: int) -> float:
-    return rank * sum(matrix.shape) / matrix.numel()
-
-
-def _weight(
-    matrix: Tensor,
-    structure: Structure,
-    density: float,
-    storage: Storage,
-    algorithm: Algorithm | None,
-    topology: Literal["random", "magnitude"],
-    generator: torch.Generator,
-    *,
-    is_output: bool,
-) -> SparseWeight:
-    """One sparse weight with its first topology, and its selection if the algorithm wants one."""
-    require(density > 0, "low_rank", "one that takes all entries", "a rank that leaves some")
-    geometry = structure.geometry(matrix.shape[0], matrix.shape[1], density)
-    if algorithm is not None:
-        _check_served(algorithm, structure, geometry)
-    target = structure.initial_counts(geometry, density)
-    counts = target
-    if algorithm is not None and (start := algorithm.initial_density(density)) != density:
-        counts = structure.initial_counts(geometry, start)
-    active = _first_units(geometry, counts, matrix, topology, generator)
-    weight = SparseWeight(geometry, active, matrix, storage, target=target, is_output=is_output)
-    if algorithm is not None:
-        weight.select(algorithm.selection(weight.topology(), generator))
-    return weight
-
-
-def _check_served(algorithm: Algorithm, structure: Structure, geometry: Geometry) -> None:
-    """Refuse an algorithm that makes no sense on units and pools like these."""
-    for trait in sorted(algorithm.requires - geometry.traits):
-        wanted = f"{TRAITS[trait]} as this dst needs"
-        require(False, "structure", type(structure).__name__, wanted)
-
-
-def _first_units(
-    geometry: Geometry,
-    counts: Tensor,
-    matrix: Tensor,
-    topology: Literal["random", "magnitude"],
-    generator: torch.Generator,
-) -> Tensor:
-    if topology == "magnitude":
-        return best_units(geometry, counts, geometry.unit_rms(matrix))
-    return random_units(geometry, counts, generator)
-
-
-def _rescale_rows(weight: SparseWeight) -> None:
-    entries = weight.entries()
-    num_rows, num_columns = weight.shape
-    rows = (entries // num_columns).clamp(max=num_rows)
-    if weight.selection is None:
-        fan_in = torch.bincount(rows.flatten(), minlength=num_rows + 1)
-    else:
-        # As many inputs as hold the share of a row's square that stays once the selection is hard.
-        square = weight.unweighed().double().square()
-        left = square * weight.selection.coefficients().detach().double()[:, None]
-        whole, left = (
-            torch.bincount(rows.flatten(), part.flatten(), num_rows + 1) for part in (square, left)
-        )
-        fan_in = num_columns * left / whole.clamp_min(torch.finfo(whole.dtype).tiny)
-    factor = (num_columns / fan_in.clamp(min=1)).sqrt().to(weight.values.dtype)
-    with torch.no_grad():
-        if weight.storage == "packed":
-            weight.values.mul_(factor[rows])
-        else:
-            weight.values.mul_(factor[:num_rows, None])
-
-
-def _permutations(
-    weights: list[SparseWeight],
-    found: LinearView,
-    structure: Structure,
-    learner: PermutationLearner,
-    generator: torch.Generator,
-) -> tuple[Permutation | None, list[Permutation | None], str]:
-    """The permutations of the input and of each output, and the side they act on."""
-    rows = weights[0].shape[0]
-    side: str = learner.side
-    if side == "auto":
-        # Fused projections share one input-side matrix, the cheapest there is.
-        side = "in" if len(weights) > 1 else structure.auto_side(rows, found.features)
-    inputs = learner.create(found.features, generator) if side in ("in", "both") else None
-    outputs: list[Permutation | None] = [
-        learner.create(rows, generator) if side in ("out", "both") else None for _ in weights
-    ]
-    device = weights[0].values.device
-    for permutation in (inputs, *outputs):
-        if permutation is not None:
-            permutation.to(device)
-    has_any = inputs is not None or any(output is not None for output in outputs)
-    return inputs, outputs, side if has_any else "none"

@@ -23,7 +23,9 @@ from padst_exp.config import (
     results_config,
     run_name,
 )
+from padst_exp.engine.interruption import ending_at_once
 from padst_exp.errors import UserError, require
+from padst_exp.messages import outlive_readers, say
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import nn
@@ -33,6 +35,10 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from padst_exp.engine.experiment import Experiment
     from padst_exp.engine.run_directory import RunDirectory
     from padst_exp.transforms import Original
+
+
+# File systems take 255; a suffix tells runs of one name apart.
+LONGEST_NAME = 200
 
 
 @with_config(extra="forbid")
@@ -89,8 +95,22 @@ class Run:
         for index, rule in enumerate(self.sparse):
             require(rule.split >= 1, f"sparse[{index}].split", rule.split, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2^63 - 1")
-        one_folder = self.name not in ("", ".", "..") and "/" not in (self.name or "")
-        require(one_folder, "name", repr(self.name), "the name of one folder")
+        if self.name is not None:
+            wanted = f"the name of one folder, of at most {LONGEST_NAME} bytes"
+            require(_is_folder_name(self.name), "name", repr(self.name), wanted)
+        wanted = "a folder (. for this one)"
+        require(self.runs == self.runs.strip() != "", "runs", repr(self.runs), wanted)
+
+
+def _is_folder_name(name: str) -> bool:
+    # Nothing that a shell, or a person, would take for something else.
+    return (
+        any(letter.isalnum() for letter in name)
+        and name == name.strip()
+        and name[0] != "-"
+        and "/" not in name
+        and len(name.encode()) <= LONGEST_NAME
+    )
 
 
 def run_settings(cfg: DictConfig) -> Run:
@@ -98,18 +118,24 @@ def run_settings(cfg: DictConfig) -> Run:
     for group in GROUPS:
         if not isinstance(cfg.get(group), DictConfig):
             raise UserError(f"{group}: missing, expected a mapping with a _target_")
-    return read_keys(cfg, Run)
+    return read_keys(cfg, Run, GROUPS)
 
 
 @command_line("config")
 def main(cfg: DictConfig) -> None:
     """Build what the config names, train it, say where the results are."""
+    outlive_readers()
+    with ending_at_once():
+        train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
+    """Train what `cfg` names, or go on with it."""
     settings = run_settings(cfg)
 
     from padst_exp.dispatch import require_device
     from padst_exp.engine import distributed
     from padst_exp.engine.loop import run
-    from padst_exp.engine.progress import say
 
     world = distributed.start(settings.device)
     try:
@@ -186,15 +212,15 @@ def build_task(cfg: DictConfig, world: World) -> Task:
     """The data set of `cfg`. Rank 0 prepares what is cached on disk, the others then find it."""
     # Before anything is downloaded or searched for.
     require_fit(cfg.model, "model", getattr(resolve_target(cfg.dataset, "dataset"), "gives", ()))
-    task = build(cfg.dataset, "dataset") if world.main else None
-    world.from_main(None)
-    return build(cfg.dataset, "dataset") if task is None else task
+    prepared = world.first(lambda: build(cfg.dataset, "dataset"))
+    return build(cfg.dataset, "dataset") if prepared is None else prepared
 
 
 def original(cfg: DictConfig, task: Task) -> Original:
     """The dense model of `cfg` for the data of `task`, as transforms take it."""
     import torch
 
+    from padst_exp.memory import fitting
     from padst_exp.sparsify import Rule
     from padst_exp.transforms import Original, example
 
@@ -205,7 +231,8 @@ def original(cfg: DictConfig, task: Task) -> Original:
     def dense(changes: Mapping[str, object]) -> nn.Module:
         torch.manual_seed(settings.seed)
         node = OmegaConf.create({**keys, **changes})
-        model: nn.Module = build(node, "model", task.model_shape)
+        with fitting("model"):
+            model: nn.Module = build(node, "model", task.model_shape)
         return model
 
     return Original(

@@ -47,7 +47,14 @@ def trained(root: Path, *overrides: str) -> Path:
 
 
 def keys(path: Path, **changes: Any) -> AnalyzeSchema:
-    values = {"out": None, "parts": tuple(PARTS), "device": "cpu", **changes}
+    values = {
+        "out": None,
+        "parts": tuple(PARTS),
+        "device": "cpu",
+        "trust": (),
+        "changes": (),
+        **changes,
+    }
     return AnalyzeSchema(run=str(path), **values)
 
 

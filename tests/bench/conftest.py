@@ -21,4 +21,4 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(session, "last_level_cache", lambda device: 1 << 12)
     monkeypatch.setattr(session, "MAX_ROTATION", 2)
     monkeypatch.setitem(session.GEMM, "cpu", 64)
-    monkeypatch.setattr(dispatching, "cache_folder", lambda: tmp_path / "decisions")
+    monkeypatch.setattr(dispatching.cache, "cache_folder", lambda: tmp_path / "decisions")

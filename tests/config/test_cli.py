@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,22 @@ def test_mistakes_are_one_line(program: Program) -> None:
         "structre=nm": "structre: unknown key; did you mean structure?",
         "structure.grup=3": "structure.grup: unknown key; did you mean group?",
         "structure.n=0": "structure.n: expected an integer of at least 1, got 0",
-        "structure=null": "Config group override must be a string",
+        "structure=null": "structure: expected one of block, ",
+        "structure=5": "structure: expected one of block, ",
+        "structure=[nm]": "structure: expected one of block, ",
+        "+trainer={}": "trainer: expected one of default, got {}",
+        "model=vit.yaml": "model=vit.yaml: unknown option; choose from ",
+        "model=../model/vit": "model=../model/vit: unknown option; choose from ",
+        "dst=_base": "dst=_base: unknown option; choose from ",
+        "=1": "=1: cannot be read",
+        "+=1": "+=1: cannot be read",
+        "~": "~: cannot be read",
+        "+anything=1": "anything: unknown key; known: ",
+        "++zz={}": "zz: unknown key; known: ",
+        "+_target_=x": "_target_: unknown key; known: ",
+        "+hydra.x=1": "hydra.x: unknown key; known: ",
+        "+hydra.jobs.x=1": "hydra.jobs: unknown key; did you mean job?",
+        "++hydra.job.nam=1": "hydra.job.nam: unknown key; did you mean name?",
         "sparsity=abc": "sparsity: expected float, got 'abc'",
         "+sparsty=0.5": "sparsty: unknown key; did you mean sparsity?",
         "runs=${nowhere}": "runs: Interpolation key 'nowhere' not found",
@@ -70,9 +86,39 @@ def test_mistakes_are_one_line(program: Program) -> None:
     }
     for argument, message in cases.items():
         code, out, err = program(checked, argument)
-        assert (code, out) == (2 if argument == "sparsity" else 1, "")
+        assert (code, out) == (2 if "cannot be read" in message else 1, "")
         assert err.startswith(f"padst_exp: error: {message}"), err
         assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_values_that_hydra_cannot_read_are_shown_as_it_can(program: Program) -> None:
+    signs = ["=b", "[1]", "(1)", "#1", "~", "ä", "日本", "{b", '"b', ",b", ";b&c!", "=\\"]
+    for value in (f"/a{sign}" for sign in signs):
+        code, out, err = program(checked, f"run={value}", **SMALL)
+        assert (out, err.count("\n")) == ("", 1) and code
+        (argument,) = shlex.split(err.rpartition(": ")[2])
+        seen: list[str] = []
+        assert program(lambda cfg, seen=seen: seen.append(cfg.run), argument, **SMALL)[0] == 0
+        assert seen == [value]
+
+
+def test_nothing_is_given_a_value_without_a_meaning(program: Program) -> None:
+    cases = {
+        "sparsity=nan": "sparsity: expected a finite number of at most 3.4e38, got nan",
+        "distribution={a: inf}": "distribution.a: expected a finite number of at most 3.4e38",
+        "distribution={a: 1e308}": "distribution.a: expected a finite number of at most 3.4e38",
+        "structure.group=99999999999999999999": "structure.group: expected an integer of at most ",
+        "runs='a\tb'": "runs: expected text without control characters, got 'a\\tb'",
+        "name='\t'": "name: expected text without control characters, got '\\t'",
+        "name=-": "name: expected the name of one folder",
+        "name=' a'": "name: expected the name of one folder",
+        f"name={'a' * 300}": "name: expected the name of one folder",
+        "runs=": "runs: expected a folder",
+    }
+    for argument, message in cases.items():
+        code, out, err = program(checked, argument)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith(f"padst_exp: error: {message}"), err
 
 
 def test_broken_yaml_is_one_line_that_names_file_and_line(
@@ -112,6 +158,8 @@ def test_errors_of_a_run_are_one_line(program: Program) -> None:
         ),
         "x: Permission denied": PermissionError(errno.EACCES, "Permission denied", "x"),
         "No space left on device": OSError(errno.ENOSPC, "No space left on device"),
+        "x: Read-only file system": OSError(errno.EROFS, "Read-only file system", "x"),
+        "x: File name too long": OSError(errno.ENAMETOOLONG, "File name too long", "x"),
     }
     for line, error in errors.items():
 

@@ -187,23 +187,32 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_damaged_token_caches_are_made_again(cache: Path, tmp_path: Path) -> None:
     pieces = [np.arange(7, dtype=np.int32), np.arange(4, dtype=np.int32)]
-    made = cached_array("tokens", lambda: pieces)
+    made = cached_array("tokens", lambda: pieces, below=7)
     path, expected = cache / "tokens", [*range(7), *range(4)]
     assert made.tolist() == expected
-    assert cached_array("tokens", list).tolist() == expected  # so it does read the file
+    assert cached_array("tokens", list, below=7).tolist() == expected  # so it does read the file
     stored = path.read_bytes()
+    cached_array("of another vocabulary", lambda: [np.array([3, 9], np.int32)], below=10)
+    foreign = (cache / "of another vocabulary").read_bytes()
     beyond = np.array([99], "<i4").tobytes() + stored[4:]
-    for damaged in (b"", stored[:-1], stored[:-4], stored[4:], beyond, stored + b"xxxx"):
+    signed = [
+        numbers.tobytes() + hashlib.sha256(b"tokens\n" + numbers.tobytes()).digest()
+        for numbers in (np.array([0, 7], "<i4"), np.array([3, -1], "<i4"))
+    ]
+    cut = b"", stored[:-1], stored[:-4], stored[4:], stored + b"xxxx"
+    for damaged in (*cut, beyond, foreign, *signed):
         path.write_bytes(damaged)
-        assert cached_array("tokens", lambda: pieces).tolist() == expected
+        assert cached_array("tokens", lambda: pieces, below=7).tolist() == expected
         assert path.read_bytes() == stored
     path.unlink()
     path.mkdir()
-    assert cached_array("tokens", lambda: pieces).tolist() == expected
+    assert cached_array("tokens", lambda: pieces, below=7).tolist() == expected
 
 
 def test_a_mapped_stream_is_sent_to_a_worker_by_name(tmp_path: Path, cache: Path) -> None:
-    stream = TokenStream(cached_array("tokens", lambda: [np.arange(10_000, dtype=np.int32)]))
+    stream = TokenStream(
+        cached_array("tokens", lambda: [np.arange(10_000, dtype=np.int32)], below=10_000)
+    )
     sent = pickle.dumps(stream)
     assert len(sent) < 1000
     starts = [0, 2, 9_990]
@@ -279,9 +288,15 @@ def test_bpe_is_deterministic_lossless_and_cached(cache: Path) -> None:
     assert train_bpe(text, 290).to_str() == first.to_str()
     assert path.read_bytes() == stored
     other = train_bpe(text, 280).to_str()
-    path.write_text(f"{hashlib.sha256(other.encode()).hexdigest()}\n{other}")
+    digest = hashlib.sha256(f"{path.name}\n{other}".encode()).hexdigest()
+    path.write_text(f"{digest}\n{other}")
     assert train_bpe(text, 290).get_vocab_size() == 280  # so it does read the file
-    for damaged in (b"", stored[:-9], stored[9:], stored.replace(b"vocab", b"vokab"), b"\xff"):
+    (of_another,) = {one for one in cache.iterdir() if one != path}
+    text_of_none = hashlib.sha256(path.name.encode() + b"\n5").hexdigest().encode() + b"\n5"
+    for damaged in (
+        b"", stored[:-9], stored[9:], stored.replace(b"vocab", b"vokab"), b"\xff",
+        of_another.read_bytes(), text_of_none,
+    ):  # fmt: skip
         path.write_bytes(damaged)
         assert train_bpe(text, 290).to_str() == first.to_str()
         assert path.read_bytes() == stored

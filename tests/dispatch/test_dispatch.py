@@ -1,5 +1,6 @@
 """The fastest right backend computes each layer; plain PyTorch says what is right."""
 
+import hashlib
 import json
 import multiprocessing
 import time
@@ -33,9 +34,9 @@ BACKENDS: list[Backend] = ["native", "torch", "scatter"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Not of the compiled kernels, which would be compiled anew.
-    monkeypatch.setattr(timing, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(timing.cache, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(timing, "TIMING", 1e-4)
-    return tmp_path / "timings.json"
+    return tmp_path / "timings"
 
 
 def sleeping(milliseconds: float, calls: list[float]) -> Callable[[], object]:
@@ -100,7 +101,7 @@ def test_times_are_measured_once_and_kept(cache: Path) -> None:
     assert len(calls) == measured
     dispatch.timings({"a": 2}, lambda: candidates, device=CPU)
     assert len(calls) > measured
-    assert len(json.loads(cache.read_text())) == 2
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_times_of_other_machines_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,15 +166,24 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_nothing_but_time(
         return len(calls) > before
 
     assert measured()
-    ((key, _),) = json.loads(cache.read_text()).items()
-    wrong: list[object] = [[], {"key": 1}, {key: []}, {key: {}}, {key: {"only": "fast"}}]
-    wrong += [{key: {"only": 0}}, {key: {"only": None}}, 7]
-    for content in ["", "{", *(json.dumps(one) for one in wrong)]:
-        cache.write_text(content)
+    (path,) = cache.iterdir()
+    sound = path.read_bytes()
+    name = f"timings/{path.name}\n".encode()
+    wrong: list[object] = [[], {}, {"only": "fast"}, {"only": 0}, {"only": None}, 7, None]
+    signed = [json.dumps(one).encode() for one in wrong]
+    digests = [hashlib.sha256(name + text).hexdigest().encode() for text in signed]
+    contents = [b"%s\n%s" % pair for pair in zip(digests, signed, strict=True)]
+    for content in (b"", b"{", sound[:-1], sound.replace(b"only", b"fast"), *contents):
+        path.write_bytes(content)
         assert measured(), content
         assert not measured(), content
+    # Nor is that of something else believed.
+    dispatch.timings({"a": 1}, lambda: {"only": sleeping(0.1, calls)}, device=CPU)
+    other = next(one for one in cache.iterdir() if one != path)
+    path.write_bytes(other.read_bytes())
+    assert measured()
     (cache.parent / "file").touch()
-    monkeypatch.setattr(timing, "cache_folder", lambda: cache.parent / "file")
+    monkeypatch.setattr(timing.cache, "cache_folder", lambda: cache.parent / "file")
     assert measured() and measured()
 
 

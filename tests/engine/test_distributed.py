@@ -64,7 +64,8 @@ def test_alone_nothing_is_communicated() -> None:
     world.mean_([tensor])
     world.assert_identical("x", "anything")
     assert torch.equal(tensor, torch.ones(2)) and world.gather(3) == [3]
-    assert world.from_main("x") == "x" and not world.any(False)
+    assert world.from_main("x") == "x" and world.largest(2) == 2
+    assert world.first(lambda: 5) == 5
 
 
 def test_devices_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from padst_exp.dst import DropScore, Signals, Topology
 from padst_exp.permutations import DoublyStochastic, Permutation
 from padst_exp.permutations.permutation import assign
-from padst_exp.permutations.sinkhorn import sharpness_penalty
 from padst_exp.structures import Geometry, Structure, Tiling
 
 
@@ -89,14 +88,11 @@ class Hardest(Permutation):
     """Multiplies by its nearest permutation, and differentiates as the soft matrix."""
 
     def matrix(self) -> Tensor:
-        soft = super().matrix()
         if self.logits is None:
-            return soft
+            return super().matrix()
+        soft = self.relaxed()
         hard = torch.zeros_like(soft).scatter_(1, assign(soft)[:, None], 1.0)
         return hard + soft - soft.detach()
-
-    def penalty(self) -> Tensor:
-        return sharpness_penalty(super().matrix())
 
 
 class StraightThrough(DoublyStochastic):

@@ -67,7 +67,7 @@ def test_an_own_score_trains(train: Train) -> None:
 
 
 def test_an_own_permutation_learner_trains_and_hardens(train: Train) -> None:
-    summary, rows = train("permutation=straight_through")
+    summary, rows = train("permutation=own_learner")
     hardened = kinds(rows, "harden")
     assert {row["of"] for row in hardened} == {"permutation"}
     assert summary["permutations"]["still_soft"] == [] and len(hardened) == 10

@@ -28,6 +28,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.errors import UserError
 from padst_exp.evaluate import EvaluateSchema, evaluate
 from padst_exp.export import ExportSchema, export
+from padst_exp.files import sha256
 from padst_exp.inference import load
 from padst_exp.inference.packing import harden
 from padst_exp.layers import sparse_layers
@@ -49,13 +50,14 @@ def composed(name: str, *overrides: str) -> DictConfig:
     return copy.deepcopy(_composed(name, *overrides))
 
 
+KEYS: dict[str, Any] = {"device": "cpu", "trust": "inference", "changes": ()}
 OWN_MODEL = {"_target_": "inference.own_models.Perceptron", "width": 48}
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("padst_exp.dispatch.timing.cache_folder", lambda: tmp_path)
-    return tmp_path / "timings.json"
+    monkeypatch.setattr("padst_exp.cache.cache_folder", lambda: tmp_path)
+    return tmp_path / "timings"
 
 
 def make_run(
@@ -89,12 +91,12 @@ def make_run(
 
 
 def keys(run: Path, **changes: Any) -> ExportSchema:
-    values = {"format": "packed", "out": None, "overwrite": False, "device": "cpu", **changes}
+    values = {"format": "packed", "out": None, "overwrite": False, **KEYS, **changes}
     return ExportSchema(run=str(run), **values)
 
 
-def metrics_of(run: Path, batch_size: int | None = None) -> dict[str, float]:
-    asked = EvaluateSchema(run=str(run), batch_size=batch_size, device="cpu")
+def metrics_of(run: Path, batch_size: int | None = None, **changes: Any) -> dict[str, float]:
+    asked = EvaluateSchema(run=str(run), batch_size=batch_size, **{**KEYS, **changes})
     return evaluate(asked, World())[1]
 
 
@@ -111,7 +113,7 @@ def first_images() -> torch.Tensor:
 
 
 def hardened_logits(run: Path, inputs: torch.Tensor) -> torch.Tensor:
-    model = restore_run(run, World()).model.eval()
+    model = restore_run(run, World(), trust="inference").model.eval()
     harden(model)
     return model(inputs).detach()
 
@@ -126,7 +128,8 @@ def test_an_export_computes_what_the_run_does(tmp_path: Path) -> None:
             folder, description = export(keys(run, format=format), World())
             assert folder == run / ("export" if format == "packed" else "export-dense")
             written = json.loads((folder / "model.json").read_text())
-            assert written == {"format": 2, "shared": {}, **json.loads(json.dumps(description))}
+            assert written.pop("tensors") == sha256(folder / "model.safetensors")
+            assert written == {"format": 3, "shared": {}, **json.loads(json.dumps(description))}
             source = description["source"]
             assert (source["step"], source["averaged"]) == (3, averaged)
             assert source["checkpoint"] == "last.pt" and len(source["hardened"]) == 4
@@ -219,9 +222,9 @@ def test_an_evaluated_export_is_tuned(
         said = capsys.readouterr().err
         wanted = rf"(major|dense) for batches of 50 in {precision}: [0-9.]+x dense on "
         assert re.search(wanted, said)
-    kept = own_cache.read_text()
+    kept = {path: path.read_text() for path in own_cache.iterdir()}
     metrics_of(folder, batch_size=50)
-    assert own_cache.read_text() == kept
+    assert {path: path.read_text() for path in own_cache.iterdir()} == kept
     capsys.readouterr()
     metrics_of(run)
     assert "x dense" not in capsys.readouterr().err
@@ -303,7 +306,7 @@ def test_a_damaged_config_is_one_line(tmp_path: Path) -> None:
         (run / "config.yaml").write_text(text)
         (folder / "model.json").write_text(json.dumps({**description, "config": text}))
         for path, name in ((run, "config.yaml"), (folder, "model.json")):
-            wanted = rf"^.*{name}: damaged, no training config: {message}[^\n]*$"
+            wanted = rf"^run: expected a training config, got .*{name} \({message}[^\n]*\)$"
             with pytest.raises(UserError, match=wanted):
                 metrics_of(path)
 

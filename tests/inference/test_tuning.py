@@ -291,7 +291,7 @@ def test_tokens_are_mixed_through_transposed_inputs(stopwatch: Callable[..., Sto
 
 
 def test_a_real_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("padst_exp.dispatch.timing.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("padst_exp.cache.cache_folder", lambda: tmp_path)
     reports = []
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
         inputs = example("vit").to(dtype)
@@ -355,7 +355,7 @@ def test_captures_are_measured_as_such_and_need_a_gpu(
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is measured too; nothing while capturing; a graph replays for its shape alone."""
-    monkeypatch.setattr("padst_exp.dispatch.timing.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("padst_exp.cache.cache_folder", lambda: tmp_path)
     for family in FAMILIES:
         model, inputs = packed(family, "nm-16").cuda(), example(family).cuda()
         refused = pytest.raises(ValueError, match="tune measures")

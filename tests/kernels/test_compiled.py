@@ -1,5 +1,6 @@
 """How C++ is compiled and kept, and what runs where it cannot be."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,17 +10,19 @@ import torch
 
 from kernel_cases import DEVICE, needs, random_entries, random_tiles
 from padst_kernels import entries, tiles
-from padst_kernels.compiled import compiled
+from padst_kernels.compiled import compiled, own_folder
 
 ONE = "int one() { return 1; }\n"
 
 
 @pytest.fixture
-def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Where a library may be written, with an empty cache, if there is a compiler."""
     needs("native")
     monkeypatch.setenv("PADST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "kernel.cpp"
+    own_folder.cache_clear()
+    yield tmp_path / "kernel.cpp"
+    own_folder.cache_clear()
 
 
 @pytest.fixture
@@ -59,19 +62,6 @@ def test_no_compiler_no_library(
     assert "plain PyTorch instead" in caplog.text
 
 
-def test_no_home_directory_no_library(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delenv("PADST_CACHE", raising=False)
-    monkeypatch.delenv("HOME", raising=False)
-    # As of a user whom the system does not know.
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    source = tmp_path / "kernel.cpp"
-    source.write_text(ONE)
-    assert compiled(source) is None
-    assert "instead: Could not determine home directory." in caplog.text
-
-
 def test_says_why_the_compiler_refuses(source: Path, caplog: pytest.LogCaptureFixture) -> None:
     source.write_text('#include "wrong.h"\n')
     source.with_name("wrong.h").write_text("int one() { return two; }\n")
@@ -79,21 +69,129 @@ def test_says_why_the_compiler_refuses(source: Path, caplog: pytest.LogCaptureFi
     assert "error: " in caplog.text and "In file included" not in caplog.text
 
 
-def test_a_library_is_built_once_for_each_version_of_its_files(
-    source: Path, tmp_path: Path
-) -> None:
-    header, cache = source.with_name("one.h"), tmp_path / "cache"
+def built(source: Path) -> ctypes.CDLL:
+    """As in another process."""
+    own_folder.cache_clear()
+    library = compiled.__wrapped__(source)
+    assert library is not None
+    return library
+
+
+def kept(source: Path) -> Path:
+    (library,) = (source.parent / "cache" / f"native-{os.geteuid()}").iterdir()
+    return library
+
+
+def test_a_library_is_built_once_for_each_version_of_its_files(source: Path) -> None:
+    header, folder = source.with_name("one.h"), source.parent / "cache" / f"native-{os.geteuid()}"
     source.write_text('#include "one.h"\nextern "C" int one() { return ONE; }\n')
     header.write_text("#define ONE 1\n")
 
-    def built() -> dict[Path, int]:
-        # As in another process.
-        library = compiled.__wrapped__(source)
-        assert library is not None
-        return {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    def files() -> dict[Path, int]:
+        built(source)
+        return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
-    first = built()
-    assert len(first) == 1 and built() == first
+    first = files()
+    assert len(first) == 1 and files() == first
     header.write_text("#define ONE 2\n")
-    second = built()
+    second = files()
     assert len(second) == 2 and second.items() > first.items()
+
+
+def test_a_damaged_library_is_never_loaded_but_built_again(source: Path) -> None:
+    """Loading one may end the process, by SIGBUS or SIGSEGV."""
+    source.write_text(f'extern "C" {ONE}')
+    assert built(source).one() == 1
+    sound = kept(source).read_bytes()
+    source.write_text(f'extern "C" {ONE.replace("1", "2")}')
+    built(source)
+    planted = next(p.read_bytes() for p in kept_all(source) if p.read_bytes() != sound)
+    source.write_text(f'extern "C" {ONE}')
+    flipped = bytearray(sound)
+    flipped[len(sound) // 2] ^= 1
+    name = next(path for path in kept_all(source) if path.read_bytes() == sound)
+    for content in (
+        b"", sound[:-1], sound[: len(sound) // 2], sound[:-32], bytes(flipped), sound + b"x",
+        planted[:-32], bytes(len(sound)),
+    ):  # fmt: skip
+        name.unlink()  # this process has it in its memory
+        name.write_bytes(content)
+        assert built(source).one() == 1
+        assert name.read_bytes() == sound
+    name.unlink()
+    name.mkdir()
+    # What cannot be replaced costs the kernels, not the process.
+    own_folder.cache_clear()
+    assert compiled.__wrapped__(source) is None
+
+
+def kept_all(source: Path) -> list[Path]:
+    return list((source.parent / "cache" / f"native-{os.geteuid()}").iterdir())
+
+
+def test_only_a_folder_that_is_ours_alone_is_used(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source.write_text(f'extern "C" {ONE}')
+    cache = source.parent / "cache"
+    folder, other = (cache / f"native-{os.geteuid() + number}" for number in range(2))
+    built(source)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    library = kept(source)
+    whole = library.read_bytes()
+
+    def open_to_others() -> None:
+        folder.chmod(0o777)
+
+    def another_users() -> None:
+        folder.chmod(0o700)
+        folder.rename(other)
+        monkeypatch.setattr(os, "geteuid", lambda: int(other.name.removeprefix("native-")))
+
+    def a_link() -> None:
+        monkeypatch.undo()
+        monkeypatch.setenv("PADST_CACHE", str(cache))
+        other.rename(cache / "elsewhere")
+        folder.symlink_to("elsewhere")
+
+    def a_file() -> None:
+        folder.unlink()
+        folder.write_text("")
+
+    def no_home() -> None:
+        monkeypatch.delenv("PADST_CACHE")
+        monkeypatch.delenv("HOME", raising=False)
+        # As of a user whom the system does not know.
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+
+    for change, said in (
+        (open_to_others, "is open to others"),
+        (another_users, "is another user's"),
+        (a_link, "is a link"),
+        (a_file, "File exists"),
+        (no_home, "Could not determine home directory"),
+    ):
+        change()
+        caplog.clear()
+        own_folder.cache_clear()
+        for _ in range(2):
+            found = compiled.__wrapped__(source)
+            assert found is not None and found.one() == 1
+            assert not found._name.startswith(str(cache)), said
+        # Said once, and nothing is left behind.
+        assert caplog.text.count("for this process alone") == 1 and said in caplog.text
+        assert not os.path.exists(os.path.dirname(found._name))
+    assert (cache / "elsewhere" / library.name).read_bytes() == whole
+
+
+def test_users_who_share_a_cache_keep_their_own_libraries(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.write_text(f'extern "C" {ONE}')
+    built(source)
+    mine = os.geteuid()
+    cache = source.parent / "cache"
+    cache.chmod(0o777)
+    (cache / f"native-{mine}").rename(cache / f"native-{mine + 7}")
+    built(source)
+    assert {path.name for path in cache.iterdir()} == {f"native-{mine}", f"native-{mine + 7}"}

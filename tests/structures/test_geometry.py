@@ -11,7 +11,6 @@ from padst_exp.structures import (
     Block,
     Diagonal,
     Geometry,
-    Unstructured,
     best_units,
     gather_entries,
     random_units,
@@ -211,18 +210,6 @@ def test_any_budget_is_shared_within_one_unit(pools: list[tuple[int, int]], dens
     assert bool((counts >= 0).all() and (counts <= candidates).all())
     assert abs(int((counts * sizes).sum()) - budget) < int(sizes.max())
     assert bool(((counts - candidates * density).abs() <= 1 + 1e-6).all())
-
-
-def test_symmetry_classes_are_what_only_relabels_topologies() -> None:
-    blocks = Block(size=4, balanced=False).geometry(8, 12, 0.5)
-    assert blocks.symmetry("in").tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    shared = NM(n=1, m=None, group=4).geometry(8, 12, 0.25)
-    assert shared.symmetry("in").tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert shared.symmetry("out").tolist() == [0] * 4 + [1] * 4
-    assert Diagonal(bundle=1, stride=1, width=1).geometry(8, 8, 0.25).symmetry("in") is None
-    assert set(Unstructured().geometry(8, 8, 0.5).symmetry("in").tolist()) == {0}
-    strides = Diagonal(bundle="stride", stride=4, width=1).geometry(8, 12, 0.25)
-    assert strides.symmetry("in").tolist() == [0, 1, 2, 3] * 3
 
 
 def test_an_impossible_sparsity_is_one_line_that_names_the_key() -> None:

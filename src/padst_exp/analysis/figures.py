@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from padst_exp.engine.plots import BLUE, GREEN, GREY, INK, ORANGE, STYLE
+from padst_exp.engine.plots import BLUE, GREEN, GREY, INK, ORANGE, STYLE, save_figure
 
 Results = Any
 KINDS = {
@@ -178,7 +178,7 @@ class _figure:
 
     def __exit__(self, *error: object) -> None:
         if error[0] is None:
-            self.figure.savefig(self.path)
+            save_figure(self.figure, self.path)
         self.style.__exit__(*error)  # type: ignore[arg-type]
 
 

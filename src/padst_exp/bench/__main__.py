@@ -13,7 +13,7 @@ from padst_exp.cli import command_line
 def main(cfg: DictConfig) -> None:
     """Run one suite; write its table, its figure and the README of all tables."""
     from padst_exp.bench import suites
-    from padst_exp.engine.progress import say
+    from padst_exp.messages import say
 
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     for path in suites.run(plain, say):

@@ -21,7 +21,6 @@ from padst_exp.config import (
     build,
     closest,
     config_dir,
-    keyword_parameters,
     options,
     read_keys,
     require_sparsity,
@@ -31,6 +30,7 @@ from padst_exp.errors import UserError, require
 from padst_exp.permutations import PermutationLearner
 from padst_exp.sparsify import Rule
 from padst_exp.structures import Structure
+from padst_exp.targets import keyword_parameters
 
 Entry = str | Mapping[str, Any]
 

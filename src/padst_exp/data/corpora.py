@@ -137,7 +137,8 @@ def tokenised(table: Table, tokenizer: Tokenizer) -> TokenStream:
             progress.update(len(batch["text"]))
         progress.close()
 
-    stream = TokenStream(cached_array(f"tokens-{name}", pieces))
+    size = tokenizer.get_vocab_size()
+    stream = TokenStream(cached_array(f"tokens-{name}", pieces, below=size))
     say(f"{len(stream):,} tokens in {table.source}")
     return stream
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sized
+import signal
+import threading
+from collections.abc import Generator, Iterator, Sized
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -15,7 +23,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from padst_exp.data.task import Address, Batch, Task
 from padst_exp.errors import UserError, require
 from padst_exp.seeds import seed_of
+from padst_exp.signals import held, leave_to_parent
 
+LAST_BATCH_S = 3.0
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -161,31 +171,85 @@ class Batches:
         assert isinstance(self.addresses, Sized)
         return len(self.addresses)
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Start the workers and yield what they prepare, in order.
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Start the workers and yield what they prepare, in order. Closing it ends them.
 
         Raises:
-            UserError: a sample cannot be read, or the workers have too little shared memory.
+            UserError: a sample cannot be read, the workers have too little shared memory, or one
+                of them was killed.
         """
         loader = DataLoader(
             _Collated(self.dataset, shared=self.workers > 0),
             batch_sampler=self.addresses,
             collate_fn=_unchanged,
             num_workers=self.workers,
+            worker_init_fn=leave_to_parent,
             pin_memory=torch.cuda.is_available(),
             # Without one of its own, a loader draws from the global generator at every epoch,
             # and a resumed run would part from a straight one.
             generator=torch.Generator(),
         )
+        batches: Any = None
+        before = set(multiprocessing.active_children())
+        workers: list[BaseProcess] = []
+        kill = partial(_kill, workers)
+        # Where nobody closes this, the interpreter would wait for them for ever at its end.
+        atexit.register(kill)
         try:
-            for batch in loader:
+            # They leave signals to this process, from the beginning.
+            with held(), _quiet_children():
+                batches = iter(loader)
+            workers += [w for w in multiprocessing.active_children() if w not in before]
+            for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except (OSError, RuntimeError) as error:
-            if not _is_memory_error(error):
-                raise
-            raise _too_little_memory(self.workers) from error
+        except (OSError, RuntimeError, EOFError) as error:
+            if _is_memory_error(error):
+                raise _too_little_memory(self.workers) from error
+            _require_alive(workers, error)
+            raise
+        finally:
+            # They end by themselves, but not before the batch that they are at.
+            timer = threading.Timer(LAST_BATCH_S, kill)
+            timer.start()
+            if workers:
+                batches._shutdown_workers()
+            timer.cancel()
+            kill()
+            atexit.unregister(kill)
+
+
+@contextmanager
+def _quiet_children() -> Iterator[None]:
+    """A block that may start data workers, whose deaths are told by the next batch asked for.
+
+    torch tells them by an exception wherever this process is, amid an optimizer step too.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _kill(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+
+
+def _require_alive(processes: list[BaseProcess], error: Exception) -> None:
+    """Raise a `UserError` if a data worker was killed."""
+    # What it was sending may break off before it is known to have ended.
+    wait([process.sentinel for process in processes], timeout=1)
+    for process in processes:
+        if process.exitcode is not None and process.exitcode < 0:
+            name = signal.Signals(-process.exitcode).name
+            raise UserError(
+                f"trainer.workers: expected processes that live, got one ended by {name}, as where "
+                "memory is short"
+            ) from error
 
 
 class _Collated(Dataset[Any]):

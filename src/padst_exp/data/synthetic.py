@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from padst_exp.data.task import Address, Batch, Classification, LanguageModeling
 from padst_exp.errors import require
+from padst_exp.memory import require_memory
 
 
 class Pool(Dataset[Batch]):
@@ -58,8 +59,11 @@ class SyntheticImages(Classification):
         seed: int,
     ) -> None:
         super().__init__(image_size=image_size, channels=channels, num_classes=num_classes)
-        _require_positive(samples=samples, validation_samples=validation_samples, pool=pool)
-        generator = torch.Generator().manual_seed(seed)
+        _require_positive(
+            channels=channels, samples=samples, validation_samples=validation_samples, pool=pool
+        )
+        require_memory("dataset.pool", pool, 4.0 * pool * channels * image_size**2)
+        generator = torch.Generator().manual_seed(_require_seed(seed))
         inputs = torch.randn(pool, channels, image_size, image_size, generator=generator)
         targets = torch.randint(num_classes, (pool,), generator=generator)
         self.train = Pool(inputs, targets, samples)
@@ -93,10 +97,17 @@ class SyntheticTokens(LanguageModeling):
             pool=pool,
         )
         super().__init__(vocab_size=vocab_size, context_length=context_length)
-        generator = torch.Generator().manual_seed(seed)
+        require_memory("dataset.pool", pool, 8.0 * pool * (context_length + 1))
+        generator = torch.Generator().manual_seed(_require_seed(seed))
         tokens = torch.randint(vocab_size, (pool, context_length + 1), generator=generator)
         self.train = Pool(tokens[:, :-1], tokens[:, 1:], samples)
         self.validation = Pool(tokens[:, :-1], tokens[:, 1:], validation_samples)
+
+
+def _require_seed(seed: int) -> int:
+    """The seed, checked."""
+    require(0 <= seed < 2**63, "dataset.seed", seed, "an integer from 0 to 2^63 - 1")
+    return seed
 
 
 def _require_positive(**sizes: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from padst_exp.cache import cached_text
+from padst_exp.cache import cached
 from padst_exp.data.bigram import Bigram
 from padst_exp.data.sources import existing
 from padst_exp.data.task import LanguageModeling
@@ -19,7 +19,8 @@ from padst_exp.errors import require
 from padst_exp.files import reading
 from padst_exp.messages import say
 
-BYTES = 256
+# The tokenizer reserves memory for so many, whatever the text has.
+BYTES, MOST_TOKENS = 256, 1 << 20
 WORK_SEPARATOR = "\f\n"
 
 
@@ -29,7 +30,7 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     Any text can be encoded; the same text gives the same tokenizer.
     """
     digest = hashlib.sha256(f"bpe 2 {vocab_size} {text}".encode()).hexdigest()[:16]
-    return Tokenizer.from_str(cached_text(f"bpe-{digest}", lambda: _trained(text, vocab_size)))
+    return cached(f"bpe-{digest}", lambda: _trained(text, vocab_size), Tokenizer.from_str)
 
 
 def _trained(text: str, vocab_size: int) -> str:
@@ -54,8 +55,9 @@ class _OwnTokenizer(LanguageModeling):
     def __init__(
         self, *, train_text: str, validation_text: str, vocab_size: int, context_length: int
     ) -> None:
-        enough = vocab_size >= BYTES
-        require(enough, "dataset.vocab_size", vocab_size, f"at least {BYTES}, all bytes")
+        enough = BYTES <= vocab_size <= MOST_TOKENS
+        wanted = f"at least {BYTES}, all bytes, and at most {MOST_TOKENS}"
+        require(enough, "dataset.vocab_size", vocab_size, wanted)
         require(context_length >= 1, "dataset.context_length", context_length, "at least 1")
         self.tokenizer = train_bpe(train_text, vocab_size)
         # A short text may not have as many merges as asked for.

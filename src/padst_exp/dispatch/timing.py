@@ -17,8 +17,7 @@ import torch
 from filelock import FileLock
 
 import padst_kernels
-from padst_exp.atomic import replacing
-from padst_exp.cache import cache_folder
+from padst_exp import cache
 from padst_kernels.compiled import compiled
 
 # Rounds of one timing of every candidate, in turn; at least this long a timing, in seconds.
@@ -34,9 +33,9 @@ def timings(
 ) -> dict[str, float]:
     """Seconds of each way to compute `what` on this machine, from the cache or measured now.
 
-    They are kept in `timings.json` in the cache folder (`PADST_CACHE`, else `~/.cache/padst_exp`)
-    under `what` and everything else a timing depends on: device, threads, instruction set,
-    versions, and the source of the kernels.
+    They are kept in the cache folder (`PADST_CACHE`, else `~/.cache/padst_exp`) under the hash of
+    `what` and everything else a timing depends on: device, threads, instruction set, versions, and
+    the source of the kernels.
 
     Args:
         what: plain values that say what is computed; token counts should be bucketed.
@@ -50,19 +49,19 @@ def timings(
         RuntimeError: there is something to measure in the middle of a compilation or a capture.
     """
     key = json.dumps({**what, **_machine(device)}, sort_keys=True)
-    path = cache_folder() / "timings.json"
-    if key in (known := _read(path)):
-        return known[key]
-    if is_recording(device):
-        raise RuntimeError("nothing can be measured while a model is compiled or captured")
-    # Processes that start together measure one after the other, undisturbed, and agree.
-    with _locked(path):
-        if key not in (known := _read(path)):
-            known[key] = measure(calls(), device)
-            # Where nothing can be written, the next run measures again.
-            with contextlib.suppress(OSError), replacing(path) as file:
-                file.write(json.dumps(known, indent=0).encode())
-    return known[key]
+    name = f"timings/{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+
+    def measured() -> str:
+        return json.dumps(measure(calls(), device))
+
+    def measured_alone() -> str:
+        if is_recording(device):
+            raise RuntimeError("nothing can be measured while a model is compiled or captured")
+        # Processes that start together measure one after the other, undisturbed, and agree.
+        with _locked(cache.cache_folder() / "timings.lock"):
+            return json.dumps(cache.cached(name, measured, _times))
+
+    return cache.cached(name, measured_alone, _times)
 
 
 def is_recording(device: torch.device) -> bool:
@@ -142,21 +141,22 @@ def _kernels_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    """What is in the cache; one that is damaged does not count."""
-    try:
-        known = json.loads(path.read_text())
-        if all(times and min(map(float, times.values())) > 0 for times in known.values()):
-            return known
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass
-    return {}
+def _times(text: str) -> dict[str, float]:
+    """Seconds by name.
+
+    Raises:
+        ValueError, TypeError, AttributeError: the text is something else.
+    """
+    times: dict[str, float] = json.loads(text)
+    if not min(map(float, times.values())) > 0:
+        raise ValueError(f"no time is {times}")
+    return times
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, unless its folder cannot be written."""
-    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    """Hold a lock, unless its folder cannot be written."""
+    lock = FileLock(path)
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,10 @@ class Algorithm(abc.ABC):
         """Whether `topology` leaves the algorithm anything to decide."""
         return True
 
+    def drop_fraction(self, step: int, total: int) -> float:
+        """Share of active units that an update after `step` replaces; 0 where none ever does."""
+        return 0.0
+
     @abc.abstractmethod
     def is_due(self, step: int, total: int) -> bool:
         """Whether topologies change once `step` of `total` optimizer steps are completed."""

@@ -93,6 +93,7 @@ class Selection(Gate):
         temperature: a scalar tensor; the lower, the sharper the choice.
     """
 
+    copied = ("temperature",)
     temperature: Tensor
 
     def __init__(self, topology: Topology, logits: Tensor) -> None:

@@ -134,10 +134,13 @@ class Change:
         active: int64 `[N']`, the new sorted unit ids, as many as the algorithm likes.
         source: where other values are to move: int64 `[N']`, the old row of each new unit, or
             `[N', E]`, the old flat place `row * E + entry` of each new entry; -1 starts at zero.
+        signs: `[N']` or `[N', E]`, 1 or -1: what values (and first moments) are multiplied by on
+            their way; None: by 1.
         row_order: int64 `[O]`: from now on row r of the geometry stands at row `row_order[r]` of
             the weight (units are re-cut, DSB); None leaves the rows where they are.
     """
 
     active: Tensor
     source: Tensor | None = None
+    signs: Tensor | None = None
     row_order: Tensor | None = None

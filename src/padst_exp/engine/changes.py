@@ -18,6 +18,9 @@ from padst_exp.permutations import Permutation
 from padst_exp.seeds import stream
 from padst_exp.soft import Learner
 
+# Of an optimizer's state, what is an average of gradients themselves.
+SIGNED = ("exp_avg", "momentum_buffer")
+
 
 class Follower(Protocol):
     """Has something that must move along when the topology of a weight changes."""
@@ -70,7 +73,7 @@ class Moments:
         for key, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.ndim > 0 and key != "births":
                 fill = len(state["births"]) - 1 if key == "birth" else 0.0
-                state[key] = move(tensor, fill)
+                state[key] = move(tensor, fill, signed=key in SIGNED)
         self.optimizer.state[move.new] = state
 
 
@@ -109,9 +112,9 @@ def update_topologies(
             birth=None if state.births is None else state.births.steps[name],
         )
         weight.dense_gradient = weight.weight_gradient = None
-        moves.append(_adopt(name, weight, change, following, state.step))
+        moves.append(adopt(name, weight, change, following, state.step))
     state.tracker.updates += 1
-    _finish(state, "topologies")
+    finish(state, "topologies")
     return moves
 
 
@@ -167,11 +170,11 @@ def harden(
             records.append({**record, "loss_before": before, "loss_after": after})
             before = after
     if records:
-        _finish(state, "hard choices")
+        finish(state, "hard choices")
     return records, moves
 
 
-def _adopt(
+def adopt(
     name: str, weight: SparseWeight, change: Change, following: Iterable[Follower], step: int
 ) -> Move:
     """Let one weight take a new topology, and all that follows it go along."""
@@ -187,11 +190,11 @@ def _settle(state: TrainingState, following: Iterable[Follower]) -> list[Move]:
     for name, weight in sparse_weights(state.model).items():
         change = weight.settle()
         if change is not None:
-            moves.append(_adopt(name, weight, change, following, state.step))
+            moves.append(adopt(name, weight, change, following, state.step))
     return moves
 
 
-def _finish(state: TrainingState, what: str) -> None:
+def finish(state: TrainingState, what: str) -> None:
     """Derive anew what depends on topologies and choices, and make sure that ranks agree."""
     index_stale(state.model)
     if state.average is not None:

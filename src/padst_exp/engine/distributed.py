@@ -1,16 +1,15 @@
 """The processes that train together: one, or as many as torchrun started."""
 
-import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from padst_exp.engine.rendezvous import PATIENCE, meet, variable
 from padst_exp.errors import UserError
 
 T = TypeVar("T")
@@ -52,13 +51,38 @@ class World:
         for tensor, part in zip(tensors, flat.split(sizes), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def any(self, flag: bool) -> bool:
-        """Return whether `flag` is true on any rank."""
+    def largest(self, number: int) -> int:
+        """Return the largest `number` of all ranks. On the host: waits for no device."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor(float(flag), device=self.device)
-        self.sum_([votes])
-        return bool(votes > 0)
+            return number
+        box = torch.tensor(number)
+        distributed.all_reduce(box, distributed.ReduceOp.MAX)
+        return int(box)
+
+    def agree(self, error: Exception | None) -> None:
+        """Go on where no rank has met an `error`; else raise it there, and its line elsewhere."""
+        if not self.largest(int(error is not None)):
+            return
+        told = self.gather(None if error is None else " ".join(str(error).split()))
+        if error is not None:
+            raise error
+        rank = next(rank for rank, line in enumerate(told) if line is not None)
+        raise UserError(f"process {rank} of {self.size} failed: {told[rank]}")
+
+    def first(self, action: Callable[[], T]) -> T | None:
+        """Do `action` on rank 0, and go on when it is done; fail on all ranks where it fails.
+
+        Returns:
+            What it returned; None on other ranks.
+        """
+        result, error = None, None
+        if self.main:
+            try:
+                result = action()
+            except Exception as failure:
+                error = failure
+        self.agree(error)
+        return result
 
     def from_main(self, value: T) -> T:
         """Return rank 0's `value` (anything that pickles) on every rank."""
@@ -129,16 +153,19 @@ def start(device: str = "auto") -> World:
             its local rank.
 
     Raises:
-        UserError: when the device does not exist.
+        UserError: when the device does not exist, a variable of the environment makes no sense, or
+            process 0 cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    size = variable("WORLD_SIZE", range(1, 1 << 20), "1")
+    rank = variable("RANK", range(size), "0" if size == 1 else None)
+    chosen = _device(device, variable("LOCAL_RANK", range(size), "0"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
+        # What ranks agree on stays on the host.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         distributed.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=1)
+            backend, store=meet(rank, size), rank=rank, world_size=size, timeout=PATIENCE
         )
     return World(rank=rank, size=size, device=chosen)
 

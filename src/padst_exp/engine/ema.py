@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dst import Selection
 from padst_exp.layers import Move, SparseWeight, sparse_weights
-from padst_exp.soft import choices
+from padst_exp.permutations import Permutation
+from padst_exp.soft import Soft, choices
 
 
 class Average:
@@ -37,6 +37,12 @@ class Average:
         own = choices(self.model)[name]
         own.harden(choice.to(next(own.buffers()).device))
 
+    def exchange(self, name: str, index: Tensor) -> None:
+        """Let one averaged permutation be exchanged as that of the source was; then `pair`."""
+        own = choices(self.model)[name]
+        assert isinstance(own, Permutation)
+        own.exchange(index)
+
     def pair(self, source: nn.Module) -> None:
         """Pair up the tensors with those of `source`; again whenever some are other ones."""
         own, other = dict(self.model.named_parameters()), dict(source.named_parameters())
@@ -48,9 +54,9 @@ class Average:
         self._statistics = [
             (buffer, buffers[f"{prefix}.{name}"])
             for prefix, module in self.model.named_modules()
-            # A selection's temperature counts as much as its logits.
-            if isinstance(module, nn.modules.batchnorm._BatchNorm | Selection)
             for name, buffer in module.named_buffers(recurse=False)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            or (isinstance(module, Soft) and name in module.copied)
         ]
 
     @torch.no_grad()

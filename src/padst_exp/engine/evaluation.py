@@ -47,17 +47,27 @@ def evaluate(
         batches: this rank's share, on the host; possibly none.
         precision: of the forward pass.
         world: the ranks whose sums are added up.
+
+    Raises:
+        Exception: what a batch or the model raised on this rank; what another rank met comes as a
+            `UserError`. The model is left as it was.
     """
     training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    for batch in batches:
-        inputs, targets = to_device(batch, world.device, precision)
-        with forward_context(precision, world.device):
-            logits = model(inputs)
-        for name, value in task.metrics(logits, targets).items():
-            sums[name] = sums[name] + value if name in sums else value
-    model.train(training)
+    error: Exception | None = None
+    try:
+        for batch in batches:
+            inputs, targets = to_device(batch, world.device, precision)
+            with forward_context(precision, world.device):
+                logits = model(inputs)
+            for name, value in task.metrics(logits, targets).items():
+                sums[name] = sums[name] + value if name in sums else value
+    except Exception as failure:
+        error = failure
+    finally:
+        model.train(training)
+    world.agree(error)
     # A rank without any batch does not know the names.
     names = world.from_main(list(sums))
     zero = torch.zeros((), dtype=torch.float64, device=world.device)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from padst_exp.engine.progress import say
+from padst_exp.messages import say
 
 T = TypeVar("T")
 

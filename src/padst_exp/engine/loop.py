@@ -1,13 +1,15 @@
 """The training loop: steps, evaluations, checkpoints, metrics."""
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from typing import Any, NoReturn
 
 from torch import nn
 
 from padst_exp import dispatch
 from padst_exp.data.sampler import train_loader, validation_loader
+from padst_exp.data.task import Batch
 from padst_exp.engine.backends import choose_backends, describe, summarize_backends
 from padst_exp.engine.checkpoint import require_same_config
 from padst_exp.engine.distributed import World
@@ -16,12 +18,13 @@ from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.interruption import Interrupted, Interruption
 from padst_exp.engine.loggers import flat_values
 from padst_exp.engine.plots import plot_curves, plot_topologies
-from padst_exp.engine.progress import Progress, say
+from padst_exp.engine.progress import Progress
 from padst_exp.engine.run_directory import RunDirectory, read_metrics
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import DivergedError, Stepper, eagerly
 from padst_exp.engine.summary import summarize
 from padst_exp.errors import UserError
+from padst_exp.messages import say
 
 
 def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
     Raises:
         UserError: when the training diverges, the disk is full, or the checkpoint is damaged or
             of another configuration. The last good checkpoint stays.
-        Interrupted: after SIGTERM or SIGINT, once the state is saved.
+        Interrupted: after a signal that asks for the end, once the state is saved.
     """
     if directory.finished:
         if world.main:
@@ -59,7 +62,7 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
     try:
         with Interruption() as interruption:
             training.train(interruption)
-        return training.finish()
+            return training.finish()
     except BaseException as error:
         training.abort(error)
         if isinstance(error, DivergedError):
@@ -69,6 +72,10 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
                 f"training diverged: {error}; {kept}; lower optimizer.lr or set trainer.clip_norm"
             ) from error
         raise
+
+
+class _Asked(Exception):
+    """The run was asked to end amid an evaluation."""
 
 
 class _Training:
@@ -89,6 +96,7 @@ class _Training:
         self.state = TrainingState(experiment, world=world, saved=saved, path=path)
         self.stepper = Stepper(experiment, self.state, record=self.record, say=self.say)
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
+        self.interruption = Interruption()
         self.watched: float | None = None
         self.baselines: dict[str, float] = {}
         self.started = self.mark = time.perf_counter()
@@ -97,51 +105,107 @@ class _Training:
     def train(self, interruption: Interruption) -> None:
         """Do all steps that are left."""
         state, trainer = self.state, self.trainer
-        self.introduce()
-        batches = iter(
-            train_loader(
-                self.task,
-                batch_size=trainer.batch_size,
-                micro_batches=trainer.micro_batches,
-                start_step=state.step,
-                total_steps=self.total,
-                seed=self.experiment.seed,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                workers=trainer.workers,
-            )
+        self.interruption = interruption
+        evaluated = self.introduce()
+        loader = train_loader(
+            self.task,
+            batch_size=trainer.batch_size,
+            micro_batches=trainer.micro_batches,
+            start_step=state.step,
+            total_steps=self.total,
+            seed=self.experiment.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            workers=trainer.workers,
         )
         state.start_generators(self.experiment.seed)
         self.mark = time.perf_counter()
-        while state.step < self.total:
-            self.stepper.step(batches)
-            self.progress.advance()
-            at_end = state.step == self.total
-            logging = at_end or _due(state.step, trainer.log_interval)
-            if logging:
-                self.log()
-            is_best = (at_end or _due(state.step, trainer.eval_interval)) and self.evaluate()
-            # Ranks must agree when to stop; a vote waits for the device, as logging does.
-            voting = logging or self.world.size == 1
-            stopping = voting and self.world.any(interruption.signum is not None)
-            if is_best or at_end or stopping or _due(state.step, trainer.checkpoint_interval):
-                self.save(is_best)
-            if stopping and not at_end:
-                self.stop(interruption)
+        if self.evaluation_due and not evaluated:  # the run ended amid it
+            self.save(self.evaluate())
+        with closing(iter(loader)) as batches:
+            while state.step < self.total:
+                self.step(batches)
 
-    def introduce(self) -> None:
-        """Open the logs and say what is to beat."""
-        if not self.world.main:
-            return
+    def step(self, batches: Iterator[Batch]) -> None:
+        """One step, and what is due after it."""
+        state, trainer = self.state, self.trainer
+        parts = self.fetch(batches)
+        try:
+            self.stepper.step(iter(parts))
+        except Exception as error:
+            # Ranks that wait for this one's gradients cannot save with it.
+            if self.stepper.sound and self.world.size == 1:
+                self.leave(error)
+            raise
+        self.progress.advance()
+        at_end = state.step == self.total
+        if at_end or _due(state.step, trainer.log_interval):
+            self.log()
+        is_best = self.evaluation_due and self.evaluate()
+        if is_best or at_end or _due(state.step, trainer.checkpoint_interval):
+            self.save(is_best)
+
+    def fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the next step. All ranks go on, or all save the state and leave."""
+        parts: list[Batch] = []
+        error: Exception | None = None
+        if self.interruption.signum is None:
+            try:
+                parts = self.stepper.parts(batches)
+            except Exception as failure:
+                error = failure
+        if self.world.largest(int(error is not None or self.interruption.signum is not None)):
+            self.leave(error)
+        return parts
+
+    def leave(self, error: Exception | None) -> NoReturn:
+        """Save the state, which is sound on every rank, and end by a signal or an `error`.
+
+        Raises:
+            Interrupted: a rank was asked to end.
+            Exception: else `error`, or that of another rank.
+        """
+        signum = max(self.world.gather(self.interruption.signum or 0))
+        where = f"at step {self.state.step}, saved in {self.directory.checkpoints.last}"
+        try:
+            self.save(False)
+        except Exception as failure:
+            if signum or error is None:
+                raise
+            where = f"at step {self.state.step}, not saved: {failure}"
+        if signum:
+            self.say(f"interrupted {where}; resume=auto continues")
+            raise Interrupted(signum)
+        self.say(f"failed {where}; resume=auto continues")
+        self.world.agree(error)
+        raise AssertionError("neither a signal nor an error")
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation belongs to the step that was done last."""
+        step = self.state.step
+        return step == self.total or (step > 0 and _due(step, self.trainer.eval_interval))
+
+    def introduce(self) -> bool:
+        """Open the logs and say what is to beat.
+
+        Returns:
+            Whether the evaluation that belongs to the last step is in the metrics.
+        """
+        return bool(self.world.from_main(self.world.first(self._introduce)))
+
+    def _introduce(self) -> bool:
+        step = self.state.step
         self.baselines = self.task.baselines()
-        self.directory.open_metrics(self.state.step)
+        rows = self.directory.open_metrics(step)
         self.logger.start(self.directory.path, self.directory.config)
-        if self.state.step:
-            self.say(f"resumed at step {self.state.step} from {self.directory.checkpoints.last}")
+        if step:
+            self.say(f"resumed at step {step} from {self.directory.checkpoints.last}")
         if self.picks:
             self.say(describe(self.picks))
         for name, value in self.baselines.items():
             self.say(f"baseline {name} {value:.4g}")
+        return any(row["kind"] == "eval" and row["step"] == step for row in rows)
 
     def log(self) -> None:
         """Record the training metrics since the last time."""
@@ -169,17 +233,21 @@ class _Training:
     def evaluate(self) -> bool:
         """Record the validation metrics; return whether they are the best so far.
 
-        Where there is an average of the weights, its metrics are the ones that count.
+        Where there is an average of the weights, its metrics are the ones that count. An error,
+        or a signal, amid it ends the run with its state saved; who goes on evaluates first.
         """
         state, began = self.state, time.perf_counter()
         self.world.average_statistics(state.model)
-        values = self.metrics_of(state.model)
         name, direction = self.task.monitor
-        self.watched = values[name]
-        if state.average is not None:
-            averaged = self.metrics_of(state.average.model)
-            self.watched = averaged[name]
-            values |= {f"ema_{key}": value for key, value in averaged.items()}
+        try:
+            values = self.metrics_of(state.model)
+            self.watched = values[name]
+            if state.average is not None:
+                averaged = self.metrics_of(state.average.model)
+                self.watched = averaged[name]
+                values |= {f"ema_{key}": value for key, value in averaged.items()}
+        except Exception as error:
+            self.leave(None if isinstance(error, _Asked) else error)
         self.record("eval", values)
         sign = 1 if direction == "max" else -1
         is_best = state.best is None or sign * self.watched > sign * state.best[0]
@@ -201,8 +269,19 @@ class _Training:
         # Its shapes and modes would have every block compiled anew, twice.
         with eagerly(trainer.compile):
             return evaluate(
-                model, self.task, batches, precision=trainer.precision, world=self.world
+                model,
+                self.task,
+                self.unless_asked(batches),
+                precision=trainer.precision,
+                world=self.world,
             )
+
+    def unless_asked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, until the run is asked to end."""
+        for batch in batches:
+            if self.interruption.signum is not None:
+                raise _Asked
+            yield batch
 
     def save(self, is_best: bool) -> None:
         """Write a checkpoint, if the state is sound."""
@@ -212,50 +291,44 @@ class _Training:
             raise DivergedError("a weight is not finite", self.state.step)
         self.world.average_statistics(self.state.model)
         payload = self.state.payload()
-        if self.world.main:
-            # First the metrics, so that no checkpoint is ever ahead of them.
-            self.directory.sync_metrics()
-            payload["backends"] = dispatch.save(self.picks, self.world.device)
-            payload["config"] = self.directory.config
-            payload["config_text"] = self.directory.config_text
-            self.directory.checkpoints.save(
-                payload, is_best=is_best, keep_last=self.trainer.keep_last
-            )
+        self.world.first(lambda: self._write(payload, is_best))
         self.mark += time.perf_counter() - began
 
-    def stop(self, interruption: Interruption) -> None:
-        """Leave after a signal, to this rank or another; the state is saved."""
-        signum = max(self.world.gather(interruption.signum or 0))
-        self.say(
-            f"interrupted at step {self.state.step}, saved in "
-            f"{self.directory.checkpoints.last}; resume=auto continues"
-        )
-        raise Interrupted(signum)
+    def _write(self, payload: dict[str, Any], is_best: bool) -> None:
+        # First the metrics, so that no checkpoint is ever ahead of them.
+        self.directory.sync_metrics()
+        payload["backends"] = dispatch.save(self.picks, self.world.device)
+        payload["config"] = self.directory.config
+        payload["config_text"] = self.directory.config_text
+        self.directory.checkpoints.save(payload, is_best=is_best, keep_last=self.trainer.keep_last)
 
     def finish(self) -> dict[str, Any]:
         """Write the summary and the plots."""
         self.progress.close()
-        summary: dict[str, Any] = {}
-        if self.world.main:
-            path, state = self.directory.path, self.state
-            rows = read_metrics(path / "metrics.jsonl")
-            summary = summarize(
-                rows,
-                report=self.experiment.report,
-                model=state.model,
-                tracker=state.tracker,
-                baselines=self.baselines,
-                monitor=self.task.monitor,
-                world=self.world,
-                seconds=time.perf_counter() - self.started,
-            )
-            summary["backends"] = summarize_backends(self.picks)
-            plot_curves(rows, self.task.monitor[0], self.baselines, path / "curves.png")
-            plot_topologies(state.model, state.tracker.initial, path / "topology.png")
-            self.directory.finish(summary)
-            self.logger.finish(summary)
-            self.directory.close()
-        return self.world.from_main(summary)
+        summary = self.world.from_main(self.world.first(self._finish))
+        assert summary is not None
+        return summary
+
+    def _finish(self) -> dict[str, Any]:
+        path, state = self.directory.path, self.state
+        rows = read_metrics(path / "metrics.jsonl")
+        summary = summarize(
+            rows,
+            report=self.experiment.report,
+            model=state.model,
+            tracker=state.tracker,
+            baselines=self.baselines,
+            monitor=self.task.monitor,
+            world=self.world,
+            seconds=time.perf_counter() - self.started,
+        )
+        summary["backends"] = summarize_backends(self.picks)
+        plot_curves(rows, self.task.monitor[0], self.baselines, path / "curves.png")
+        plot_topologies(state.model, state.tracker.initial, path / "topology.png")
+        self.directory.finish(summary)
+        self.logger.finish(summary)
+        self.directory.close()
+        return summary
 
     def abort(self, error: BaseException) -> None:
         """Close the logs of a run that does not reach its end."""

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from padst_exp.atomic import replacing
 from padst_exp.layers import SparseLinear, SparseWeight
 from padst_exp.permutations import Permutation
 
@@ -77,7 +78,7 @@ def plot_curves(rows: Rows, metric: str, baselines: Mapping[str, float], path: P
         axes["loss"].legend()
         for axis in grid[-1]:
             axis.set_xlabel("step")
-        figure.savefig(path)
+        save_figure(figure, path)
 
 
 def _loss(axis: Axes, train: Rows, held: Rows) -> None:
@@ -183,7 +184,13 @@ def plot_topologies(model: nn.Module, initial: Mapping[str, Tensor], path: Path)
                 what = "Soft matrix" if permutation.soft else "Permutation"
                 end = f"{what}, end: {100 * (1 - permutation.agreement()):.0f}% moved"
                 _permutation(axes[3], permutation, permutation.nearest(), end)
-        figure.savefig(path)
+        save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture in the format that the name of `path` says, whole or not at all."""
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
 
 
 def _mask(axis: Axes, weight: SparseWeight, active: Tensor, before: Tensor | None) -> None:

@@ -5,12 +5,9 @@ import time
 
 from tqdm import tqdm
 
+from padst_exp.messages import say
+
 SECONDS_BETWEEN_LINES = 10.0
-
-
-def say(line: str) -> None:
-    """Write one line to stderr, above the bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
 
 
 class Progress:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TextIO
 import torch
 import yaml
 
-from padst_exp.atomic import replacing
+from padst_exp.atomic import own_descriptor, replace_text
 from padst_exp.engine.checkpoint import Checkpoints, require_same_config
 from padst_exp.engine.distributed import World
 
@@ -95,16 +95,20 @@ class RunDirectory:
         """Return the summary of a finished run."""
         return json.loads((self.path / "summary.json").read_text())
 
-    def open_metrics(self, step: int) -> None:
+    def open_metrics(self, step: int) -> list[dict[str, Any]]:
         """Open `metrics.jsonl` for rows after `step`, dropping those that are there already.
 
         They stem from steps after the checkpoint that a killed run is resumed from; they
         will be computed, and written, again.
+
+        Returns:
+            The rows that stay.
         """
         path = self.path / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        _write(path, "".join(_line(row) for row in kept))
-        self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
+        replace_text(path, "".join(_line(row) for row in kept))
+        self._metrics = open(path, "a", buffering=1, opener=own_descriptor)  # noqa: SIM115
+        return kept
 
     def append(self, row: Mapping[str, object]) -> None:
         """Append one row to `metrics.jsonl`, visible to readers at once."""
@@ -140,10 +144,10 @@ def _create(root: Path, name: str, config_text: str, overrides: Iterable[str], d
     (path / "checkpoints").mkdir()
     # A JSON string is a YAML string, whatever it holds.
     lines = [f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides]
-    (path / "overrides.yaml").write_text("".join(lines) or "[]\n")
+    replace_text(path / "overrides.yaml", "".join(lines) or "[]\n")
     _write_json(path / "env.json", environment(device))
     # Last, as the mark of a folder that is complete enough to be continued.
-    _write(path / "config.yaml", config_text)
+    replace_text(path / "config.yaml", config_text)
     return path
 
 
@@ -227,9 +231,4 @@ def _line(row: Mapping[str, object]) -> str:
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    _write(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
+    replace_text(path, json.dumps(value, indent=2) + "\n")

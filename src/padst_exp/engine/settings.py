@@ -1,5 +1,6 @@
 """How long and in what portions to train: the target of conf/trainer/*.yaml."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +8,9 @@ from typing import Literal
 import torch
 
 from padst_exp.errors import require
+
+# More would never end, or never begin.
+MOST_STEPS, MOST_WORKERS = 10**15, 1024
 
 Precision = Literal["float32", "bfloat16", "float64"]
 
@@ -64,9 +68,11 @@ class Trainer:
             "keep_last",
         ):
             self._require(key, lambda value: value >= 1, "at least 1")
-        self._require("workers", lambda value: value >= 0, "at least 0")
-        self._require("epochs", lambda value: value > 0, "a positive number")
-        self._require("clip_norm", lambda value: value > 0, "positive, or null for no clipping")
+        wanted = f"from 0 to {MOST_WORKERS}"
+        self._require("workers", lambda value: 0 <= value <= MOST_WORKERS, wanted)
+        self._require("epochs", lambda value: 0 < value < math.inf, "a positive number")
+        wanted = "positive, or null for no clipping"
+        self._require("clip_norm", lambda value: 0 < value < math.inf, wanted)
         wanted = "between 0 and 1, or null for no average"
         self._require("ema_decay", lambda value: 0 < value < 1, wanted)
 
@@ -96,6 +102,11 @@ class Trainer:
         wanted = f"at most {samples}, the size of the training set"
         require(fits, "trainer.batch_size", self.batch_size, wanted)
         if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(1, round(self.epochs * (samples // self.batch_size)))
+            key, value, steps = "steps", float(self.steps), self.steps
+        else:
+            assert self.epochs is not None
+            per_epoch = samples // self.batch_size
+            key, value, steps = "epochs", self.epochs, max(1, round(self.epochs * per_epoch))
+        wanted = f"at most {MOST_STEPS:.0e} optimizer steps"
+        require(steps <= MOST_STEPS, f"trainer.{key}", f"{value:g}", wanted)
+        return steps

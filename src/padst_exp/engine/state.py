@@ -15,7 +15,7 @@ from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
 from padst_exp.seeds import seed_generators, seed_of
-from padst_exp.soft import soft_choices
+from padst_exp.soft import choices
 
 
 class TrainingState:
@@ -62,8 +62,8 @@ class TrainingState:
         self.average = None if decay is None else Average(model, decay)
         # Only now is it known which choices are still soft.
         for learner in self.learners:
-            soft = soft_choices(model)
-            learner.start({n: c for n, c in soft.items() if isinstance(c, learner.kind)})
+            found = choices(model)
+            learner.start({n: c for n, c in found.items() if isinstance(c, learner.kind)})
         self.optimizer, self.schedule = experiment.optimizer.create(model, experiment.total_steps)
         if saved is not None:
             self._restore(saved, path)

@@ -4,17 +4,20 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from padst_exp.data.task import Batch
-from padst_exp.engine import changes
+from padst_exp.engine import changes, exchanges
+from padst_exp.engine.checkpoint import random_state, restore_random_state
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.state import TrainingState
 from padst_exp.layers import Move, SparseWeight, sparse_weights
+from padst_exp.permutations import Permutation
 from padst_exp.seeds import seed_of
 from padst_exp.soft import Learner, soft_choices
 
@@ -37,6 +40,8 @@ class Stepper:
 
     Attributes:
         lr: learning rate of the last step.
+        sound: whether the state is that of a whole number of steps. Only while weights and
+            topologies change it is not: an error before that leaves the state as it was.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Stepper:
         self.algorithm, self.trainer = experiment.algorithm, experiment.trainer
         self.model, self.world = state.model, state.world
         self.lr = 0.0
+        self.sound = True
         self._pending: list[tuple[Tensor, Tensor | None]] = []
         if self.trainer.compile:
             compile_blocks(self.model)
@@ -65,17 +71,52 @@ class Stepper:
         Raises:
             DivergedError: before a change, a loss is not finite.
         """
-        state, step, total = self.state, self.state.step + 1, self.experiment.total_steps
+        step, parts = self.state.step + 1, self.parts(batches)
         changing = self._changing(step)
+        due = self.experiment.learner.exchanges(
+            step, self.experiment.total_steps, rewiring=bool(changing)
+        )
+        before = self._passing()
+        try:
+            loss, seen = self._gradients(parts, changing, due)
+        except Exception:
+            self._restore(before)
+            raise
+        self.sound = False
+        self._advance(step, loss, seen, changing, due)
+        self.sound = True
 
-        state.optimizer.zero_grad(set_to_none=True)
-        for learner in state.learners:
+    def parts(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of one step of this rank."""
+        return list(islice(batches, self.trainer.micro_batches))
+
+    def _gradients(
+        self,
+        parts: Sequence[Batch],
+        changing: Sequence[SparseWeight],
+        due: Mapping[str, Permutation],
+    ) -> tuple[Tensor, list[Batch]]:
+        """Let every parameter have its gradient; return the mean loss and what was seen."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        for learner in self.state.learners:
             learner.zero_grad()
-        loss, seen = self._accumulate(batches, changing)
+        loss, seen = self._accumulate(parts, changing, due)
         self._average_soft_gradients()
         self._keep_gradients(changing)
-        for learner in state.learners:
+        for learner in self.state.learners:
             learner.regularize_weights()
+        return loss, seen
+
+    def _advance(
+        self,
+        step: int,
+        loss: Tensor,
+        seen: list[Batch],
+        changing: Sequence[SparseWeight],
+        due: Mapping[str, Permutation],
+    ) -> None:
+        """Update weights, then topologies and choices where that is due."""
+        state, total = self.state, self.experiment.total_steps
         norm = None
         if self.trainer.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.clip_norm)
@@ -95,12 +136,23 @@ class Stepper:
             for learner in state.learners
             if learner.choices and (step % learner.interval == 0 or step == total)
         ]
-        if changing or looking:
+        if changing or due or looking:
             self.settle()  # nothing is chosen by a gradient that is not finite
         if changing:
             self._change(changing)
+        if due:
+            self.record("exchange", exchanges.exchange(self.experiment, state, due))
         if looking:
             self._harden(looking, seen)
+
+    def _passing(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """All but gradients that a pass through the model changes: generators and statistics."""
+        return random_state(), [buffer.clone() for buffer in self._statistics]
+
+    def _restore(self, before: tuple[dict[str, Any], list[Tensor]]) -> None:
+        restore_random_state(before[0])
+        for buffer, value in zip(self._statistics, before[1], strict=True):
+            buffer.copy_(value)
 
     def settle(self) -> None:
         """Fetch losses and norms from the device.
@@ -142,6 +194,8 @@ class Stepper:
         self.forward: nn.Module = self.model
         self.forward = self.world.replicate(self.model, soft)
         self.parameters = self.state.trained_parameters()
+        # Those of batch normalisation; topologies and permutations are integers.
+        self._statistics = [b for b in self.model.buffers() if b.is_floating_point() or b.ndim == 0]
 
     def _changing(self, step: int) -> list[SparseWeight]:
         """The weights whose topology is to be decided after `step`."""
@@ -150,24 +204,33 @@ class Stepper:
         return [
             weight
             for weight in sparse_weights(self.model).values()
-            if weight.selection is None and self.algorithm.can_change(weight.topology())
+            if weight.selection is None
+            and not weight.frozen
+            and self.algorithm.can_change(weight.topology())
         ]
 
     def _accumulate(
-        self, batches: Iterator[Batch], changing: Sequence[SparseWeight]
+        self,
+        parts: Sequence[Batch],
+        changing: Sequence[SparseWeight],
+        due: Mapping[str, Permutation],
     ) -> tuple[Tensor, list[Batch]]:
         """Forward and backward of all micro-batches; return the mean loss and the batches."""
         trainer, world, task = self.trainer, self.world, self.experiment.task
-        collect = bool(changing) and "dense_gradient" in self.algorithm.needs
-        for weight in changing:
-            weight.collect_dense_gradient = collect
+        collecting = list(changing) if "dense_gradient" in self.algorithm.needs else []
+        if halves := self.experiment.learner.parts:
+            for weight in exchanges.weights_of(self.state, due):
+                weight.gradient_parts = halves
+                collecting.append(weight)
+        for weight in collecting:
+            weight.collect_dense_gradient = True
         # What is rare or passing is not worth another compilation of every block.
-        passing = collect or any(learner.half_hard for learner in self.state.learners)
+        passing = bool(collecting) or any(learner.half_hard for learner in self.state.learners)
         losses, seen = [], []
         with eagerly(trainer.compile and passing):
-            for micro in range(trainer.micro_batches):
+            for micro, batch in enumerate(parts):
                 part = world.rank * trainer.micro_batches + micro
-                inputs, targets = to_device(next(batches), world.device, trainer.precision)
+                inputs, targets = to_device(batch, world.device, trainer.precision)
                 inputs, targets = task.augment(
                     inputs, targets, seed_of("mix", self.experiment.seed, self.state.step, part)
                 )
@@ -178,8 +241,8 @@ class Stepper:
                     loss.backward()
                 losses.append(loss.detach())
                 seen.append((inputs, targets))
-        for weight in changing:
-            weight.collect_dense_gradient = False
+        for weight in collecting:
+            weight.collect_dense_gradient, weight.gradient_parts = False, 0
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0], seen
 
     def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from padst_exp.engine.distributed import World
 from padst_exp.engine.tracker import TopologyTracker
 from padst_exp.layers import sparse_layers, sparse_weights
-from padst_exp.permutations import partition_distance, shift_distance
+from padst_exp.permutations import distance_to_identity
 from padst_exp.soft import soft_choices
 from padst_exp.sparsify import Report
 
@@ -116,15 +116,11 @@ def distances(model: nn.Module) -> dict[str, float]:
         for (side, part), permutation in layer.permutations().items():
             if permutation.soft:
                 continue
-            classes = layer.parts()[part].geometry.symmetry(side)
-            if classes is None:
-                distance = shift_distance(permutation.index)
-            else:
-                # Channels of a convolution are alike where they are so at all its taps.
-                at_taps = classes.view(-1, permutation.size).T
-                labels = at_taps.unique(dim=0, return_inverse=True)[1]
-                distance = partition_distance(permutation.index, labels)
-            found[names[id(permutation)]] = distance
+            symmetry = layer.parts()[part].geometry.symmetry(side)
+            if side == "in":
+                symmetry = symmetry.of_channels(layer.taps)
+            name = names[id(permutation)]
+            found[name] = distance_to_identity(permutation.index, symmetry)
     return found
 
 

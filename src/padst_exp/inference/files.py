@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,19 +19,22 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from padst_exp.atomic import sync
 from padst_exp.errors import UserError
+from padst_exp.files import reading, sha256
 from padst_exp.inference.linear import PackedConv2d, PackedLinear
 from padst_exp.inference.weights import PackedEntries, PackedTiles, PackedWeight
 from padst_exp.layers import LowRank
 from padst_exp.layers.sparse_conv import Window
 from padst_exp.layers.views import LinearView
+from padst_exp.targets import HOMES, constructor, within
 from padst_kernels.entries import Condensed
 from padst_kernels.tiles import TileIndex
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
-# Nothing else that a file names is ever called.
-MODELS, REBUILD = "padst_exp.models.", "padst_exp.transforms.rebuild"
+# Besides constructors of models, nothing else that a file names is ever called.
+REBUILD = "padst_exp.transforms.rebuild"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Constructor(TypedDict):
@@ -65,12 +67,14 @@ class Description(TypedDict):
         model: the dense model.
         layers: the packed layers in it by module name.
         shared: names of tensors that are stored under another name, and that name.
+        tensors: hex digest (SHA-256) of the file that stores them.
         config: YAML of the training.
     """
 
     model: Constructor
     layers: dict[str, Layer]
     shared: dict[str, str]
+    tensors: str
     config: str
 
 
@@ -98,7 +102,6 @@ def write(
     require_free(folder, overwrite=overwrite)
     folder = folder.resolve()  # a link stays and leads to the new one
     own, shared = _without_shared(state)
-    text = json.dumps({"format": FORMAT, **description, "shared": shared}, indent=2) + "\n"
     try:
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         temporary.mkdir(parents=True)
@@ -107,6 +110,13 @@ def write(
     try:
         # transformers reads only files that say so.
         save_file(own, temporary / WEIGHTS, metadata={"format": "pt"})
+        whole = {
+            "format": FORMAT,
+            **description,
+            "shared": shared,
+            "tensors": sha256(temporary / WEIGHTS),
+        }
+        text = json.dumps(whole, indent=2) + "\n"
         for name, content in {**extra, DESCRIPTION: text}.items():
             (temporary / name).write_text(content)
         for path in (*temporary.iterdir(), temporary):
@@ -142,12 +152,11 @@ def read_description(folder: Path) -> Description:
         UserError: there is none, or it is damaged, foreign, or of another version.
     """
     path = folder / DESCRIPTION
-    try:
-        description = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no exported model, there is no {DESCRIPTION}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or not written by padst_exp.export") from error
+    if not folder.exists():
+        raise UserError(f"export: expected a folder, got {folder} (there is none)")
+    wanted = f"the {DESCRIPTION} that padst_exp.export wrote"
+    with reading("export", path, wanted):
+        description = json.loads(path.read_text("utf-8"))
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else None
         raise UserError(f"{path}: export format {found}, this version reads {FORMAT}")
@@ -159,21 +168,29 @@ def read_description(folder: Path) -> Description:
         raise UserError(f"{path}: damaged, {where}: {first['msg']}") from error
 
 
-def read_state(folder: Path, shared: Mapping[str, str]) -> dict[str, Tensor]:
+def read_state(folder: Path, description: Description) -> dict[str, Tensor]:
     """All tensors by name, on the CPU; those that share memory are one tensor.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing, damaged or another one, or holds what is no finite number.
     """
     path = folder / WEIGHTS
-    try:
+    with reading("export", path, f"the tensors that {DESCRIPTION} describes"):
+        if sha256(path) != description["tensors"]:
+            raise ValueError("its digest is another one")
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state.update({name: state[source] for name, source in shared.items()})
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from error
+        for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dtype not in DTYPES:
+                raise TypeError(f"{name} is of {tensor.dtype}")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} is not finite")
+        for name, source in description["shared"].items():
+            if name in state:
+                raise ValueError(f"{name} is there twice")
+            state[name] = state[source]
     return state
 
 
@@ -184,30 +201,21 @@ def construct(model: Constructor, path: Path) -> nn.Module:
         UserError: it is not one of ours, or its arguments do not fit.
     """
     target = model["_target_"]
-    if not target.startswith(MODELS) and target != REBUILD:
+    home = REBUILD if target == REBUILD else HOMES["model"]
+    if not within(target, home):
         raise UserError(
-            f"{path}: its model {target!r} is none of {MODELS}*, which alone are called for a "
+            f"{path}: its model {target!r} is none of {home}.*, which alone are called for a "
             "file; build it yourself and give it to load(..., model=...)"
         )
     try:
         with torch.device("meta"):
-            return own(target)(**_bare(model["arguments"]))
+            made = constructor(target, home)(**_bare(model["arguments"]))
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"{target} makes a {type(made).__name__}")
+        return made
     except Exception as error:  # constructors fail in any way when called with anything
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: its model cannot be built: {reason}") from error
-
-
-def own(target: str) -> Callable[..., Any]:
-    """What `target` names in a module of ours, and not something that the module imports.
-
-    Raises:
-        ImportError, AttributeError, ValueError: there is no such thing.
-    """
-    module, _, name = target.rpartition(".")
-    found = getattr(importlib.import_module(module), name)
-    if not found.__module__.startswith("padst_exp."):
-        raise ValueError(f"{target!r} is none of ours")
-    return found
 
 
 def _bare(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,12 +242,14 @@ def empty_layer(
         KeyError, TypeError, ValueError, IndexError: they do not fit each other.
     """
     in_features, out_features = described["in_features"], 0
+    if in_features != dense.matrix.shape[1]:
+        raise ValueError(f"{in_features} features in, {dense.matrix.shape[1]} in the dense layer")
     parts = []
     for number, part in enumerate(described["parts"]):
         parts.append(_part(part, in_features, state, f"{prefix}parts.{number}."))
         out_features += part["out_features"]
-    if dense.matrix.shape != (out_features, in_features):
-        raise ValueError(f"{out_features}x{in_features} is not {tuple(dense.matrix.shape)}")
+    if out_features != dense.matrix.shape[0]:
+        raise ValueError(f"{out_features} features out, {dense.matrix.shape[0]} in the dense layer")
     companion = None
     if described["rank"]:
         with torch.device("meta"):

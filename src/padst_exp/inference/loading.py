@@ -45,7 +45,7 @@ def load(
     description = read_description(folder)
     if model is None:
         model = construct(description["model"], folder / DESCRIPTION)
-    state = read_state(folder, description["shared"])
+    state = read_state(folder, description)
     try:
         for name, described in description["layers"].items():
             _, dense = view_of(model, name)
@@ -59,6 +59,10 @@ def load(
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    for name, expected in model.state_dict().items():
+        found = state.get(name, expected)
+        if found.is_floating_point() != expected.is_floating_point():
+            raise UserError(f"{path}: does not fit its {DESCRIPTION}: {name} is of {found.dtype}")
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

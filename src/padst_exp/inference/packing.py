@@ -12,7 +12,7 @@ from padst_exp.inference.files import Layer
 from padst_exp.inference.linear import PackedConv2d, PackedLinear
 from padst_exp.inference.weights import PackedEntries, PackedTiles, PackedWeight
 from padst_exp.layers import SparseConv2d, SparseLinear, SparseWeight, sparse_layers, sparse_weights
-from padst_exp.layers.views import view_of
+from padst_exp.layers.views import replace_module, view_of
 from padst_exp.soft import soft_choices
 from padst_exp.structures import Folding, permuted_tiles, runs
 from padst_kernels.entries import condense
@@ -48,7 +48,7 @@ def pack(model: nn.Module) -> dict[str, Layer]:
     for name, layer in sparse_layers(model).items():
         packed = packed_layer(layer)
         described[name] = _describe(layer, packed)
-        model.set_submodule(name, packed)
+        replace_module(model, layer, packed)
     model.eval().requires_grad_(False)
     return described
 

@@ -42,7 +42,7 @@ class PackedWeight(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Raise a ValueError where an index names a feature that does not exist."""
+        """Raise a ValueError unless kernels may multiply by it: they check nothing."""
 
 
 class PackedTiles(PackedWeight):
@@ -122,18 +122,27 @@ class PackedTiles(PackedWeight):
         return self.rows.long()[positions]
 
     def check(self) -> None:
-        _require_within("columns", self.columns, self.in_features)
-        num_groups = len(self.values)
-        if self.row_pointer is not None:
-            _require_pointer("row_pointer", self.row_pointer, len(self.values))
-            num_groups = len(self.row_pointer) - 1
-        num_rows = num_groups * self.values.shape[2]
-        if self.columns.shape != self.values.shape[:2]:
+        _require_kind("values", self.values, None, 3)
+        _require_kind("columns", self.columns, torch.int32, 2)
+        num_tiles, width, height = self.values.shape
+        if self.columns.shape != (num_tiles, width) or (num_tiles and not width * height):
             raise ValueError(f"columns is {tuple(self.columns.shape)}")
+        _require_within("columns", self.columns, self.in_features)
+        if self.column_groups is not None:
+            _require_kind("column_groups", self.column_groups, torch.int32, 1)
+            self._check_runs()
+        num_groups = num_tiles
+        if self.row_pointer is not None:
+            _require_kind("row_pointer", self.row_pointer, torch.int32, 1)
+            _require_pointer("row_pointer", self.row_pointer, num_tiles)
+            num_groups = len(self.row_pointer) - 1
+        self._check_distinct()
+        num_rows = num_groups * height
         if self.rows is None:
             if num_rows < self.out_features:
                 raise ValueError(f"{num_rows} rows do not make {self.out_features} features")
             return
+        _require_kind("rows", self.rows, torch.int32, 1)
         if self.rows.shape != (num_rows,):
             raise ValueError(f"rows is {tuple(self.rows.shape)}")
         _require_within("rows", self.rows, self.out_features)
@@ -141,6 +150,26 @@ class PackedTiles(PackedWeight):
         counts = torch.bincount(self.rows, minlength=self.out_features + 1)[: self.out_features]
         if not bool((counts == 1).all()):
             raise ValueError("rows do not name every feature once")
+
+    def _check_distinct(self) -> None:
+        """No row group may read a feature twice; padding it may."""
+        owner = torch.arange(len(self.columns), device=self.columns.device)
+        if self.row_pointer is not None:
+            owner = torch.searchsorted(self.row_pointer[1:].long(), owner, right=True)
+        owner, columns = owner.repeat_interleave(self.columns.shape[1]), self.columns.flatten()
+        inside = columns < self.in_features
+        read = (owner * self.in_features + columns)[inside].sort().values
+        if not bool((read.diff() > 0).all()):
+            raise ValueError("columns name a feature twice in one row")
+
+    def _check_runs(self) -> None:
+        """Kernels read the columns of a tile at once where `column_groups` says they may."""
+        width = self.columns.shape[1]
+        first, steps = self.columns[:, 0], torch.arange(width, device=self.columns.device)
+        runs = (first[:, None] + steps).clamp(max=self.in_features)
+        aligned = (first % width == 0) | (first == self.in_features)
+        if not (torch.equal(runs, self.columns.long()) and bool(aligned.all())):
+            raise ValueError("columns are no runs, though there are column_groups")
 
     def extra_repr(self) -> str:
         """All that the speed of the product depends on, but for its input and its backend."""
@@ -181,6 +210,11 @@ class PackedEntries(PackedWeight):
         return dense
 
     def check(self) -> None:
+        narrow = torch.uint16 if self.in_features <= 1 << 16 else torch.int32
+        _require_kind("values", self.values, None, 1)
+        _require_kind("columns", self.columns, narrow, 1)
+        _require_kind("row_pointer", self.row_pointer, torch.int32, 1)
+        _require_kind("rows", self.rows, torch.int32, 1)
         _require_within("columns", self.columns.int(), self.in_features - 1)
         _require_within("rows", self.rows, self.out_features - 1)
         _require_pointer("row_pointer", self.row_pointer, len(self.values))
@@ -188,6 +222,9 @@ class PackedEntries(PackedWeight):
             raise ValueError(f"columns is {tuple(self.columns.shape)}")
         if not bool((self.rows.diff() > 0).all()):
             raise ValueError("rows do not ascend")
+        owner = self.rows.long().repeat_interleave(self.row_pointer.diff().long())
+        if not bool((owner * self.in_features + self.columns.int()).diff().gt(0).all()):
+            raise ValueError("columns do not ascend along a row")
 
     def extra_repr(self) -> str:
         return f"entries={len(self.values)}, rows={len(self.rows)}"
@@ -196,6 +233,13 @@ class PackedEntries(PackedWeight):
 def constant(tensor: Tensor) -> nn.Parameter:
     """A parameter that needs no gradient."""
     return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
+
+
+def _require_kind(name: str, tensor: Tensor, dtype: torch.dtype | None, dim: int) -> None:
+    """Require a dtype (None: any of floating point) and a number of dimensions."""
+    right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+    if not right or tensor.dim() != dim:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def _require_within(name: str, index: Tensor, largest: int) -> None:

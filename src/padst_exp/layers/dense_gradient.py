@@ -19,6 +19,8 @@ def collect_dense_gradient(
 ) -> Tensor:
     """`y` itself; its backward also adds dy^T x, as seen from S, to `weight.dense_gradient`.
 
+    With `weight.gradient_parts`, that of each run of so many equal runs of samples is kept too.
+
     Args:
         y: `[..., O]`, P_out S P_in x.
         x: `[..., I]`.
@@ -28,6 +30,10 @@ def collect_dense_gradient(
     """
     tapped: Tensor = _Tap.apply(y, x, weight, input_index, output_index)
     return tapped
+
+
+def _sum(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one.add_(other)
 
 
 class _Tap(torch.autograd.Function):
@@ -56,9 +62,14 @@ class _Tap(torch.autograd.Function):
         if input_index is not None:
             inputs = inputs[:, input_index]
         dtype = torch.promote_types(weight.values.dtype, torch.float32)
-        gradient = rows.to(dtype).t() @ inputs.to(dtype)
-        if weight.dense_gradient is None:
-            weight.dense_gradient = gradient
+        rows, inputs = rows.to(dtype), inputs.to(dtype)
+        if weight.gradient_parts:
+            number = weight.gradient_parts
+            pairs = zip(rows.tensor_split(number), inputs.tensor_split(number), strict=True)
+            parts = torch.stack([some.t() @ others for some, others in pairs])
+            gradient = parts.sum(0)
+            weight.part_gradients = _sum(weight.part_gradients, parts)
         else:
-            weight.dense_gradient += gradient
+            gradient = rows.t() @ inputs
+        weight.dense_gradient = _sum(weight.dense_gradient, gradient)
         return dy, None, None, None, None

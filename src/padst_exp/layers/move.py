@@ -58,12 +58,25 @@ class Move:
             grown = (grown & inside).any(1)
         return int(grown.sum())
 
-    def __call__(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
-        """The new place of a tensor shaped like `values`, or packed `[N, 1]`; new ones: `fill`."""
+    @property
+    def num_new(self) -> int:
+        """How many entries start at zero."""
+        new = self.source < 0 if self.source.dim() == 2 else (self.source < 0)[:, None]
+        inside = self.geometry.entries(self.change.active) < self._outside
+        return int((new & inside).sum())
+
+    def __call__(self, tensor: Tensor, fill: float = 0.0, *, signed: bool = False) -> Tensor:
+        """The new place of a tensor shaped like `values`, or packed `[N, 1]`.
+
+        Args:
+            tensor: what moves.
+            fill: what is new gets.
+            signed: whether it changes its sign where values do.
+        """
         if self.storage == "packed":
-            return self._packed(tensor, fill)
+            return self._packed(tensor, fill, signed)
         assert self.old_entries is not None
-        moved = self._packed(gather_entries(tensor, self.old_entries), fill)
+        moved = self._packed(gather_entries(tensor, self.old_entries), fill, signed)
         entries = self.geometry.entries(self.change.active)
         return scatter_entries(moved, entries, self.geometry.shape)
 
@@ -79,14 +92,18 @@ class Move:
     def _outside(self) -> int:
         return self.geometry.shape[0] * self.geometry.shape[1]
 
-    def _packed(self, tensor: Tensor, fill: float) -> Tensor:
+    def _packed(self, tensor: Tensor, fill: float, signed: bool) -> Tensor:
         if self.source.dim() == 1:
             moved = tensor.index_select(0, self.source.clamp(min=0))
-            return moved.masked_fill_((self.source < 0)[:, None], fill)
-        # One number for a whole unit becomes one for each entry.
-        tensor = tensor.expand(-1, self.source.shape[1]).flatten()
-        moved = tensor.index_select(0, self.source.clamp(min=0).flatten()).view(self.source.shape)
-        return moved.masked_fill_(self.source < 0, fill)
+            moved = moved.masked_fill_((self.source < 0)[:, None], fill)
+        else:
+            # One number for a whole unit becomes one for each entry.
+            flat = tensor.expand(-1, self.source.shape[1]).flatten()
+            moved = flat.index_select(0, self.source.clamp(min=0).flatten())
+            moved = moved.view(self.source.shape).masked_fill_(self.source < 0, fill)
+        if signed and self.change.signs is not None:
+            moved = moved * self.change.signs.to(moved.dtype)
+        return moved
 
 
 def plan(weight: SparseWeight, change: Change) -> Move:
@@ -96,7 +113,7 @@ def plan(weight: SparseWeight, change: Change) -> Move:
         ValueError: the change does not fit the weight.
     """
     geometry, active = weight.geometry, change.active
-    _check_active(geometry, active)
+    check_active(geometry, active)
     if change.row_order is not None:
         order = change.row_order
         if order.shape != geometry.shape[:1] or not is_bijection(order):
@@ -118,7 +135,8 @@ def plan(weight: SparseWeight, change: Change) -> Move:
     return Move(change, geometry, weight.storage, source, old_entries, weight.values)
 
 
-def _check_active(geometry: Geometry, active: Tensor) -> None:
+def check_active(geometry: Geometry, active: Tensor) -> None:
+    """Raise a ValueError unless `active` are sorted ids, int64 `[N]`, of units of `geometry`."""
     if active.dim() != 1 or active.is_floating_point() or not len(active):
         raise ValueError(f"active units are {tuple(active.shape)}, expected one list of ids")
     if not bool((active.diff() > 0).all()):

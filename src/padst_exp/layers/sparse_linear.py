@@ -20,7 +20,7 @@ class SparseLinear(nn.Module):
     Args:
         weights: one sparse weight, or several whose outputs are concatenated (Q, K and V). Each
             has a structure, a budget and a topology of its own.
-        bias: `[sum of O]`, or None.
+        bias: `[sum of O]`, or None. A parameter is taken as it is, frozen, shared or hooked.
         input_permutation: acts on x, shared by all weights; None for the identity.
         output_permutations: one (or None) for each weight.
         companion: U V, or None.
@@ -50,7 +50,9 @@ class SparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.weights = nn.ModuleList(weights)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias.detach().clone())
+        self.bias = bias
         self.input_permutation = input_permutation
         # Empty modules stand for "no permutation here", which a ModuleList cannot hold.
         self.output_permutations = nn.ModuleList(

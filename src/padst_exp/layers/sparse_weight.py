@@ -37,7 +37,9 @@ class SparseWeight(nn.Module):
         row_order: int64 buffer `[O]`, see `Geometry.with_row_order`; None in natural order.
         selection: a soft choice of which active units stay; None once it settled, or without one.
         collect_dense_gradient: set before a forward pass whose backward feeds a due update.
+        gradient_parts: how many parts of the samples it is then also summed over one by one; 0.
         dense_gradient: `[O, I]`, float32 or wider, summed over backward passes; or None.
+        part_gradients: `[gradient_parts, O, I]`, the same of each part alone; or None.
         weight_gradient: shaped like `values`, kept from before clipping for a due update; or None.
         on_change: called, without arguments, whenever topology or values are other ones.
     """
@@ -61,7 +63,9 @@ class SparseWeight(nn.Module):
         self.geometry = geometry
         self.storage = storage
         self.collect_dense_gradient = False
+        self.gradient_parts = 0
         self.dense_gradient: Tensor | None = None
+        self.part_gradients: Tensor | None = None
         self.weight_gradient: Tensor | None = None
         self.on_change: list[Callable[[], None]] = []
         active = active.to(dense.device)
@@ -82,6 +86,11 @@ class SparseWeight(nn.Module):
     def shape(self) -> tuple[int, int]:
         """`(O, I)`."""
         return self.geometry.shape
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its values are not trained; then its units are not to change either."""
+        return not self.values.requires_grad
 
     def topology(self) -> Topology:
         """The active units as tables."""
@@ -235,7 +244,7 @@ class SparseWeight(nn.Module):
             ValueError: the change does not fit this weight; nothing has happened then.
         """
         move = plan(self, change)
-        moved = move(self.values.detach())
+        moved = move(self.values.detach(), signed=True)
         if moved.shape == self.values.shape:
             self.values.copy_(moved)
         else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from padst_exp.layers.sparse_conv import SparseConv2d
 from padst_exp.layers.sparse_linear import SparseLinear
@@ -36,6 +38,26 @@ class SparseAttention(nn.MultiheadAttention):
         return bias
 
 
+# Move along with a layer that takes the place of another; handles of the user remain valid.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+# Know the names and shapes of a state that the new layer does not have.
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearView:
     """A layer as one matrix.
@@ -43,20 +65,20 @@ class LinearView:
     Args:
         module: the layer.
         name: where its sparse layer goes: the module's own name, or a name inside it.
-        matrix: `[O, I]`, detached; a convolution's has its channels fastest.
         weight: name of its weight parameter in `module`, e.g. `weight`.
         bias: name of its bias parameter.
         taps: positions of a convolution's kernel, 1 for others.
+        flatten: brings the weight parameter into the shape `[O, I]`.
         restore: brings a matrix `[O, I]` into the shape of the weight parameter.
         build: makes the sparse layer, with the arguments of `SparseLinear`.
     """
 
     module: nn.Module
     name: str
-    matrix: Tensor
     weight: str
     bias: str
     taps: int
+    flatten: Callable[[Tensor], Tensor]
     restore: Callable[[Tensor], Tensor]
     build: Callable[..., SparseLinear]
 
@@ -66,6 +88,11 @@ class LinearView:
         parameter = getattr(self.module, self.weight)
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as `[O, I]`, detached; a convolution's has its channels fastest."""
+        return self.flatten(getattr(self.module, self.weight).detach())
 
     @property
     def bias_tensor(self) -> Tensor | None:
@@ -79,38 +106,75 @@ class LinearView:
         """Input features that a permutation can move: inputs, or channels of a convolution."""
         return self.matrix.shape[1] // self.taps
 
+    def obstacle(self) -> str | None:
+        """What of the layer would be lost with it, in words that follow its name; or None."""
+        module, inside = self.module, isinstance(self.module, nn.MultiheadAttention)
+        weight = getattr(module, self.weight)
+        if is_lazy(weight):
+            return "whose weight has no shape before the model has seen a batch"
+        own = {key for key, value in module._parameters.items() if value is not None}
+        others = sorted({*own, *module._buffers, *module._modules} - {self.weight, self.bias})
+        if not isinstance(weight, nn.Parameter):
+            # By weight_norm, spectral_norm, pruning, a parametrization.
+            return f"whose weight is computed from {', '.join(others) or 'something else'}"
+        if not weight.is_floating_point():
+            return f"whose weight is {str(weight.dtype).removeprefix('torch.')}"
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            return f"which has hooks on its {self.weight}"
+        if inside:
+            return None  # all else stays where it is
+        if others:
+            return f"which holds {', '.join(others)} besides its weight and bias"
+        if "forward" in vars(module):
+            return "whose forward was replaced"
+        hooks = [name for name in _STATE_HOOKS if getattr(module, name)]
+        return f"which has {hooks[0].strip('_')}" if hooks else None
+
     def replace(self, model: nn.Module, layer: nn.Module) -> None:
-        """Put a sparse layer, or a packed one, where the dense one was."""
+        """Put a sparse layer, or a packed one, where the dense one was, under all its names.
+
+        Hooks of forward and backward passes go with it.
+        """
         if isinstance(self.module, nn.MultiheadAttention):
             del self.module.in_proj_weight, self.module.in_proj_bias
             self.module.__class__ = SparseAttention
             self.module.in_proj = layer
-        else:
-            model.set_submodule(self.name, layer)
+            return
+        for name in _HOOKS:
+            setattr(layer, name, getattr(self.module, name))
+        replace_module(model, self.module, layer)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Let `new` stand wherever `old` stands in `model`, which may be in several places."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
 def view(module: nn.Module, name: str) -> LinearView | None:
     """The view of `module`, called `name` in its model; None if it is no such layer.
 
-    Subclasses that compute something else are none: a `forward` of their own says so.
+    Subclasses that compute something else are none: methods of their own say so.
     """
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return _view(module, name, module.weight.detach(), lambda matrix: matrix)
-    # transformers' Conv1D is a linear layer that stores its weight transposed, as [I, O].
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return _view(module, name, weight.detach().t(), lambda matrix: matrix.t().contiguous())
-    if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
+    if _computes_like(module, nn.Linear, "forward"):
+        return _view(module, name, lambda weight: weight, lambda matrix: matrix)
+    # Of transformers, which is there if one of its layers is. Its weight is transposed, `[I, O]`.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if conv1d is not None and _computes_like(module, conv1d, "forward"):
+        return _view(module, name, Tensor.t, lambda matrix: matrix.t().contiguous())
+    if _computes_like(module, nn.Conv2d, "forward", "_conv_forward"):
+        assert isinstance(module, nn.Conv2d)
         return _conv2d_view(module, name) if module.groups == 1 else None
     if type(module) is nn.MultiheadAttention and module.in_proj_weight is not None:
         return LinearView(
             module=module,
             name=f"{name}.in_proj",
-            matrix=module.in_proj_weight.detach(),
             weight="in_proj_weight",
             bias="in_proj_bias",
             taps=1,
+            flatten=lambda weight: weight,
             restore=lambda matrix: matrix,
             build=SparseLinear,
         )
@@ -129,16 +193,29 @@ def view_of(plain: nn.Module, sparse_name: str) -> tuple[str, LinearView]:
     raise KeyError(sparse_name)
 
 
+def _computes_like(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
+    """Whether `module` is a `kind` and has its methods."""
+    own = type(module)
+    return (
+        isinstance(module, kind)
+        and own.__call__ is nn.Module.__call__
+        and all(getattr(own, method) is getattr(kind, method) for method in methods)
+    )
+
+
 def _view(
-    module: nn.Module, name: str, matrix: Tensor, restore: Callable[[Tensor], Tensor]
+    module: nn.Module,
+    name: str,
+    flatten: Callable[[Tensor], Tensor],
+    restore: Callable[[Tensor], Tensor],
 ) -> LinearView:
     return LinearView(
         module=module,
         name=name,
-        matrix=matrix,
         weight="weight",
         bias="bias",
         taps=1,
+        flatten=flatten,
         restore=restore,
         build=SparseLinear,
     )
@@ -157,10 +234,10 @@ def _conv2d_view(module: nn.Conv2d, name: str) -> LinearView:
     return LinearView(
         module=module,
         name=name,
-        matrix=module.weight.detach().permute(0, 2, 3, 1).flatten(1),
         weight="weight",
         bias="bias",
         taps=height * width,
+        flatten=lambda kernel: kernel.permute(0, 2, 3, 1).flatten(1),
         restore=restore,
         build=build,
     )

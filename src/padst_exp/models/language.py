@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from padst_exp.errors import require
 from padst_exp.files import reading
+from padst_exp.models.sizes import require_depth, require_rate
 
 
 class GPT2(nn.Module):
@@ -60,6 +61,8 @@ def gpt2(
     """
     fits = dim >= 1 and heads >= 1 and dim % heads == 0
     require(fits, "model.heads", heads, f"a divisor of model.dim={dim}")
+    require_depth(depth)
+    require_rate("dropout", dropout)
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=context_length,
@@ -118,6 +121,8 @@ def llama(
     """
     fits = dim >= 1 and heads >= 1 and dim % (2 * heads) == 0
     require(fits, "model.heads", heads, f"one whose double divides model.dim={dim}")
+    require_depth(depth)
+    require(mlp_dim >= 1, "model.mlp_dim", mlp_dim, "at least 1")
     config = LlamaConfig(
         vocab_size=vocab_size,
         max_position_embeddings=context_length,

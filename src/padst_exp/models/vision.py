@@ -4,6 +4,7 @@ from timm.models import MlpMixer, VisionTransformer, mlp_mixer, vision_transform
 from torch import nn
 
 from padst_exp.errors import require
+from padst_exp.models.sizes import require_depth, require_hidden, require_rate
 from padst_exp.models.weights import load
 
 
@@ -47,6 +48,9 @@ def vit(
     _require_divisor(patch_size, image_size)
     fits = dim >= 1 and heads >= 1 and dim % heads == 0
     require(fits, "model.heads", heads, f"a divisor of model.dim={dim}")
+    require_depth(depth)
+    require_hidden(dim, mlp_ratio)
+    require_rate("drop_path", drop_path)
     model = VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -95,6 +99,10 @@ def mixer(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     _require_divisor(patch_size, image_size)
+    require_depth(depth)
+    for ratio in mlp_ratio:
+        require_hidden(dim, ratio)
+    require_rate("drop_path", drop_path)
     model = MlpMixer(
         img_size=image_size,
         patch_size=patch_size,

@@ -4,30 +4,29 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from padst_exp.pools import Symmetry
 
-def partition_distance(index: Tensor, labels: Tensor) -> float:
-    """Return the least share of inputs to move for `index` to map whole classes to classes.
 
-    0 for a permutation that the structure cannot see, such as one inside blocks or of whole
-    blocks; always 0 when all inputs are interchangeable (unstructured, fan-in).
+def distance_to_identity(index: Tensor, symmetry: Symmetry) -> float:
+    """Return the least share of features to move for `index` to become one of the symmetries.
+
+    0 for a permutation that the structure cannot see, such as one inside blocks, of whole blocks
+    or, for cyclic diagonals, a shift; always 0 where all features are alike (unstructured).
 
     Args:
         index: `[d]`, int64, a permutation.
-        labels: `[d]`, int64: class of each input; inputs of a class are interchangeable.
+        symmetry: of the structure, on the side that is permuted.
     """
-    _, classes = labels.cpu().unique(return_inverse=True)
-    num = int(classes.max()) + 1
-    overlap = torch.bincount(classes * num + classes[index.cpu()], minlength=num * num)
-    overlap = overlap.view(num, num)
+    labels = symmetry.labels.cpu()
+    moved = labels[index.cpu()]
+    num = int(labels.max()) + 1
+    if symmetry.step is not None:
+        shifts = torch.bincount((moved - labels) % num, minlength=num)[:: symmetry.step]
+        return 1 - int(shifts.max()) / len(index)
+    overlap = torch.bincount(labels * num + moved, minlength=num * num).view(num, num)
+    kinds = torch.zeros(num, dtype=torch.int64) if symmetry.kinds is None else symmetry.kinds.cpu()
+    alike = torch.stack([kinds, labels.bincount()], 1).unique(dim=0, return_inverse=True)[1]
+    # What may not pair counts nothing: the others then pair as well as they can.
+    overlap = overlap.where(alike[:, None] == alike, 0)
     rows, columns = linear_sum_assignment(overlap.numpy(), maximize=True)
     return 1 - int(overlap[rows, columns].sum()) / len(index)
-
-
-def shift_distance(index: Tensor) -> float:
-    """Return the share of inputs that `index` `[d]` moves, up to the best cyclic shift.
-
-    Cyclic shifts are the symmetries of a set of cyclic diagonals.
-    """
-    size = len(index)
-    shift = (index.cpu() - torch.arange(size)) % size
-    return 1 - int(shift.bincount().max()) / size

@@ -35,6 +35,9 @@ class Permutation(Soft):
     entries themselves. `project_` must follow each optimizer step. Loading the state of a hard
     permutation hardens.
 
+    Other relaxations derive from it: they call `_soften` with logits of their own shape and say
+    what `relaxed` makes of them.
+
     Attributes:
         size: number of features d.
         index: `[d]`, int64; -1 everywhere while soft.
@@ -58,26 +61,44 @@ class Permutation(Soft):
         self.iterations = iterations
         self.register_buffer("index", torch.full((self.size,), -1, device=start.device))
         self.register_buffer("initial", self.index.clone())
+        self.logits = None
         if start.is_floating_point():
             assert start.shape == (self.size, self.size) and self.size > 1, start.shape
-            self.logits = nn.Parameter(start.detach().clone())
-            self.project_()
-            self.initial.copy_(self.nearest())
+            self._soften(start)
         else:
-            self.logits = None
             self.harden(start)
             self.initial.copy_(start)
 
+    def _soften(self, logits: Tensor) -> None:
+        """Begin soft, with `logits` of the shape that `relaxed` reads."""
+        self.index.fill_(-1)
+        self.logits = nn.Parameter(logits.detach().clone())
+        self.project_()
+        self.initial.copy_(self.nearest())
+
     def matrix(self) -> Tensor:
-        """Return M `[size, size]`, in float32 or wider, also under autocast. Differentiable."""
+        """Return what multiplies, M `[size, size]`, in float32 or wider, also under autocast.
+
+        Differentiable.
+        """
         if self.logits is None:
             return torch.eye(self.size, device=self.index.device)[self.index]
+        with torch.autocast(self.logits.device.type, enabled=False):
+            return self.relaxed()
+
+    def relaxed(self) -> Tensor:
+        """Return the doubly stochastic matrix `[size, size]` of the logits, differentiable.
+
+        To be called while soft, without autocast. It is what multiplies, unless a derived class
+        says otherwise in `matrix`.
+        """
+        logits = self._wide_logits()
+        return logits if self.projected else sinkhorn(logits, self.iterations)
+
+    def _wide_logits(self) -> Tensor:
         # A model cast to half precision as a whole still computes its permutations in float32.
-        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
-        if self.projected:
-            return logits
-        with torch.autocast(logits.device.type, enabled=False):
-            return sinkhorn(logits, self.iterations)
+        assert self.logits is not None, "hard permutations have no logits"
+        return self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return M applied to the last dimension of `x` `[..., size]`; `x` itself once hard.
@@ -92,12 +113,17 @@ class Permutation(Soft):
         """Return the distance to a permutation: 1 at the uniform matrix, 0 at a permutation."""
         if self.logits is None:
             return torch.zeros((), device=self.index.device)
-        return sharpness_penalty(self.matrix())
+        return sharpness_penalty(self.relaxed())
+
+    def tangent(self, gradient: Tensor) -> Tensor:
+        """Return a gradient of the logits without the directions along which M does not change."""
+        centred = gradient - gradient.mean(-2, keepdim=True)
+        return centred - centred.mean(-1, keepdim=True)
 
     @torch.no_grad()
     def nearest(self) -> Tensor:
-        """Return the index `[size]`, int64, of the permutation nearest to M."""
-        return self.index.clone() if self.logits is None else assign(self.matrix())
+        """Return the index `[size]`, int64, of the permutation nearest to the relaxed matrix."""
+        return self.index.clone() if self.logits is None else assign(self.relaxed())
 
     @torch.no_grad()
     def harden(self, choice: Tensor | None = None) -> None:
@@ -110,6 +136,16 @@ class Permutation(Soft):
         assert index.shape == (self.size,) and is_bijection(index), "not a permutation"
         self.index.copy_(index)
         self.logits = None
+        self.changed()
+
+    @torch.no_grad()
+    def exchange(self, index: Tensor) -> None:
+        """Let another hard permutation `[size]` take the place of a hard one.
+
+        What is derived from the old one (values, indices) must follow; `changed` tells of it.
+        """
+        assert self.logits is None and is_bijection(index), "only hard ones are exchanged"
+        self.index.copy_(index)
         self.changed()
 
     @torch.no_grad()

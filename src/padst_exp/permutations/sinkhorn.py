@@ -11,13 +11,18 @@ from torch.autograd.function import once_differentiable
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """Return the doubly stochastic matrix `[d, d]` that Sinkhorn reaches from `exp(logits)`.
 
-    Columns sum to one, rows up to what the iterations leave. Differentiable once, through all
-    iterations. To be called without autocast.
+    Columns sum to one, rows up to what the iterations leave. Differentiable (one matrix: once),
+    through all iterations. To be called without autocast.
 
     Args:
-        logits: `[d, d]`, float32 or float64.
+        logits: `[d, d]`, or `[G, d, d]` for G small ones, float32 or float64; -inf for what must
+            stay zero.
         iterations: rounds of row then column normalisation, at least 1.
     """
+    if logits.dim() == 3:
+        for _ in range(iterations - 1):
+            logits = logits.log_softmax(2).log_softmax(1)
+        return logits.log_softmax(2).softmax(1)
     # After one round in log space every row and column sums to at least 1/d, so that nothing can
     # under- or overflow any more, and the other rounds only rescale: two products each with a
     # vector instead of two passes of exponentials.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from padst_exp.pools import Symmetry
 from padst_exp.structures.geometry import MIN_TILE_HEIGHT, Geometry, Tiling
 from padst_exp.structures.structure import Structure, check_positive, require_units
 
@@ -93,5 +94,5 @@ class BlockGeometry(Geometry):
         columns = block_column[:, None] * self.size + torch.arange(self.size, device=units.device)
         return columns, block_row
 
-    def symmetry(self, side: str) -> Tensor | None:
-        return torch.arange(self.shape[1] if side == "in" else self.shape[0]) // self.size
+    def _symmetry(self, side: str) -> Symmetry:
+        return Symmetry(labels=torch.arange(self._features(side)) // self.size)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from padst_exp.errors import UserError
+from padst_exp.pools import Symmetry
 from padst_exp.structures.block import BlockGeometry
 from padst_exp.structures.geometry import Geometry
 from padst_exp.structures.structure import Structure, check_positive, require_units, share_budget
@@ -88,6 +89,7 @@ class ButterflyGeometry(BlockGeometry):
             frame=(1, size, size),
         )
         self.size = size
+        self.num_cells = cells
         self.strides = torch.tensor([at for at, _, _ in pools])
         self.table = torch.zeros(len(pools), self.pool_size, 2, dtype=torch.int64)
         for pool, (_, _, blocks) in enumerate(pools):
@@ -96,3 +98,10 @@ class ButterflyGeometry(BlockGeometry):
     def _blocks(self, units: Tensor) -> tuple[Tensor, Tensor]:
         row, column = self.table.to(units.device).flatten(0, 1)[units].unbind(1)
         return row, column
+
+    def _symmetry(self, side: str) -> Symmetry:
+        # Blocks that a stretched cell holds are alike, those of other cells never.
+        labels = super()._symmetry(side).labels
+        num_blocks = int(labels[-1]) + 1
+        cells = torch.arange(num_blocks) * self.num_cells // num_blocks
+        return Symmetry(labels=labels, kinds=cells)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from padst_exp.errors import UserError
+from padst_exp.pools import Symmetry
 from padst_exp.structures.geometry import MIN_TILE_HEIGHT, Geometry, Tiling
 from padst_exp.structures.structure import Structure, check_positive, require_units
 
@@ -82,8 +83,24 @@ class BandGeometry(Geometry):
     def diagonal_offsets(self, units: Tensor) -> Tensor | None:
         return units if self.width == 1 and self.row_order is None else None
 
-    def symmetry(self, side: str) -> Tensor | None:
-        return None
+    def _symmetry(self, side: str) -> Symmetry:
+        short, long, size = min(self.shape), max(self.shape), self._features(side)
+        features, whole = torch.arange(size), self.width == long
+        if size < long and not whole:
+            return Symmetry(labels=features, kinds=features)
+        # Neighbours that no run parts in any of the columns (or rows) are alike.
+        starts = torch.arange(self.num_pools - 1 + self.num_full) * self.width
+        parted = (starts[:, None] + torch.arange(short)) % long
+        labels = torch.zeros(size, dtype=torch.int64)
+        if not whole:
+            labels[parted.flatten()] = 1
+            labels = labels.cumsum(0) - 1
+        num_classes = int(labels[-1]) + 1
+        if short == 1:
+            return Symmetry(labels=labels)
+        if self.num_pools > 1:  # a last short run stays the last
+            return Symmetry(labels=labels, kinds=torch.arange(num_classes))
+        return Symmetry(labels=labels, step=num_classes // self.num_full)
 
 
 class StrideGeometry(Geometry):
@@ -138,5 +155,5 @@ class StrideGeometry(Geometry):
         steps = torch.arange(self.frame[1], device=units.device) * self.stride
         return (column[:, :, None] + steps).flatten(0, 1), row.flatten()
 
-    def symmetry(self, side: str) -> Tensor | None:
-        return torch.arange(self.shape[1] if side == "in" else self.shape[0]) % self.stride
+    def _symmetry(self, side: str) -> Symmetry:
+        return Symmetry(labels=torch.arange(self._features(side)) % self.stride, step=1)

@@ -15,12 +15,12 @@ import abc
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from padst_exp.pools import Trait
+from padst_exp.pools import Symmetry, Trait
 
 # Rows of a tile from which on it multiplies as a whole: lower ones would leave most of a vector
 # empty, and go to the kernels of single entries.
@@ -113,13 +113,19 @@ class Geometry(abc.ABC):
         """Int64 `[N]`, the offsets of `units` that are single diagonals; None for all others."""
         return None
 
-    def symmetry(self, side: str) -> Tensor | None:
-        """Classes of interchangeable features on `side` ("in" or "out"), int64 `[d]`.
+    def symmetry(self, side: str) -> Symmetry:
+        """Which permutations of the features on `side` ("in" or "out") it cannot see."""
+        found = self._symmetry(side)
+        if side == "in" or self.row_order is None:
+            return found
+        return replace(found, labels=found.labels[self.row_order.cpu().argsort()])
 
-        A permutation that maps whole classes to whole classes only relabels topologies of this
-        structure. None stands for the cyclic group: shifts are the symmetries.
-        """
-        return torch.zeros(self.shape[1] if side == "in" else self.shape[0], dtype=torch.int64)
+    def _symmetry(self, side: str) -> Symmetry:
+        """The same before `row_order`; by default all features are interchangeable."""
+        return Symmetry(labels=torch.zeros(self._features(side), dtype=torch.int64))
+
+    def _features(self, side: str) -> int:
+        return self.shape[1] if side == "in" else self.shape[0]
 
     def with_row_order(self, order: Tensor | None) -> Geometry:
         """The same geometry with its row r at row `order[r]` of the weight (int64 `[O]`)."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from padst_exp.errors import UserError
+from padst_exp.pools import Symmetry
 from padst_exp.structures.geometry import MIN_TILE_HEIGHT, Geometry, Tiling
 from padst_exp.structures.structure import Structure, check_positive
 
@@ -114,8 +115,8 @@ class NMGeometry(Geometry):
         row_group, column = self._place(units)
         return column[:, None], row_group
 
-    def symmetry(self, side: str) -> Tensor | None:
+    def _symmetry(self, side: str) -> Symmetry:
+        features = torch.arange(self._features(side))
         if side == "out":
-            return torch.arange(self.shape[0]) // self.group
-        columns = torch.arange(self.shape[1])
-        return torch.searchsorted(self.first_column, columns, right=True) - 1
+            return Symmetry(labels=features // self.group)
+        return Symmetry(labels=torch.searchsorted(self.first_column, features, right=True) - 1)

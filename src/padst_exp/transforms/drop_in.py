@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.errors import UserError
-from padst_exp.layers.views import LinearView
+from padst_exp.layers.views import LinearView, replace_module
 from padst_exp.sparsify import Rule
 from padst_exp.transforms.chains import Chain, chains, model_activation
 from padst_exp.transforms.transform import Original, Rewrite, Transform, whole
@@ -123,7 +123,7 @@ class DropIn(Transform):
                 )
             except UserError as error:
                 raise UserError(f"{error} (layer {found.name})") from None
-            model.set_submodule(found.name, made.train(found.module.training))
+            replace_module(model, found.module, made.train(found.module.training))
             rules += [Rule(f"{found.name}.{name}", split) for name, split in inside]
             factors += extra
         return Rewrite(model, rules, factors)

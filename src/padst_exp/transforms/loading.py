@@ -7,13 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from padst_exp.errors import UserError
-from padst_exp.inference.files import own
 from padst_exp.sparsify import Rule
+from padst_exp.targets import HOMES, constructor
 from padst_exp.transforms.transform import Original, example
-
-# Nothing else is ever called by its name.
-_MODELS, _TRANSFORMS = "padst_exp.models.", "padst_exp.transforms."
 
 
 def rebuild(
@@ -34,20 +30,17 @@ def rebuild(
         shape: what the data set gave to the model.
 
     Raises:
-        UserError: a constructor is none of ours.
+        ValueError: a constructor is none of ours.
     """
     original = Original(
-        build=lambda changes: _call(model, _MODELS, changes),
+        build=lambda changes: _call(model, HOMES["model"], changes),
         keys={key: v for key, v in model["arguments"].items() if key not in shape},
         rules=[Rule(**rule) for rule in rules],
         inputs=example(shape),
     )
-    made: nn.Module = _call(transform, _TRANSFORMS, {})(original, sparsity, "uniform").model
+    made: nn.Module = _call(transform, HOMES["transform"], {})(original, sparsity, "uniform").model
     return made
 
 
 def _call(call: Mapping[str, Any], home: str, changes: Mapping[str, object]) -> Any:
-    target = call["_target_"]
-    if not target.startswith(home):
-        raise UserError(f"{target!r} is none of {home}*, which alone are called for a file")
-    return own(target)(**{**call["arguments"], **changes})
+    return constructor(call["_target_"], home)(**{**call["arguments"], **changes})

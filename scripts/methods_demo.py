@@ -1,0 +1,115 @@
+"""Every method on every structure that it serves, small: results/tables/methods_demo.csv.
+
+    python scripts/methods_demo.py [--seeds 3] [--steps 500] [--jobs 2] [--only dst=rigl ...]
+
+Images (Fashion-MNIST where it is installed, else the digits) by the ViT demo, top-1; the embedded
+text by the GPT-2 demo, perplexity; at 90 and 80% sparsity, without permutations, beside the dense
+model. A random topology that stays is `static`. One thread a run, `jobs` at a time. A row is added
+as a run ends, and what has its row is not run again, so the command can be stopped and repeated.
+A pair that makes no sense is refused by the command itself, and has the reason in place of a value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from runs import FASHION, compose, training
+from tqdm import tqdm
+
+from padst_exp.config import build, options
+from padst_exp.engine.run_directory import environment
+from padst_exp.errors import UserError
+
+TABLE = Path(__file__).parents[1] / "results" / "tables" / "methods_demo.csv"
+KEY = ("dataset", "sparsity", "structure", "dst", "seed", "steps")
+MODELS = {"fashion_mnist": FASHION, "digits": [], "shakespeare": ["model=gpt2"]}
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Run what has no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    only = dict(pair.split("=", 1) for pair in arguments.only)
+    known = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=KEY)
+    done = set(known[[*KEY]].itertuples(index=False, name=None))
+    left = [
+        row
+        for row in grid(images(), arguments.seeds, arguments.steps)
+        if tuple(row[key] for key in KEY) not in done
+        and all(str(row[key]) == value for key, value in only.items())
+    ]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(arguments.jobs, torch.set_num_threads, (1,)) as pool:
+        for row in tqdm(pool.imap_unordered(run, left), total=len(left)):
+            frame = pd.DataFrame([row])
+            frame.to_csv(TABLE, mode="a", header=not TABLE.exists(), index=False)
+        pool.close()
+        pool.join()
+
+
+def images() -> str:
+    """The harder set of images that is here."""
+    try:
+        build(compose(*FASHION).dataset, "dataset")
+    except UserError:
+        return "digits"
+    return "fashion_mnist"
+
+
+def grid(dataset_of_images: str, seeds: int, steps: int) -> Iterator[Row]:
+    """All rows, one seed after another; the dense model once."""
+    structures = [name for name in options("structure") if name != "dense"]
+    pairs = [("dense", "static"), *itertools.product(structures, options("dst"))]
+    for seed, sparsity, dataset in itertools.product(
+        range(seeds), (0.9, 0.8), (dataset_of_images, "shakespeare")
+    ):
+        for structure, dst in pairs:
+            if structure == "dense" and sparsity != 0.9:
+                continue
+            shown = 0.0 if structure == "dense" else sparsity
+            yield {
+                "dataset": dataset, "sparsity": shown, "structure": structure, "dst": dst,
+                "seed": seed, "steps": steps,
+            }  # fmt: skip
+
+
+def run(row: Row) -> Row:
+    """Train one; its row with what came of it."""
+    groups = [f"{key}={row[key]}" for key in ("structure", "dst", "seed", "sparsity")]
+    here = environment("cpu")
+    where = {
+        "commit": here["git_commit"], "dirty": here["git_dirty"], "device": here["device"],
+        "threads": torch.get_num_threads(), "torch": torch.__version__.partition("+")[0],
+    }  # fmt: skip
+    empty = {"metric": "", "value": "", "density": "", "seconds": "", "refused": ""}
+    try:
+        cfg = compose(
+            *MODELS[row["dataset"]], *groups, "permutation=none", f"trainer.steps={row['steps']}"
+        )
+        with training(cfg) as (_, summary):
+            metric = summary["monitor"]
+        found = {
+            "metric": metric,
+            "value": round(summary["final"][metric], 4),
+            "density": round(summary["density_of_layers"], 4),
+            "seconds": round(summary["timing"]["seconds"]),
+        }
+    except UserError as error:
+        found = {"refused": str(error)}
+    return {**row, **empty, **found, **where}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Exchanges of hard permutations in training: their values, and all that must follow, go along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from padst_exp.engine.changes import adopt, finish, followers
+from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.state import TrainingState
+from padst_exp.layers import SparseWeight, evidence, places
+from padst_exp.permutations import Permutation
+
+
+def weights_of(state: TrainingState, due: Mapping[str, Permutation]) -> list[SparseWeight]:
+    """The sparse weights that these permutations act on, each once."""
+    found = [place.weight for choice in due.values() for place in places(state.model, choice)]
+    return list(dict.fromkeys(found))
+
+
+def exchange(
+    experiment: Experiment, state: TrainingState, due: Mapping[str, Permutation]
+) -> dict[str, Any]:
+    """Let the learner exchange those permutations that are due, by name.
+
+    Returns:
+        What happened: how many permutations were exchanged, how many features of them have
+        another slot now, how many entries lost their value.
+    """
+    learner, world, following = experiment.learner, state.world, followers(experiment, state)
+    fraction = experiment.algorithm.drop_fraction(state.step, experiment.total_steps)
+    weights = weights_of(state, due) if learner.parts else []
+    world.mean_([w.part_gradients for w in weights if w.part_gradients is not None])
+    done = {"exchanged": 0, "moved": 0, "lost": 0}
+    for name, permutation in due.items():
+        found = list(places(state.model, permutation))
+        known = evidence(found, fraction) if learner.parts else None
+        # Rank 0 decides for all: a rounding difference must not part the ranks.
+        proposal = world.from_main(learner.exchange(permutation, known))
+        if proposal is None:
+            continue
+        device, before = permutation.index.device, permutation.nearest()
+        signs = None if proposal.signs is None else proposal.signs.to(device)
+        proposal = replace(proposal, index=proposal.index.to(device), signs=signs)
+        for place in found:
+            # Its own order of features is still the old one.
+            move = adopt(
+                place.name, place.weight, place.change(before, proposal), following, state.step
+            )
+            done["lost"] += move.num_new  # as many as are new in others' places
+            if learner.parts:  # it knew of a budget
+                place.weight.carry -= move.num_new / place.weight.geometry.unit_size
+        permutation.exchange(proposal.index)
+        if state.average is not None:
+            state.average.exchange(name, proposal.index)
+        done["exchanged"] += 1
+        done["moved"] += int((proposal.index != before).sum())
+    for weight in weights:
+        weight.part_gradients = None
+    finish(state, "permutations")
+    return done

@@ -1,0 +1,110 @@
+"""What becomes of sparse weights when one of their permutations is exchanged for another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from padst_exp.dst import Change
+from padst_exp.layers.sparse_linear import SparseLinear
+from padst_exp.layers.sparse_weight import SparseWeight
+from padst_exp.permutations import Evidence, Exchange, Permutation
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sparse weight S that a permutation acts on, y = S P x or y = P S x.
+
+    On the input side slot i of S holds feature index[i]; on the output side row index[i] of S is
+    feature i.
+
+    Args:
+        name: of the weight in its model.
+        weight: S.
+        side: of the permutation.
+        taps: how many inputs stand for one feature: positions of a convolution's kernel.
+    """
+
+    name: str
+    weight: SparseWeight
+    side: Literal["in", "out"]
+    taps: int
+
+    def table(self, matrix: Tensor) -> Tensor:
+        """`[..., O, I]` as `[..., R, d]`, whose columns are the slots of the permutation."""
+        if self.side == "out":
+            return matrix.mT
+        return matrix.unflatten(-1, (self.taps, -1)).flatten(-3, -2)
+
+    @torch.no_grad()
+    def change(self, before: Tensor, exchange: Exchange) -> Change:
+        """The change of the topology that goes with exchanging `before` `[d]`.
+
+        Units stay; with `carry`, each entry takes the value that its new feature had in its row.
+        """
+        weight = self.weight
+        num_rows, num_columns = weight.shape
+        entries, outside = weight.entries(), num_rows * num_columns
+        rows, columns = entries // num_columns, entries % num_columns
+        size = num_columns // self.taps
+        slots = rows.clamp(max=num_rows - 1) if self.side == "out" else columns % size
+        source = signs = None
+        if exchange.carry:
+            if self.side == "in":
+                origin = before.argsort()[exchange.index]
+                old = rows * num_columns + (columns - slots) + origin[slots]
+            else:
+                origin = before[exchange.index.argsort()]
+                old = origin[slots] * num_columns + columns
+            table = torch.full((outside + 1,), -1, device=entries.device)
+            table[entries.flatten()] = torch.arange(entries.numel(), device=entries.device)
+            table[outside] = -1
+            source = table[torch.where(entries == outside, outside, old)]
+        if exchange.signs is not None:
+            signs = exchange.signs[slots]
+        return Change(weight.active.long(), source=source, signs=signs)
+
+
+def places(model: nn.Module, permutation: Permutation) -> Iterator[Place]:
+    """The sparse weights of `model` that `permutation` acts on."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SparseLinear):
+            continue
+        for (side, part), found in layer.permutations().items():
+            if found is not permutation:
+                continue
+            for i, weight in enumerate(layer.parts()):
+                place = f"{name}.weights.{i}".removeprefix(".")
+                if side == "in":
+                    yield Place(place, weight, "in", layer.taps)
+                elif i == part:
+                    yield Place(place, weight, "out", 1)
+
+
+@torch.no_grad()
+def evidence(found: list[Place], fraction: float) -> Evidence:
+    """What a learner may know of the weights of `places`.
+
+    Args:
+        found: the weights; their `part_gradients` were collected.
+        fraction: share of the active entries that may be lost.
+    """
+    active, values, gradients = [], [], []
+    for place in found:
+        matrix, parts = place.weight.matrix(), place.weight.part_gradients
+        assert parts is not None, "no backward pass collected the gradients of parts"
+        mask = torch.zeros(matrix.numel() + 1, dtype=torch.bool, device=matrix.device)
+        mask[place.weight.entries().flatten()] = True
+        active.append(place.table(mask[:-1].view(matrix.shape)))
+        values.append(place.table(matrix))
+        gradients.append(place.table(parts * len(parts)))
+    return Evidence(
+        active=torch.cat(active),
+        values=torch.cat(values),
+        gradients=torch.cat(gradients, dim=1),
+        budget=fraction * int(sum(part.sum() for part in active)),
+    )
