@@ -178,8 +178,9 @@ class SparseWeight(nn.Module):
         return weighed + (self.values - self.values.detach()) * besides
 
     def per_value(self, units: Tensor) -> Tensor:
-        """One number for each active unit, `[N]`, as a factor of `values`."""
-        units = units.to(self.values.dtype)[:, None]
+        """One number for each active unit, `[N]`, or value, `[N, E]`, as a factor of `values`."""
+        units = units.to(self.values.dtype)
+        units = units[:, None] if units.dim() == 1 else units
         if self.storage == "packed":
             return units
         entries = self.entries()
@@ -278,9 +279,9 @@ class SparseWeight(nn.Module):
         selection = self.selection
         if selection is None or selection.soft:
             return None
-        self.values.mul_(self.per_value(selection.last))
+        self.values.mul_(self.per_value(selection.taken_over()))
         self.selection = None
-        return Change(selection.chosen)
+        return selection.settled()
 
     @torch.no_grad()
     def adopt(self, change: Change) -> Move:
