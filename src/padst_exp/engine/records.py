@@ -25,11 +25,8 @@ def read_metrics(path: Path) -> Rows:
     Lines that are no rows are left out: a kill cuts the last one short.
     """
     rows = []
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    for line in content.splitlines():
+    # A pipe would be waited for.
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:
@@ -42,6 +39,8 @@ def read_metrics(path: Path) -> Rows:
 def read_summary(path: Path) -> dict[str, Any] | None:
     """The contents of a `summary.json`; None where it is missing or damaged."""
     try:
+        if not path.is_file():
+            return None
         summary = json.loads(path.read_bytes())
         final = summary["final"][summary["monitor"]]
     except (OSError, ValueError, KeyError, TypeError):
