@@ -156,6 +156,7 @@ def test_the_environment_says_where_and_the_config_says_what(
 ) -> None:
     for switch in ({"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}):
         assert recorded(monkeypatch, tmp_path, switch) == []
+        assert f"wandb is disabled, as {next(iter(switch))} in the" in capsys.readouterr().err
     (call,) = recorded(monkeypatch, tmp_path, {"WANDB_MODE": "dryrun", "WANDB_DIR": "/x"})
     assert (call["mode"], call["dir"]) == ("offline", "/x")
     assert capsys.readouterr().err == ""

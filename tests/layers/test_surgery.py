@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from dst_cases import rigl
 from from_yaml import from_yaml
 from layers.layer_cases import SoftHalf
+from padst_exp.config import options
 from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear, sparse_layers, sparse_weights
 from padst_exp.layers.surgery import Taken
@@ -382,6 +383,51 @@ def test_a_soft_start_that_would_scramble_trained_weights_is_refused() -> None:
             learner=Scrambling(side="in"), topology="magnitude", rescale=False,
         )  # fmt: skip
     assert_untouched(model, before)
+
+
+def test_every_learner_keeps_trained_weights_or_says_that_it_cannot() -> None:
+    x, kept = torch.randn(4, 24), set()
+    for name in options("permutation"):
+        torch.manual_seed(0)
+        model = plain(nn.Linear(24, 40), nn.Linear(40, 24))
+        expected = model(x)
+        changes = {} if name == "none" else {"side": "both"}
+        arguments = {"density": 1.0, "topology": "magnitude", "rescale": False}
+        learner = from_yaml(f"permutation/{name}", **changes)
+        try:
+            sparsify(model, [Rule("?")], structure=Unstructured(), learner=learner, **arguments)
+        except UserError as error:
+            assert str(error).startswith("permutation: expected one that trained weights"), name
+            continue
+        torch.testing.assert_close(model.eval()(x), expected, atol=1e-4, rtol=1e-4, msg=name)
+        kept.add(name)
+    assert {"none", "random", "doubly_stochastic"} <= kept
+
+
+def test_fitted_permutations_keep_more_of_trained_weights_on_either_side() -> None:
+    structures = {"nm": STRUCTURES["nm-16"], "block": STRUCTURES["block-8"]}
+    for structure in structures.values():
+        for side in ("in", "out", "both"):
+            kept, at = {}, {"side": side}
+            for name in ("none", "random", "greedy", "search"):
+                torch.manual_seed(0)
+                model = plain(nn.Linear(64, 96))
+                # Rows and columns of hidden groups, some of which matter.
+                rows, columns = torch.randperm(96) % 6, torch.randperm(64) % 8
+                matters = (torch.rand(6, 8) > 0.7).float()[rows][:, columns]
+                with torch.no_grad():
+                    model[0].weight.mul_(0.2 + 2 * matters)
+                dense = model[0].weight.detach().clone()
+                sparsify(
+                    model, [Rule("0")], structure=structure, density=0.25, topology="magnitude",
+                    learner=from_yaml(f"permutation/{name}", **({} if name == "none" else at)),
+                    rescale=False,
+                )  # fmt: skip
+                found = model[0].weight.detach()
+                assert torch.equal(found[found != 0], dense[found != 0])
+                kept[name] = float(found.square().sum() / dense.square().sum())
+            assert kept["greedy"] > max(kept["none"], kept["random"]) + 0.01, (side, kept)
+            assert kept["search"] > kept["greedy"] - 0.02, (side, kept)
 
 
 def test_importance_decides_where_it_is_given() -> None:
