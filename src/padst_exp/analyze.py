@@ -258,7 +258,9 @@ def _changes(restored: RestoredRun) -> list[Results]:
 
     rows = [] if restored.run is None else read_metrics(restored.run / "metrics.jsonl")
     keys = ("step", "churn", "density")
-    return [{key: row[key] for key in keys} for row in rows if row["kind"] == "rewire"]
+    changes = [{key: row.get(key) for key in keys} for row in rows if row.get("kind") == "rewire"]
+    numbers = int | float
+    return [row for row in changes if all(isinstance(value, numbers) for value in row.values())]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

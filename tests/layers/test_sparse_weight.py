@@ -117,6 +117,22 @@ def test_an_explicit_source_moves_units_and_single_entries_anywhere() -> None:
             assert torch.equal(weight.packed(), wanted * inside), where
 
 
+def test_a_topology_is_derived_once_until_anybody_writes_to_it() -> None:
+    for name, _, weight in weights():
+        known = weight.topology()
+        assert weight.topology() is known, name
+        copied = copy.deepcopy(weight)
+        change = drawn(weight, 0.5)
+        weight.adopt(change)
+        assert torch.equal(weight.topology().active, change.active), name
+        assert torch.equal(copied.topology().active, known.active), name
+        assert copied.topology().active is not known.active
+        # In place, as `swa_utils` and hand-written loops copy states.
+        for value in (copied.active.flip(0), copied.active.clone()):
+            copied.active.copy_(value)
+            assert torch.equal(copied.topology().active, value.long()), name
+
+
 def test_units_carry_one_number_each_along() -> None:
     for where, _, weight in weights():
         births = torch.arange(len(weight.active)) + 100

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dst.topology import Topology
+from padst_exp.dst.topology import Change, Topology
 from padst_exp.pools import best_of_each
 from padst_exp.soft import Soft
 
@@ -63,11 +63,26 @@ class Gate(Soft):
 
     @abc.abstractmethod
     def coefficients(self) -> Tensor:
-        """`[N]` in 0 .. 1, what the values of each unit count; differentiable where learned."""
+        """What the values of each unit count, `[N]` in 0 .. 1, or each value by itself, `[N, E]`.
+
+        Differentiable where learned.
+        """
 
     def passing(self) -> Tensor | None:
         """`[N]`, what gradients of the values are multiplied by; None: the coefficients."""
         return None
+
+    def shares(self) -> Tensor:
+        """What share of the square of each value is to stay, `[N]` or `[N, E]`."""
+        return self.coefficients()
+
+    def settled(self) -> Change:
+        """Once hard: the change that drops what was not chosen."""
+        return Change(self.chosen)
+
+    def taken_over(self) -> Tensor:
+        """Once hard: what the values are multiplied by before, `[N]` or `[N, E]`."""
+        return self.last
 
     @torch.no_grad()
     def harden(self, choice: Tensor | None = None) -> None:

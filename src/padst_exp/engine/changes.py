@@ -52,6 +52,9 @@ class Moments:
     def follow(self, name: str, weight: SparseWeight, move: Move, step: int) -> None:
         """Move the moments and births of one weight."""
         for group in self.optimizer.param_groups:
+            # A rewiring that keeps the number of entries changes neither.
+            if move.new is move.old and "lr_scale" not in group:
+                continue
             if any(parameter is move.old for parameter in group["params"]):
                 group["params"] = [move.new if p is move.old else p for p in group["params"]]
                 if "lr_scale" in group:

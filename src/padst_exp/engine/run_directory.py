@@ -262,7 +262,7 @@ class _Draft:
             None if, unless `anew`, another process was faster.
         """
         root.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(root / name)
+        remove_leftovers(root)
         draft = temporary_name(root / name)
         draft.mkdir()
         try:

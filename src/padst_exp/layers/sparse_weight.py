@@ -61,6 +61,7 @@ class SparseWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry = geometry
+        self._known: tuple[Topology, Tensor, int, Geometry] | None = None
         self.storage = storage
         self.collect_dense_gradient = False
         self.gradient_parts = 0
@@ -93,10 +94,15 @@ class SparseWeight(nn.Module):
         return not self.values.requires_grad
 
     def topology(self) -> Topology:
-        """The active units as tables."""
-        device, geometry = self.active.device, self.geometry
-        return Topology(
-            self.active.long(),
+        """The active units as tables; the same object until they are other ones."""
+        active, geometry, device = self.active, self.geometry, self.active.device
+        if self._known is not None:
+            topology, of, version, cut = self._known
+            # Whoever writes to the buffer, an update or a stranger, raises its version.
+            if of is active and cut is geometry and version == active._version:
+                return topology
+        topology = Topology(
+            active.long(),
             geometry.candidates.to(device),
             geometry.unit_sizes.to(device),
             geometry.pool_size,
@@ -104,10 +110,17 @@ class SparseWeight(nn.Module):
             self.target.to(device),
             self.is_output,
         )
+        if not active.is_inference():  # such a tensor counts no versions
+            self._known = topology, active, active._version, geometry
+        return topology
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy counts the versions of its own buffer.
+        return {**self.__dict__, "_known": None}
 
     def entries(self) -> Tensor:
         """Flat positions of all active frames, int64 `[N, E]`; O * I outside the weight."""
-        return self.geometry.entries(self.active.long())
+        return self.geometry.entries(self.topology().active)
 
     def select(self, selection: Gate | None) -> None:
         """Let a soft selection weigh the active units from now on."""
@@ -129,8 +142,9 @@ class SparseWeight(nn.Module):
         return weighed + (self.values - self.values.detach()) * besides
 
     def per_value(self, units: Tensor) -> Tensor:
-        """One number for each active unit, `[N]`, as a factor of `values`."""
-        units = units.to(self.values.dtype)[:, None]
+        """One number for each active unit, `[N]`, or value, `[N, E]`, as a factor of `values`."""
+        units = units.to(self.values.dtype)
+        units = units[:, None] if units.dim() == 1 else units
         if self.storage == "packed":
             return units
         entries = self.entries()
@@ -138,7 +152,7 @@ class SparseWeight(nn.Module):
 
     def magnitudes(self) -> Tensor:
         """Root mean square of the values of each active unit, `[N]`, before any weighing."""
-        return self.geometry.frame_rms(self.unweighed(), self.active.long())
+        return self.geometry.frame_rms(self.unweighed(), self.topology().active)
 
     def unweighed(self) -> Tensor:
         """Values of the active units, `[N, E]`, without the factors of a selection. Detached."""
@@ -182,7 +196,7 @@ class SparseWeight(nn.Module):
         dense_gradient = weight_gradient = None
         if "dense_gradient" in algorithm.needs:
             assert self.dense_gradient is not None, "no backward pass collected this gradient"
-            dense_gradient = geometry.unit_rms(self.dense_gradient)
+            dense_gradient = geometry.unit_rms(self.dense_gradient, topology.exists())
         if "weight_gradient" in algorithm.needs:
             gradient = self.weight_gradient
             assert gradient is not None, "no backward pass reached these values"
@@ -229,9 +243,9 @@ class SparseWeight(nn.Module):
         selection = self.selection
         if selection is None or selection.soft:
             return None
-        self.values.mul_(self.per_value(selection.last))
+        self.values.mul_(self.per_value(selection.taken_over()))
         self.selection = None
-        return Change(selection.chosen)
+        return selection.settled()
 
     @torch.no_grad()
     def adopt(self, change: Change) -> Move:
@@ -259,8 +273,9 @@ class SparseWeight(nn.Module):
             self.active.copy_(active)
         else:
             self.active = active.clone()
-        self.geometry = geometry
-        self.row_order = geometry.row_order
+        if geometry is not self.geometry:
+            self.geometry = geometry
+            self.row_order = geometry.row_order
 
     def _changed(self) -> None:
         for tell in self.on_change:
@@ -293,7 +308,7 @@ def _check_loaded(weight: nn.Module, _: object) -> None:
     """After a checkpoint is loaded: check its topology, and tell whoever derives from it."""
     assert isinstance(weight, SparseWeight)
     try:
-        plan(weight, Change(weight.active.long(), row_order=weight.row_order))
+        plan(weight, Change(weight.topology().active, row_order=weight.row_order))
         if weight.storage == "packed" and len(weight.values) != len(weight.active):
             raise ValueError(f"{len(weight.active)} of them for {len(weight.values)} values")
         if weight.storage == "masked":
