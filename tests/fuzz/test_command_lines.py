@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from omegaconf import DictConfig, OmegaConf
 
 from fuzz.command_lines import command_lines, meaningless
-from fuzz.program import Reached, fault
+from fuzz.program import Reached, contents, fault
 from padst_exp import train
 from padst_exp.engine import loop
 
@@ -59,8 +59,9 @@ def test_a_command_is_run_or_refused_in_one_line(
     def check(arguments: list[str]) -> None:
         accepted.clear()
         assert fault(train.main, arguments, folder) is None
-        if (folder / "runs").exists():
-            shutil.rmtree(folder / "runs")
+        if contents(folder):
+            for path in folder.iterdir():
+                shutil.rmtree(path)
             config = OmegaConf.to_container(accepted[0], resolve=True)
             assert not meaningless(config)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from padst_exp.bench.timing import Ceilings
 from padst_exp.config import build, closest, config_dir, options, resolve_target
 from padst_exp.errors import UserError, require
+from padst_exp.memory import fitting
 from padst_exp.permutations import PermutationLearner
 from padst_exp.sparsify import Rule
 from padst_exp.structures import Structure
@@ -129,7 +130,8 @@ class Model:
     def build(self) -> nn.Module:
         """The dense model, from seed 0."""
         torch.manual_seed(0)
-        return build(self.node, "model", self.inputs)
+        with fitting("models"):
+            return build(self.node, "model", self.inputs)
 
     def rules(self, scope: str) -> list[Rule]:
         """What is sparse: "all" that can be, that but QKV ("dense_qkv"), or nothing ("")."""

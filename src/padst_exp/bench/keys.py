@@ -11,6 +11,9 @@ from omegaconf import OmegaConf
 from padst_exp.bench.choices import Layer
 from padst_exp.config import Device, read_keys, require_sparsity
 from padst_exp.errors import require
+from padst_exp.memory import require_memory
+
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,25 @@ class Keys:
             odd = layer.kernel == 0 or layer.kernel % 2 == 1
             require(least >= 1 and odd, "shapes", layer, "sizes of at least 1, and odd kernels")
         require(self.clock == "wall" or self.threads == 1, "clock", "cpu", "wall for threads > 1")
+        require(self.threads <= MOST_THREADS, "threads", self.threads, f"at most {MOST_THREADS}")
+        for key in ("images", "text"):
+            for name, size in (getattr(self, key) or {}).items():
+                require(size >= 1, f"{key}.{name}", size, "at least 1")
+        self._require_memory()
+
+    def _require_memory(self) -> None:
+        """Refuse inputs and weights that this machine cannot hold, before it is measured."""
+        for layer in self.shapes or ():
+            weight = layer.inputs * layer.outputs * max(1, layer.kernel) ** 2
+            require_memory("shapes", layer.label, 4.0 * weight)
+            for tokens in self.tokens or ():
+                size = 4.0 * tokens * max(layer.inputs, layer.outputs) * layer.pixels**2
+                require_memory("tokens", f"{tokens} with {layer.label}", size)
+        images, text = self.images or {}, self.text or {}
+        pixels = images.get("channels", 1) * images.get("image_size", 1) ** 2
+        for batch in self.batches or ():
+            most = max(4.0 * pixels, 8.0 * text.get("context_length", 1))
+            require_memory("batches", batch, batch * most)
 
 
 def keys_of(cfg: Mapping[str, Any]) -> Keys:
