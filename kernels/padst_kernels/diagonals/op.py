@@ -73,14 +73,9 @@ def diagonal_matmul(
         if tensor.device != x.device:
             raise ValueError(f"diagonal_matmul: {name} is on {tensor.device}, x on {x.device}")
     if not trusted:
+        number, longest = offsets.numel(), max(in_features, out_features)
         parts: list[Part] = [
-            (
-                "offsets",
-                offsets.contiguous(),
-                (offsets.numel(),),
-                max(in_features, out_features) - 1,
-                False,
-            ),
+            ("offsets", _contiguous(offsets), (number,), longest - 1, False),
             ("columns", _contiguous(columns), (in_features,), in_features - 1, False),
             ("rows", _contiguous(rows), (out_features,), out_features - 1, False),
         ]
