@@ -13,7 +13,7 @@ REQUIREMENTS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb
 
 export PYTHONPATH := src:kernels
 
-.PHONY: help setup fmt lint types test test-slow smoke demo bench test-gpu ci clean
+.PHONY: help setup fmt lint types test test-slow fuzz kills smoke demo bench test-gpu ci clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s ':'
@@ -47,8 +47,15 @@ test: $(STAMP)  ## fast tests
 test-slow: $(STAMP)  ## slow tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "slow and not gpu"
 
+kills: $(STAMP)  ## kill 60 trainings, at writes and at first use of caches too, and resume them
+	KILLS=60 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/engine/test_kills.py
+
 test-gpu: $(STAMP)  ## check every kernel on the GPU of this machine
 	$(PYTHON) -m pytest -q -m gpu
+
+FUZZ_DRAWS ?= 2000
+fuzz: $(STAMP)  ## 2,000 command lines and files that are probably wrong: most of an hour
+	FUZZ_DRAWS=$(FUZZ_DRAWS) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/fuzz
 
 smoke: $(STAMP)  ## train a few steps and evaluate, in a throw-away folder
 	runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \

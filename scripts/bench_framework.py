@@ -26,7 +26,7 @@ from padst_exp.config import build
 from padst_exp.data.sampler import train_loader
 from padst_exp.engine.changes import Moments
 from padst_exp.engine.distributed import World
-from padst_exp.engine.run_directory import read_metrics
+from padst_exp.engine.records import read_metrics
 from padst_exp.layers import sparse_weights
 from padst_exp.soft import soft_choices
 from padst_exp.sparsify import Rule, sparsify

@@ -43,7 +43,7 @@ def trained_run(root: Path, *overrides: str) -> Path:
         root,
         "run",
         world,
-        resume="never",
+        resume=cfg.resume,
         config=results_config(cfg),
         config_text=OmegaConf.to_yaml(cfg, resolve=True),
         overrides=[],
@@ -262,7 +262,8 @@ def broken_states(sound: State) -> Iterator[tuple[str, State]]:
         "complex numbers": weight.to(torch.complex64),
     }.items():
         yield f"{name}: {what}", {**sound, name: tensor}
-    for name, index in sound.items():
+    # One tensor of a kind stands for all.
+    for name, index in {name.rpartition(".")[2]: (name, t) for name, t in sound.items()}.values():
         if index.is_floating_point() or index.dim() == 0 or not index.numel():
             continue
         wide = index.long()

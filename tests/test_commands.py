@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.toy import assert_same_run
-from padst_exp.engine.run_directory import read_metrics
+from padst_exp.engine.records import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TINY = ["logger=none", "model.dim=32", "model.depth=1", "model.heads=2"]

@@ -23,8 +23,11 @@ T = TypeVar("T")
 
 
 def cache_folder() -> Path:
-    """`$PADST_CACHE`, or `~/.cache/padst_exp`. May not exist yet."""
-    return Path(os.environ.get("PADST_CACHE") or Path.home() / ".cache" / "padst_exp")
+    """`$PADST_CACHE`, or `~/.cache/padst_exp`. May not exist yet, nor ever be written."""
+    try:
+        return Path(os.environ.get("PADST_CACHE") or Path.home() / ".cache" / "padst_exp")
+    except RuntimeError:  # a user without a home keeps nothing
+        return Path(os.devnull, "padst_exp")
 
 
 def cached(name: str, make: Callable[[], str], parse: Callable[[str], T]) -> T:

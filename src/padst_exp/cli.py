@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import functools
+import logging
 import os
 import re
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, cast
@@ -19,8 +22,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from padst_exp import end_quietly
 from padst_exp.config import GROUPS, closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
+from padst_exp.messages import say
 from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -33,6 +38,8 @@ def command_line(
     config_name: str, *, of_run: bool = False
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorate a function of a config into a program with Hydra's command line.
+
+    A sweep goes on after a job that fails, says at its end which did, and fails.
 
     A mistake of the user ends in one line on stderr and status 1 (2 when an argument cannot be
     read, 130 on Ctrl-C); anything else is a bug and keeps its traceback, as does everything under
@@ -50,12 +57,14 @@ def command_line(
             full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
             launcher = os.getpid()
             composed = False
+            failed: list[int] = []
             changes = _changes(config_name) if of_run else []
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> None:
                 nonlocal composed
                 composed = True
+                _hear("padst_kernels")
                 if changes:
                     cfg.changes = [*cfg.changes, *changes]
                 try:
@@ -63,11 +72,18 @@ def command_line(
                     check_hydra(cast(DictConfig, HydraConfig.get()))
                     task(cfg)
                 except Exception as error:
-                    # Jobs that a cluster runs elsewhere must bring their exception back here; a
-                    # SystemExit stops a local sweep and spares Hydra's own report.
-                    if full_error or os.getpid() != launcher or not _is_expected(error):
+                    # Jobs that a cluster runs elsewhere must bring their exception back here.
+                    if full_error or os.getpid() != launcher:
                         raise
-                    _exit_with(error, job=_job_name())
+                    if sweeping := HydraConfig.get().mode is RunMode.MULTIRUN:
+                        failed.append(HydraConfig.get().job.num)
+                    if not _is_expected(error):
+                        if not sweeping:
+                            raise
+                        traceback.print_exc()
+                    _say(f"error: {_process()}{_job_name()}{explain(error)}")
+                    if not sweeping:
+                        sys.exit(FAILURE)
 
             if {"--help", "-h"} & set(sys.argv[1:]):
                 sys.stdout.write(_help(config_name))
@@ -76,9 +92,15 @@ def command_line(
                 config_path=str(config_dir()), config_name=config_name, version_base="1.3"
             )(job)
             try:
+                if signal.getsignal(signal.SIGINT) is end_quietly:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
                 check_overrides(sys.argv[1:])
                 with _raising_hydra(), _without(changes):
                     program()
+                if failed:
+                    numbers = ", ".join(map(str, failed))
+                    _say(f"error: {len(failed)} jobs of this sweep failed: {numbers}")
+                    sys.exit(FAILURE)
             except KeyboardInterrupt:
                 _say("interrupted")
                 sys.exit(INTERRUPTED)
@@ -116,6 +138,17 @@ def _without(arguments: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"warning: {record.getMessage()}")
+
+
+def _hear(package: str) -> None:
+    """Say what a package warns of as we say everything else, not as Hydra's log has it."""
+    logger = logging.getLogger(package)
+    logger.handlers, logger.propagate = [_Said(logging.WARNING)], False
 
 
 @contextlib.contextmanager
@@ -226,14 +259,21 @@ def _job_name() -> str:
     return f"job {config.job.num} ({' '.join(config.overrides.task)}): "
 
 
-def _exit_with(error: Exception, job: str = "") -> NoReturn:
+def _process() -> str:
+    """Names this process of a run where it is not process 0."""
     # What all processes of a run meet, process 0 has said; and the launcher has ended the others.
     if rank := os.environ.get("RANK", "0").strip("0"):
         time.sleep(SECONDS_TO_BE_ENDED)
-        job = f"process {rank}: {job}"
-    _say(f"error: {job}{explain(error)}")
+        return f"process {rank}: "
+    return ""
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    _say(f"error: {_process()}{explain(error)}")
     sys.exit(USAGE if isinstance(error, OverrideParseException) else FAILURE)
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"padst_exp: {message}\n")
+    # What a user typed may hold line breaks, or what would speak to the terminal.
+    shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
+    sys.stderr.write(f"padst_exp: {shown}\n")

@@ -4,7 +4,6 @@ Imports neither torch nor anything that does, so that `--help` answers at once.
 """
 
 import difflib
-import hashlib
 import json
 import re
 import types
@@ -17,14 +16,12 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from padst_exp import identity
 from padst_exp.errors import UserError, require
 from padst_exp.targets import HOMES, find, keyword_parameters
 
 # Of a training; each is one constructor call, made by `build`.
 GROUPS = tuple(HOMES)
-
-# Keys that say where and how a run is watched, not what it computes.
-NOT_RESULTS = ("logger", "runs", "resume", "name", "device", "backend")
 
 # What float32 and int64 hold, the types that things are computed in.
 LARGEST_FLOAT, LARGEST_INT = 3.4e38, 2**63 - 1
@@ -140,15 +137,18 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 def results_config(cfg: DictConfig) -> dict[str, Any]:
     """The part of a training config that determines results, as plain resolved containers."""
-    container = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(container, dict)
-    return {str(name): value for name, value in container.items() if name not in NOT_RESULTS}
+    return identity.results_part(_resolved(cfg))
 
 
 def config_hash(cfg: DictConfig) -> str:
     """Eight hex digits that change with everything that determines the results of a run."""
-    text = json.dumps(results_config(cfg), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return identity.name_hash(_resolved(cfg))
+
+
+def _resolved(cfg: DictConfig) -> dict[Any, Any]:
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return container
 
 
 def run_name(cfg: DictConfig, choices: Mapping[str, str | None]) -> str:

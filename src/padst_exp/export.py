@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from padst_exp.cli import command_line
 from padst_exp.config import Device, read_keys
 from padst_exp.errors import UserError, require
+from padst_exp.files import require_no_link
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import Tensor, nn
@@ -31,6 +32,7 @@ class ExportSchema:
         format: "packed" for `padst_exp.inference`, "dense" for plain timm and transformers.
         out: folder to write; null is `export` (or `export-dense`) in the run.
         overwrite: whether an earlier export there may be replaced.
+        batch_size: of the validation samples with which the export is compared with the run.
         device: "auto" takes the GPU where there is one.
         trust: packages other than ours whose constructors the run's config may name.
         changes: of keys of the run that change no weight, as on a command line, which may also
@@ -41,12 +43,14 @@ class ExportSchema:
     format: Literal["packed", "dense"]
     out: str | None
     overwrite: bool
+    batch_size: int
     device: Device
     trust: str | tuple[str, ...]
     changes: tuple[str, ...]
 
     def __post_init__(self) -> None:
         require(self.out != "", "out", repr(self.out), "a folder")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
 
 @command_line("export", of_run=True)
@@ -76,7 +80,7 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     """Export the best checkpoint of a run, as `keys` say.
 
     Choices that are still soft become the nearest hard ones. Before anything is written, the
-    exported model computes the first validation sample like the trained one (hardened), both in
+    exported model computes the first validation samples like the trained one (hardened), both in
     plain PyTorch.
 
     Returns:
@@ -99,7 +103,8 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     model = restored.model.eval()
     dispatch.forced(model, "torch", world.device)
     hardened = harden(model)
-    sample, expected = _logits(model, restored)
+    samples = _samples(restored, keys.batch_size)
+    expected = _logits(model, samples)
     if not expected.isfinite().all():
         raise UserError(f"run: {restored.path} computes logits that are not finite")
 
@@ -112,7 +117,7 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         plain.load_state_dict(state, assign=True)
         model, layers = plain.to(world.device, restored.trainer.dtype).eval(), {}
         extra = _configuration(model)
-    _, found = _logits(model, restored, sample)
+    found = _logits(model, samples)
     largest = dispatch.difference(found, expected)
     if not largest <= TOLERANCE:
         raise RuntimeError(f"the exported model differs by {largest:.2g}")
@@ -143,9 +148,9 @@ def _folder(keys: ExportSchema) -> Path:
         return Path(keys.out)
     source = Path(keys.run)
     name = "export" if keys.format == "packed" else "export-dense"
-    if not source.is_file():
-        return source / name
-    return source.with_name(f"{source.stem}-{name}")
+    inside = source.with_name(f"{source.stem}-{name}") if source.is_file() else source / name
+    require_no_link("out", inside)
+    return inside
 
 
 def _constructor(restored: RestoredRun) -> dict[str, Any]:
@@ -178,21 +183,24 @@ def _call(node: DictConfig, **more: object) -> dict[str, Any]:
     return {"_target_": target, "arguments": {**plain, **more}}
 
 
-def _logits(
-    model: nn.Module, restored: RestoredRun, sample: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The first validation sample and the logits for it."""
-    import torch
-
+def _samples(restored: RestoredRun, batch_size: int) -> Tensor:
+    """The first validation samples, where the model is."""
     from padst_exp.data.sampler import validation_loader
     from padst_exp.engine.evaluation import to_device
 
     device = next(restored.model.parameters()).device
-    if sample is None:
-        batches = validation_loader(restored.task, batch_size=1, rank=0, world_size=1, workers=0)
-        sample, _ = to_device(next(iter(batches)), device, restored.trainer.precision)
+    loader = validation_loader(
+        restored.task, batch_size=batch_size, rank=0, world_size=1, workers=0
+    )
+    samples, _ = to_device(next(iter(loader)), device, restored.trainer.precision)
+    return samples
+
+
+def _logits(model: nn.Module, samples: Tensor) -> Tensor:
+    import torch
+
     with torch.no_grad():
-        return sample, model(sample).double()
+        return model(samples).double()
 
 
 def _configuration(model: nn.Module) -> dict[str, str]:
@@ -204,11 +212,11 @@ def _configuration(model: nn.Module) -> dict[str, str]:
 
 def _metrics(restored: RestoredRun) -> dict[str, float]:
     """What the run measured when it wrote the checkpoint; before soft permutations hardened."""
-    from padst_exp.engine.run_directory import read_metrics
+    from padst_exp.engine.records import read_metrics
 
     rows = [] if restored.run is None else read_metrics(restored.run / "metrics.jsonl")
     for row in rows:
-        if row["kind"] == "eval" and row["step"] == restored.step:
+        if row.get("kind") == "eval" and row["step"] == restored.step:
             return {name: value for name, value in row.items() if isinstance(value, float)}
     return {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,12 @@ def reading(key: str, path: object, wanted: str) -> Iterator[None]:
 
     Raises:
         UserError: for every error in the block, as `key: expected <wanted>, got <path> (<why>)`.
-            One that is a `UserError` already passes as it is. A pipe or a device, which may never
-            end, is refused before the block.
+            One that is a `UserError` already passes as it is. What a `Path` leads to is refused
+            before the block where no format could be right: a pipe or a device, which may never
+            end, and a pointer of Git LFS, which could be taken for a text.
     """
-    if isinstance(path, Path) and _endless(path):
-        raise UserError(f"{key}: expected {wanted}, got {path} (it is a pipe or a device)")
+    if isinstance(path, Path) and (what := _no_content(path)) is not None:
+        raise UserError(f"{key}: expected {wanted}, got {path} ({what})")
     try:
         yield
     except UserError:
@@ -61,6 +63,19 @@ def read_text(key: str, path: Path, wanted: str, *, most: int | None = None) -> 
         return path.read_text("utf-8")
 
 
+def require_no_link(key: str, path: Path) -> None:
+    """Refuse to write into what only the sender of a run has chosen.
+
+    Raises:
+        UserError: `path` is a link; `key` takes the place that it leads to.
+    """
+    if path.is_symlink():
+        raise UserError(
+            f"{key}: expected a folder, got {path}, a link to {path.readlink()}; "
+            f"{key}=... says where to write"
+        )
+
+
 def sha256(path: Path) -> str:
     """Hex digest of what a file holds."""
     with open(path, "rb") as file:
@@ -69,19 +84,29 @@ def sha256(path: Path) -> str:
 
 def reason(error: BaseException) -> str:
     """What an error says, in one short line of printable characters."""
-    text = "".join(c if c.isprintable() else " " for c in str(error))
-    line = " ".join(text.split()) or type(error).__name__
-    if isinstance(error, KeyError):
-        line = f"it has no {line}"
+    line = one_line(str(error)) or type(error).__name__
+    return f"it has no {line}" if isinstance(error, KeyError) else line
+
+
+def one_line(text: str) -> str:
+    """The beginning of a text, printable."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
 
 
-def _endless(path: Path) -> bool:
+def _no_content(path: Path) -> str | None:
+    """What a file is instead of one with content of its own; None where it is one."""
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+        if stat.S_ISDIR(mode):
+            return None
+        if not stat.S_ISREG(mode):
+            return "it is a pipe or a device"
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except (OSError, ValueError):  # whoever reads it will say so
+        return None
+    return "it is a pointer of Git LFS, git lfs pull fetches the file" if is_pointer else None
 
 
 def _state(path: Path) -> str | None:
@@ -89,14 +114,10 @@ def _state(path: Path) -> str | None:
     try:
         if path.is_symlink() and not path.exists():
             return f"it is a link to {path.readlink()}, and nothing is there"
-        if not path.is_file():
-            return None
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:
             return "it is empty"
-        with open(path, "rb") as file:
-            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    except PermissionError:
-        return "you may not read it"
-    except (OSError, ValueError):  # what `error` says is enough then
+        if path.is_file() and not os.access(path, os.R_OK):
+            return "you may not read it"
+    except (OSError, ValueError):  # what the error says is enough then
         return None
-    return "it is a pointer of Git LFS, git lfs pull fetches the file" if is_pointer else None
+    return _no_content(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from padst_exp import dispatch, stored
 from padst_exp.config import build
@@ -16,13 +18,23 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError
-from padst_exp.files import read_text, reading
+from padst_exp.files import one_line, read_text, reading
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
+from padst_exp.messages import say
 from padst_exp.sparsify import Report
 from padst_exp.train import build_experiment, build_task, original, run_settings
 
 TRAINING_CONFIG = "a training config"
+FRESH: dict[str, Any] = {
+    "init_from": None,
+    "init_score": "magnitude",
+    "init_batches": 1,
+    "init_topology": None,
+    "init_permutation": None,
+    "init_values": None,
+}
+"""The keys of a run that starts from nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +98,16 @@ def restore(
     )
 
 
+def alone(cfg: DictConfig) -> DictConfig:
+    """`cfg` for a run whose weights all come from its own checkpoint, wherever they started."""
+    cfg = copy.deepcopy(cfg)
+    cfg.update(FRESH)
+    for key, value in (("pretrained", False), ("checkpoint", None)):
+        if isinstance(cfg.get("model"), DictConfig) and key in cfg.model:
+            cfg.model[key] = value
+    return cfg
+
+
 def plain_model(cfg: DictConfig, task: Task) -> nn.Module:
     """The dense model of `cfg` for the data of `task`, with weights to be replaced."""
     settings = run_settings(cfg)
@@ -96,8 +118,71 @@ def plain_model(cfg: DictConfig, task: Task) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenedRun:
+    """A checkpoint that was read, and nothing built of it yet.
+
+    Args:
+        config: of the run.
+        run: its directory; None for a checkpoint that was moved out of it.
+        path: of the checkpoint.
+        saved: what it holds.
+    """
+
+    config: DictConfig
+    run: Path | None
+    path: Path
+    saved: dict[str, Any]
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the run keeps a moving average of its weights."""
+        return self.saved["average"] is not None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """State of the model, of its average where there is one."""
+        weights: dict[str, Tensor] = self.saved["average" if self.averaged else "model"]
+        return weights
+
+
+def open_run(
+    path: Path, *, trust: str | Sequence[str] = (), changes: Sequence[str] = ()
+) -> OpenedRun:
+    """Read the best checkpoint of a run (the last one where none is the best yet).
+
+    Args:
+        path: run directory, or one checkpoint file.
+        trust, changes: as in `restore_run`.
+
+    Raises:
+        UserError: as `restore_run`.
+    """
+    run: Path | None = path
+    if path.is_file():
+        folder = path.resolve().parent.parent
+        run = folder if (folder / "config.yaml").is_file() else None
+        saved = checkpoint.read(path)
+    elif not (path / "config.yaml").exists():
+        raise UserError(f"run: {path} is no run directory, it has no config.yaml")
+    else:
+        path, saved = checkpoint.read_best(path / "checkpoints")
+    if run is None:
+        cfg = _config(saved["config_text"], path, trust, changes)
+    else:
+        file = run / "config.yaml"
+        text = read_text("run", file, TRAINING_CONFIG, most=stored.MOST_BYTES)
+        cfg = _config(text, file, trust, changes)
+    return OpenedRun(config=cfg, run=run, path=path, saved=saved)
+
+
 def restore_run(
-    path: Path, world: World, *, trust: str | Sequence[str] = (), changes: Sequence[str] = ()
+    path: Path,
+    world: World,
+    *,
+    trust: str | Sequence[str] = (),
+    changes: Sequence[str] = (),
+    task: Callable[[DictConfig], Task | None] = lambda cfg: None,
 ) -> RestoredRun:
     """The model of the best checkpoint of a run (of the last one where none is the best yet).
 
@@ -108,31 +193,24 @@ def restore_run(
         world: of this process.
         trust: packages other than ours whose constructors its config may name.
         changes: overrides of keys that change no weight, see `stored.change`.
+        task: gives the data set of its config where that is there already, else None.
 
     Raises:
         UserError: there is no such run or checkpoint, it is damaged, or it names constructors
             that are not trusted.
     """
-    run: Path | None = path
-    if path.is_file():
-        folder = path.resolve().parent.parent
-        run = folder if (folder / "config.yaml").is_file() else None
-    elif not (path / "config.yaml").is_file():
-        raise UserError(f"run: {path} is no run directory, it has no config.yaml")
-    else:
-        best, last = path / "checkpoints" / "best.pt", path / "checkpoints" / "last.pt"
-        path = best if best.exists() else last
-    saved = checkpoint.read(path)
-    if run is None:
-        cfg = _config(saved.get("config_text"), path, trust, changes)
-    else:
-        file = run / "config.yaml"
-        text = read_text("run", file, TRAINING_CONFIG, most=stored.MOST_BYTES)
-        cfg = _config(text, file, trust, changes)
-    experiment = build_experiment(cfg, world)
+    opened = open_run(path, trust=trust, changes=changes)
+    cfg, path, saved = opened.config, opened.path, opened.saved
+    experiment = build_experiment(cfg, world, task(cfg))
+    data = experiment.task.describe()
+    if data != saved["data"]:
+        then, now = (
+            one_line(", ".join(f"{name} {value}" for name, value in each.items()))
+            for each in (saved["data"], data)
+        )
+        say(f"warning: {path} is of a training on other data: {then} then, {now} now")
     model = experiment.model.to(world.device, experiment.trainer.dtype)
-    averaged = saved["average"] is not None
-    checkpoint.load_weights(model, saved["average" if averaged else "model"], path)
+    checkpoint.load_weights(model, opened.weights, path)
     # As in training; what was measured on another device proves nothing here.
     picks = dispatch.restore(saved["backends"], model, world.device)
     if picks is None:
@@ -141,10 +219,10 @@ def restore_run(
         dispatch.reuse(model, picks)
     return RestoredRun(
         config=cfg,
-        run=run,
+        run=opened.run,
         path=path,
-        step=int(saved["step"]),
-        averaged=averaged,
+        step=saved["step"],
+        averaged=opened.averaged,
         task=experiment.task,
         trainer=experiment.trainer,
         model=model,
@@ -162,13 +240,10 @@ def _config(
         cfg = stored.parse(text)
     # Before anything else: even the keys of a run are built where they name a constructor.
     stored.require_ours(cfg, where, [trust] if isinstance(trust, str) else trust)
+    cfg = alone(cfg)
     try:
         run_settings(cfg)
     except UserError as error:
         raise UserError(f"run: expected {TRAINING_CONFIG}, got {where} ({error})") from error
-    # All weights come from the run's own checkpoint, wherever they started.
-    for key, value in (("pretrained", False), ("checkpoint", None)):
-        if key in cfg.model:
-            cfg.model[key] = value
     stored.change(cfg, changes)
     return cfg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,14 @@ class Run:
             module names to sparsities.
         low_rank: rank of the dense companion of every sparse layer, 0 for none.
         storage: "packed" keeps active entries only, "masked" is the dense reference.
+        init_from: trained dense weights to make sparse: a run, a checkpoint, an export, or those
+            of timm or transformers; null: fresh ones, or what the model's own keys load.
+        init_score: what trained weights choose their units by: their "magnitude", or "saliency",
+            which asks the loss.
+        init_batches: of training data, for the saliency.
+        init_topology: a run whose first units this one takes over.
+        init_permutation: a run whose permutations this one takes over, hard from the start.
+        init_values: as `init_from`, but units are drawn as for fresh weights.
         seed: of everything random; 0 is a seed like any other.
         resume: "auto" continues from the newest checkpoint of the same run, "never" does not.
         runs: folder that holds the run directories.
@@ -79,6 +88,12 @@ class Run:
     distribution: Literal["uniform", "erk"] | dict[str, float]
     low_rank: int
     storage: Literal["packed", "masked"]
+    init_from: str | None
+    init_score: Literal["magnitude", "saliency"]
+    init_batches: int
+    init_topology: str | None
+    init_permutation: str | None
+    init_values: str | None
     seed: int
     resume: Literal["never", "auto"]
     runs: str
@@ -94,6 +109,7 @@ class Run:
         require(self.low_rank >= 0, "low_rank", self.low_rank, "a rank, or 0 for none")
         for index, rule in enumerate(self.sparse):
             require(rule.split >= 1, f"sparse[{index}].split", rule.split, "at least 1")
+        require(self.init_batches >= 1, "init_batches", self.init_batches, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2^63 - 1")
         if self.name is not None:
             wanted = f"the name of one folder, of at most {LONGEST_NAME} bytes"
@@ -136,39 +152,51 @@ def train(cfg: DictConfig) -> None:
     from padst_exp.dispatch import require_device
     from padst_exp.engine import distributed
     from padst_exp.engine.loop import run
+    from padst_exp.restore import alone
 
     world = distributed.start(settings.device)
     try:
         require_device(settings.backend, world.device)
-        experiment = build_experiment(cfg, world)
+        # A run that goes on has everything in its checkpoint; where it started may be gone.
+        experiment = build_experiment(alone(cfg) if _goes_on(cfg, world) else cfg, world)
+        experiment.require_batches(world)
         directory = open_directory(cfg, world)
         summary = run(experiment, directory, world)
     finally:
         world.close()
     if world.main:
-        name, value = summary["monitor"], summary["final"][summary["monitor"]]
+        name = summary["monitor"]
+        value = summary["final"][name]  # None, where it is read from a file, for what is no number
+        value = math.nan if value is None else value
         say(f"{name} {value:.4g}, density of layers {summary['density_of_layers']:.4f}")
-        say(f"results in {directory.path}")
+        bad = summary.get("not_finite")
+        warning = f", but its last evaluation is not finite ({', '.join(bad)})" if bad else ""
+        say(f"results in {directory.path}{warning}")
 
 
-def build_experiment(cfg: DictConfig, world: World) -> Experiment:
+def build_experiment(cfg: DictConfig, world: World, task: Task | None = None) -> Experiment:
     """Everything that `cfg` names: data, a sparse model, and how to train it.
 
-    Pretrained weights keep their largest units and their scale; fresh ones start from a random
-    topology with rows scaled to their fan-in.
+    Trained weights keep their best units and their scale, also under permutations; fresh ones
+    start from a random topology with rows scaled to their fan-in.
 
     Args:
         cfg: composed config of a training.
         world: of this process.
+        task: its data set, where that is there already.
 
     Raises:
         UserError: in one line that names the key.
     """
     from padst_exp.engine.experiment import Experiment
+    from padst_exp.inherit import Inheritance
     from padst_exp.sparsify import sparsify
 
     settings = run_settings(cfg)
-    task = build_task(cfg, world)
+    task = build_task(cfg, world) if task is None else task
+    inheritance = Inheritance(cfg=cfg, task=task, world=world)
+    inheritance.check()
+    taken = inheritance.taken()
     algorithm = build(cfg.dst, "dst")
     learner = build(cfg.permutation, "permutation")
     optimizer = build(cfg.optimizer, "optimizer")
@@ -176,8 +204,8 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
     logger = build(cfg.logger, "logger")
 
     transform = build(cfg.transform, "transform")
-    transformed = transform(original(cfg, task), settings.sparsity, settings.distribution)
-    pretrained = bool(cfg.model.get("pretrained")) or cfg.model.get("checkpoint") is not None
+    dense = inheritance.dense(original(cfg, task))
+    transformed = transform(dense, settings.sparsity, settings.distribution)
     report = sparsify(
         transformed.model,
         transformed.rules,
@@ -188,10 +216,11 @@ def build_experiment(cfg: DictConfig, world: World) -> Experiment:
         algorithm=algorithm,
         low_rank=settings.low_rank,
         storage=settings.storage,
-        topology="magnitude" if pretrained else "random",
-        rescale=not pretrained,
+        topology=inheritance.scores(transformed.model, transformed.rules, trainer),
+        rescale=not inheritance.trained,
         seed=settings.seed,
         baseline=transformed.baseline,
+        taken=taken,
     )
     transform.check(report)
     return Experiment(
@@ -240,6 +269,16 @@ def original(cfg: DictConfig, task: Task) -> Original:
         keys={key: value for key, value in keys.items() if key != "_target_"},
         rules=[Rule(rule.pattern, rule.split) for rule in settings.sparse],
         inputs=example(task.model_shape),
+    )
+
+
+def _goes_on(cfg: DictConfig, world: World) -> bool:
+    """Whether there is a checkpoint of this run to continue from. A collective."""
+    from padst_exp.engine.run_directory import can_continue
+
+    name = run_name(cfg, HydraConfig.get().runtime.choices)
+    return world.from_main(
+        world.main and cfg.resume == "auto" and can_continue(Path(cfg.runs), name)
     )
 
 

@@ -186,6 +186,58 @@ def test_full_errors_on_request(program: Program, monkeypatch: pytest.MonkeyPatc
         program(checked, "sparsity=1.5")
 
 
+def test_ctrl_c_before_anything_began_shows_no_traceback() -> None:
+    code = (
+        "import sys, signal; sys.argv = ['-m']; import padst_exp; "
+        "signal.raise_signal(signal.SIGINT)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (130, "padst_exp: interrupted\n")
+
+
+def test_what_all_processes_meet_process_0_says(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lost = RuntimeError("[../gloo/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    for rank, error, line in (
+        ("0", UserError("a: b"), "a: b"),
+        ("1", UserError("a: b"), "process 1: a: b"),
+        ("1", lost, "process 1: another process of this run has ended"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+
+        def task(cfg: DictConfig, error: Exception = error) -> None:
+            raise error
+
+        assert program(task, **SMALL) == (1, "", f"padst_exp: error: {line}\n")
+        assert len(waited) == (rank != "0")
+        waited.clear()
+
+
+def test_lack_of_memory_is_one_line(program: Program) -> None:
+    for error in (
+        MemoryError("no more"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
+
+        def task(cfg: DictConfig, error: Exception = error) -> None:
+            raise error
+
+        code, _, err = program(task, **SMALL)
+        assert (code, err.count("\n")) == (1, 1) and "out of memory (" in err
+
+
+def test_what_a_terminal_would_act_on_is_shown_as_an_escape(program: Program) -> None:
+    code, _, err = program(checked, "a\x1b[2J\nb\u202ec", **SMALL)
+    assert (code, err.count("\n")) == (2, 1) and err[:-1].isprintable()
+
+
 def test_interruption(program: Program) -> None:
     def task(cfg: DictConfig) -> None:
         raise KeyboardInterrupt
@@ -193,7 +245,7 @@ def test_interruption(program: Program) -> None:
     assert program(task, **SMALL) == (130, "", "padst_exp: interrupted\n")
 
 
-def test_a_sweep_stops_at_the_first_mistake_and_names_the_job(program: Program) -> None:
+def test_a_sweep_goes_on_after_a_failed_job_and_fails_at_its_end(program: Program) -> None:
     seen = []
 
     def task(cfg: DictConfig) -> None:
@@ -202,11 +254,22 @@ def test_a_sweep_stops_at_the_first_mistake_and_names_the_job(program: Program) 
 
     code, _, err = program(task, "--multirun", "seed=0,1", "structure.n=1,0")
     assert code == 1
-    assert seen == [0, 0]
+    assert seen == [0, 0, 1, 1]
+    line = "structure.n: expected an integer of at least 1, got 0\n"
     assert err == (
-        "padst_exp: error: job 1 (seed=0 structure.n=0): "
-        "structure.n: expected an integer of at least 1, got 0\n"
+        f"padst_exp: error: job 1 (seed=0 structure.n=0): {line}"
+        f"padst_exp: error: job 3 (seed=1 structure.n=0): {line}"
+        "padst_exp: error: 2 jobs of this sweep failed: 1, 3\n"
     )
+
+    def bug(cfg: DictConfig) -> None:
+        seen.append(cfg.seed)
+        if cfg.seed == 2:
+            raise ZeroDivisionError("of ours")
+
+    code, _, err = program(bug, "--multirun", "seed=2,3")
+    assert code == 1 and seen[-1] == 3
+    assert "Traceback" in err and err.endswith("1 jobs of this sweep failed: 0\n")
 
 
 def test_an_experiment_is_a_sweep(program: Program) -> None:

@@ -13,25 +13,38 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.checkpoint import Checkpoints
 from padst_exp.errors import UserError
 
+REFUSED = r"^checkpoint: expected one that training wrote, got \S*x\.pt \("
 
-def payload(step: int) -> dict[str, Any]:
-    return {"step": step, "weight": torch.full((50_000,), float(step))}
+
+def payload(step: int, **changes: Any) -> dict[str, Any]:
+    """Of all parts, each as small as it can be but the weights."""
+    empty = {"schedule", "topology", "data", "environment", "backends", "config"}
+    return {
+        **{name: {} for name in empty},
+        **dict.fromkeys(("average", "births", "best")),
+        **{name: [] for name in ("learners", "losses", "norms", "random")},
+        "optimizer": {"state": {}, "param_groups": []},
+        "config_text": "",
+        "step": step,
+        "model": {"weight": torch.full((50_000,), float(step))},
+        **changes,
+    }
 
 
 def test_random_state_of_every_kind_survives(tmp_path: Path) -> None:
-    checkpoint.write(checkpoint.random_state(), tmp_path / "x.pt")
+    checkpoint.write(payload(1, random=[checkpoint.random_state()]), tmp_path / "x.pt")
 
     def draw() -> tuple[float, float, float, float]:
         return random.random(), np.random.rand(), np.random.randn(), float(torch.rand(()))
 
     expected = draw()
-    checkpoint.restore_random_state(checkpoint.read(tmp_path / "x.pt"))
+    checkpoint.restore_random_state(checkpoint.read(tmp_path / "x.pt")["random"][0])
     assert draw() == expected
 
 
 def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
     torch.save({"format": checkpoint.FORMAT, "bad": os.system}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt: damaged, or not a checkpoint"):
+    with pytest.raises(UserError, match=REFUSED):
         checkpoint.read(tmp_path / "x.pt")
 
 
@@ -41,13 +54,13 @@ def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for share in (0.0, 0.1, 0.5, 0.99):
         path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(UserError, match=r"^\S*x\.pt: damaged") as caught:
+        with pytest.raises(UserError, match=REFUSED) as caught:
             checkpoint.read(path)
         assert "\n" not in str(caught.value)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="there is no such file"):
         checkpoint.read(tmp_path / "x.pt")
     torch.save({"format": checkpoint.FORMAT + 1}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=f"this version reads {checkpoint.FORMAT}"):
@@ -127,10 +140,48 @@ def test_a_kill_between_best_and_last_loses_neither(
     assert steps == {"best.pt": 2, "last.pt": 1}
 
 
-def test_what_a_kill_left_is_swept_up(tmp_path: Path) -> None:
-    (tmp_path / ".last.pt.0123.tmp").write_bytes(b"half a checkpoint")
-    Checkpoints(tmp_path).save(payload(3), is_best=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "last.pt"}
+def test_a_checkpoint_that_lacks_a_part_or_holds_another_type_is_told_by_its_part(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.pt"
+    for name in checkpoint.PARTS:
+        whole = payload(1)
+        del whole[name]
+        wrong = [] if name not in ("learners", "losses", "norms", "random") else {}
+        for damaged in (whole, payload(1) | {name: wrong}, payload(1) | {name: 0.5}):
+            checkpoint.write(damaged, path)
+            with pytest.raises(UserError, match=rf"x\.pt: damaged, .*\b{name}\b") as caught:
+                checkpoint.read(path)
+            assert "\n" not in str(caught.value)
+    weight = torch.tensor([1.0, torch.nan])
+    for bad in (
+        {"step": -1},
+        {"step": True},
+        {"optimizer": {"state": {}}},
+        {"model": {"weight": 1}},
+        {"model": {"weight": weight}},
+        {"average": {"weight": weight}},
+    ):
+        checkpoint.write(payload(1) | bad, path)
+        with pytest.raises(UserError, match=r"x\.pt: "):
+            checkpoint.read(path)
+
+
+def test_a_damaged_best_falls_back_to_the_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(payload(1), is_best=True)
+    checkpoints.save(payload(2), is_best=False)
+    assert checkpoint.read_best(tmp_path)[0] == checkpoints.best
+    for content in (b"", b"no pickle"):
+        checkpoints.best.write_bytes(content)
+        path, found = checkpoint.read_best(tmp_path)
+        assert path == checkpoints.last and found["step"] == 2
+        assert "best.pt (" in capsys.readouterr().err
+    checkpoints.last.unlink()
+    with pytest.raises(UserError, match=r"best\.pt \("):
+        checkpoint.read_best(tmp_path)
 
 
 def test_another_configuration_is_named() -> None:

@@ -2,8 +2,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import wandb
 
 from from_yaml import from_yaml
 from padst_exp.engine import progress
@@ -46,10 +48,11 @@ def test_offline_needs_no_account(tmp_path: Path) -> None:
 from pathlib import Path
 from from_yaml import from_yaml
 logger = from_yaml("logger/wandb", tags=["t"], group="g")
-logger.start(Path({str(tmp_path)!r}), {{"seed": 0}})
-assert logger._run is not None
-logger.log(1, {{"loss": 0.5}})
-logger.finish({{"best": {{"loss": 0.5}}, "none": None, "events": [{{"x": 1}}]}})
+for step in (1, 2):
+    logger.start(Path({str(tmp_path)!r}), {{"seed": 0}})
+    assert logger._run is not None
+    logger.log(step, {{"loss": 0.5}})
+    logger.finish({{"best": {{"loss": 0.5}}, "none": None, "events": [{{"x": 1}}]}})
 """
     root = Path(__file__).parents[2]
     result = subprocess.run(
@@ -65,7 +68,33 @@ logger.finish({{"best": {{"loss": 0.5}}, "none": None, "events": [{{"x": 1}}]}})
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "" and "warning" not in result.stderr
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    name = f"run-{(tmp_path / 'wandb_id.txt').read_text().strip()}.wandb"
+    assert files and {file.name for file in files} == {name}
+
+
+def test_the_environment_wins_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    seen: list[tuple[object, object]] = []
+    monkeypatch.setattr(wandb, "init", lambda **given: seen.append((given["mode"], given["dir"])))
+    cases: list[tuple[dict[str, str], str, object]] = [
+        ({}, "offline", tmp_path),
+        ({"WANDB_MODE": "online"}, "online", tmp_path),
+        ({"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, "disabled", tmp_path),
+        ({"WANDB_DISABLED": "false", "WANDB_DIR": "elsewhere"}, "offline", "elsewhere"),
+    ]
+    for environment, mode, folder in cases:
+        for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_DIR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        from_yaml("logger/wandb").start(tmp_path, {})
+        assert seen == ([] if mode == "disabled" else [(mode, folder)])
+        seen.clear()
+        assert (f"wandb is {mode}" in capsys.readouterr().err) == (mode != "offline")
 
 
 def test_no_logger_does_nothing(tmp_path: Path) -> None:
@@ -93,3 +122,46 @@ def test_a_log_file_gets_a_line_now_and_then(
     hidden.show("loss 1")
     hidden.say("hello")
     assert capsys.readouterr().err == ""
+
+
+def recorded(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, environment: dict[str, str], **changes: Any
+) -> list[dict[str, Any]]:
+    """What `wandb.init` was called with when a run in `folder` was started."""
+    calls: list[dict[str, Any]] = []
+
+    def init(**arguments: Any) -> None:
+        calls.append(arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb, "init", init)
+        patch.delenv("WANDB_MODE", raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        from_yaml("logger/wandb", **changes).start(folder, {})
+    return calls
+
+
+def test_a_run_directory_is_one_run_of_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [recorded(monkeypatch, tmp_path, {}, mode="online")[0] for _ in range(2)]
+    assert calls[0]["id"] == calls[1]["id"] and calls[1]["resume"] == "allow"
+    (tmp_path / "wandb_id.txt").write_text("../../x\n")
+    assert recorded(monkeypatch, tmp_path, {})[0]["id"] not in ("../../x", calls[0]["id"])
+
+
+def test_the_environment_says_where_and_the_config_says_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for switch in ({"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}):
+        assert recorded(monkeypatch, tmp_path, switch) == []
+        assert f"wandb is disabled, as {next(iter(switch))} in the" in capsys.readouterr().err
+    (call,) = recorded(monkeypatch, tmp_path, {"WANDB_MODE": "dryrun", "WANDB_DIR": "/x"})
+    assert (call["mode"], call["dir"]) == ("offline", "/x")
+    assert capsys.readouterr().err == ""
+    (call,) = recorded(monkeypatch, tmp_path, {"WANDB_PROJECT": "other", "WANDB_MODE": "odd"})
+    assert (call["mode"], call["project"]) == ("offline", "padst-exp")
+    assert capsys.readouterr().err == (
+        "WANDB_PROJECT is set, but logger.project of this run is padst-exp\n"
+    )

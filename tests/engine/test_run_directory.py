@@ -4,9 +4,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from padst_exp.engine import run_directory
 from padst_exp.engine.distributed import World
-from padst_exp.engine.run_directory import RunDirectory, read_metrics
+from padst_exp.engine.records import read_metrics
+from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.errors import UserError
+
+SUMMARY = {"monitor": "x", "final": {"x": 1}}
 
 
 def create(root: Path, resume: str = "never", lr: float = 0.1) -> RunDirectory:
@@ -28,6 +32,7 @@ def test_what_a_new_folder_holds(tmp_path: Path) -> None:
         "overrides.yaml",
         "env.json",
         "checkpoints",
+        "lock.json",
     }
     assert yaml.safe_load((path / "config.yaml").read_text())["optimizer"] == {"lr": 0.1}
     overrides = yaml.safe_load((path / "overrides.yaml").read_text())
@@ -44,16 +49,18 @@ def test_never_takes_a_folder_of_its_own(tmp_path: Path) -> None:
 
 def test_auto_continues_the_folder_of_its_name(tmp_path: Path) -> None:
     first = create(tmp_path, "auto")
+    first.close()
     again = create(tmp_path, "auto")
     assert again.path == first.path and not again.finished
     assert (again.path / "env-resume-1.json").exists()
-    first.finish({"x": 1})
-    assert again.finished and again.summary() == {"x": 1}
+    first.finish(SUMMARY)
+    assert again.finished and again.summary() == SUMMARY
 
 
 def test_auto_continues_the_newest_of_several(tmp_path: Path) -> None:
-    create(tmp_path).finish({"x": 1})
+    create(tmp_path).finish(SUMMARY)
     second = create(tmp_path)
+    second.close()
     assert second.path.name == "run-2"
     assert create(tmp_path, "auto").path == second.path
 
@@ -66,9 +73,35 @@ def test_auto_leaves_a_foreign_folder_alone(tmp_path: Path) -> None:
 
 
 def test_auto_refuses_another_configuration(tmp_path: Path) -> None:
-    create(tmp_path, "auto", lr=0.1)
+    create(tmp_path, "auto", lr=0.1).close()
     with pytest.raises(UserError, match=r"optimizer\.lr=0\.1 there and 0\.2 here"):
         create(tmp_path, "auto", lr=0.2)
+
+
+def test_auto_says_why_it_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create(tmp_path, "auto").close()
+    assert f"no run run to continue in {tmp_path}, a new one begins\n" in capsys.readouterr().err
+    (tmp_path / "run").rename(tmp_path / "old")
+    create(tmp_path, "auto", lr=0.2).close()
+    said = capsys.readouterr().err
+    assert "the nearest is old, which differs in optimizer.lr=0.1 there and 0.2 here" in said
+    create(tmp_path, "never", lr=0.3).close()
+    create(tmp_path, "auto", lr=0.3).close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(device: str) -> None:
+        assert not (tmp_path / "run").exists()
+        raise OSError(30, "Read-only file system", "env.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "environment", fail)
+        with pytest.raises(UserError, match=r"runs: expected a folder that can be written, .*Read"):
+            create(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:

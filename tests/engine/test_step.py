@@ -10,6 +10,7 @@ from engine.toy import (
     Samples,
     ToyTask,
     toy_experiment,
+    toy_layers,
     toy_learner,
     toy_run,
     toy_state,
@@ -18,9 +19,9 @@ from engine.toy import (
 from from_yaml import from_yaml
 from padst_exp.dst import Algorithm, Change, Signals, Topology
 from padst_exp.engine.experiment import Experiment
-from padst_exp.engine.run_directory import read_metrics
+from padst_exp.engine.records import read_metrics
 from padst_exp.engine.step import Stepper, compile_blocks
-from padst_exp.layers import SparseLinear, SparseWeight, sparse_weights
+from padst_exp.layers import SparseLinear, SparseWeight, sparse_layers, sparse_weights
 from padst_exp.permutations import DoublyStochastic, Permutation
 
 
@@ -174,3 +175,25 @@ def test_blocks_are_found_for_compilation(monkeypatch: pytest.MonkeyPatch) -> No
     blocks = [Block(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) for _ in range(3)]
     compile_blocks(nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"h": nn.ModuleList(blocks)})))
     assert compiled == blocks
+
+
+def test_frozen_layers_stay_as_they_are_through_updates_and_hardenings(tmp_path: Any) -> None:
+    model = toy_layers()
+    model[0].requires_grad_(False)
+    model[4].bias.requires_grad_(False)
+    experiment = toy_experiment(model=model)
+    frozen, other = sparse_layers(experiment.model).values()
+    kept = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    bias, active = model[4].bias.clone(), other.parts()[0].active.clone()
+    mover, rows = stepper(experiment)
+    for _ in range(20):
+        mover.step(iter([(s.inputs, s.targets) for s in (Samples(8, 1), Samples(8, 2))]))
+    assert sum(kind == "rewire" for kind, _ in rows) == 4
+    hardened = [values["choice"] for kind, values in rows if kind == "harden"]
+    assert hardened and all(name.startswith("4.") for name in hardened)
+    assert not torch.equal(other.parts()[0].active, active)
+    for name, tensor in frozen.state_dict().items():
+        assert torch.equal(tensor, kept[name]), name
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert torch.equal(model[4].bias, bias) and not model[4].bias.requires_grad
+    assert other.parts()[0].values.requires_grad

@@ -25,7 +25,8 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.optimizers import OptimizerBuilder
-from padst_exp.engine.run_directory import TIME_FIELDS, RunDirectory, read_metrics
+from padst_exp.engine.records import read_metrics
+from padst_exp.engine.run_directory import TIME_FIELDS, RunDirectory
 from padst_exp.engine.settings import Trainer
 from padst_exp.engine.state import TrainingState
 from padst_exp.permutations import DoublyStochastic, PermutationLearner

@@ -28,7 +28,8 @@ QUICK: dict[str, Any] = {"side": "both", "interval": 2, "deadline": 0.6, "group"
 
 def training(name: str, structure: str = "block", **changes: Any) -> Training:
     keys = leaf(f"permutation/{name}")
-    learner = from_yaml(f"permutation/{name}", **{k: v for k, v in QUICK.items() if k in keys})
+    quick = QUICK | ({"side": "in"} if name == "transport" else {})
+    learner = from_yaml(f"permutation/{name}", **{k: v for k, v in quick.items() if k in keys})
     cut: dict[str, Any] = {"block": {"size": 4}, "diag": {"bundle": 1}, "fan_in": {"group": 8}}
     settings = {"steps": STEPS, "density": 0.3, "ema_decay": 0.9, "learner": learner}
     return start(

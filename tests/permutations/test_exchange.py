@@ -10,7 +10,9 @@ from from_yaml import from_yaml
 from layers.layer_cases import linear, sparse_layer
 from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear, SparseWeight, evidence, places
-from padst_exp.permutations import Exchange, HeldPermutation, Permutation
+from padst_exp.permutations import Exchange, HeldPermutation, Permutation, TurningPermutation
+from padst_exp.soft import soft_choices
+from padst_exp.sparsify import Rule, sparsify
 from structure_cases import STRUCTURES
 
 
@@ -42,10 +44,10 @@ def support(layer: SparseLinear) -> Tensor:
 
 
 def exchange(layer: SparseLinear, permutation: Permutation, proposal: Exchange) -> int:
-    before, lost = permutation.nearest(), 0
+    before, lost = permutation.held().clone(), 0
     for place in places(nn.Sequential(layer), permutation):
         lost += place.weight.adopt(place.change(before, proposal)).num_new
-    permutation.exchange(proposal.index)
+    permutation.exchange(proposal)
     return lost
 
 
@@ -93,8 +95,8 @@ def test_evidence_has_slots_as_columns_and_gradients_of_disjoint_samples() -> No
         layer(x).backward(dy)
         for (side, _), permutation in layer.permutations().items():
             found = list(places(nn.Sequential(layer), permutation))
-            known = evidence(found, 0.25)
-            assert known.budget == 0.25 * int(known.active.sum())
+            known = evidence(found, 7)
+            assert known.budget == 7 and known.side == side
             assert bool((known.values[~known.active] == 0).all())
             first = found[0].weight
             assert first.part_gradients is not None and first.dense_gradient is not None
@@ -130,7 +132,72 @@ def test_a_held_permutation_is_exact_and_its_scores_get_the_gradient_of_its_matr
         permutation.harden()
         assert torch.equal(permutation.index, index)
         with pytest.raises(AssertionError):
-            permutation.exchange(torch.zeros(size, dtype=torch.int64))
+            permutation.exchange(Exchange(index=torch.zeros(size, dtype=torch.int64), carry=True))
+
+
+def test_turning_loses_no_norm_and_is_exact_in_every_gradient() -> None:
+    for size in (2, 13):
+        permutation = TurningPermutation(torch.randperm(size)).double()
+        assert permutation.logits is not None
+        pairs = torch.randperm(size)[: size // 2 * 2].view(-1, 2)
+        permutation.partner[pairs] = pairs.flip(1)
+        permutation.logits.data.copy_(torch.randn(size))
+        x = torch.randn(2, 3, size, dtype=torch.float64, requires_grad=True)
+        matrix = permutation.matrix()
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(size).double())
+        torch.testing.assert_close(permutation(x), x @ matrix.T)
+        dy = torch.randn(2, 3, size, dtype=torch.float64)
+        ours = torch.autograd.grad((permutation(x) * dy).sum(), (x, permutation.logits))
+        whole = (x @ permutation.matrix().T * dy).sum()
+        theirs = torch.autograd.grad(whole, (x, permutation.logits))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+        permutation.logits.data.fill_(0.5 * torch.pi)
+        moved = permutation.partner != torch.arange(size)
+        assert bool((permutation.quarters()[moved] % 2 == 1).all())
+        swapped = permutation.current[permutation.partner]
+        assert torch.equal(permutation.nearest()[moved], swapped[moved])
+        assert float(permutation.penalty().detach()) == pytest.approx(0, abs=1e-6)
+
+
+def test_whole_quarters_are_folded_into_index_and_values() -> None:
+    """What a layer computes does not change when a round ends, and halves choose what comes."""
+    for split in (1, 2):
+        for structure in ("block-8", "diag", "nm-16"):
+            torch.manual_seed(0)
+            learner = from_yaml("permutation/givens", side="both", start=0.0, interval=1)
+            model = nn.Sequential(linear((32, 32), split))
+            sparsify(
+                model, [Rule("0", split)], structure=STRUCTURES[structure], density=0.3,
+                learner=learner,
+            )  # fmt: skip
+            layer, found = model[0].double(), soft_choices(model)
+            learner.start(found)
+            assert learner.exchanges(1, 10, rewiring=False) == found and len(found) == 1 + split
+            for permutation in found.values():
+                x = torch.randn(64, 32, dtype=torch.float64)
+                for weight in layer.parts():
+                    weight.collect_dense_gradient, weight.gradient_parts = True, 2
+                    weight.part_gradients = None
+                permutation.partner.copy_(torch.arange(32).view(-1, 2).flip(1).flatten())
+                permutation.logits.data.copy_(torch.randint(-2, 3, (32,)) * torch.pi / 2)
+                y = layer(x)
+                y.backward(y - torch.randn_like(y))
+                before, whole = layer.weight.detach().clone(), list(places(model, permutation))
+                proposal = learner.exchange(permutation, evidence(whole, 0.0))
+                held = permutation.held().clone()
+                for place in whole:
+                    place.weight.adopt(place.change(held, proposal))
+                permutation.exchange(proposal)
+                torch.testing.assert_close(layer.weight.detach(), before)
+                partner = permutation.partner
+                assert torch.equal(partner[partner], torch.arange(32))
+                # A small turn of the pairs chosen lowers the loss by what their slopes say.
+                (slope,) = torch.autograd.grad(
+                    (layer(x) * (y - torch.randn_like(y)).detach()).sum(), permutation.logits
+                )
+                chosen = partner > torch.arange(32)
+                assert chosen.any() and bool((slope[chosen] != 0).all())
 
 
 def test_straight_through_exchanges_for_the_best_assignment_of_what_it_gathered() -> None:
@@ -148,7 +215,7 @@ def test_straight_through_exchanges_for_the_best_assignment_of_what_it_gathered(
     torch.testing.assert_close(permutation.logits.detach(), 0.875 * torch.eye(7)[wanted])
     proposal = learner.exchange(permutation, None)
     assert torch.equal(proposal.index, wanted) and proposal.carry
-    permutation.exchange(proposal.index)
+    permutation.exchange(proposal)
     assert learner.exchange(permutation, None) is None
     assert learner.ready(permutation, 0.29) is None
     assert learner.ready(permutation, 0.3) == "deadline"

@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import posterize
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
+from padst_exp.data.fingerprint import fingerprint
 from padst_exp.data.image_files import checked_labels, read_image
 from padst_exp.data.sources import (
     IMAGES,
@@ -42,6 +44,8 @@ class _Source(Protocol):
 
     def read(self, index: int) -> tuple[Image.Image, int]: ...
 
+    def fingerprint(self) -> str: ...
+
 
 class FolderImages:
     """Images in one folder per class, numbered in the order of the folders' names.
@@ -57,6 +61,7 @@ class FolderImages:
             found = _ClassFolders(str(folder), is_valid_file=partial(_is_visible_image, folder))
         self.samples: list[tuple[str, int]] = found.samples
         self.classes: list[str] = found.classes
+        self.folder = folder
         say(f"{folder}: {len(self.samples):,} images in {len(self.classes):,} class folders")
 
     def __len__(self) -> int:
@@ -65,6 +70,10 @@ class FolderImages:
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
         return read_image(path, path, "RGB"), label
+
+    def fingerprint(self) -> str:
+        start = len(str(self.folder))
+        return fingerprint(path[start:] for path, _ in self.samples)
 
 
 class _ClassFolders(ImageFolder):  # type: ignore[misc]
@@ -113,6 +122,9 @@ class TableImages:
         content = self.table.image(row["image"], index)
         return read_image(content, Place(self.table, index), "RGB"), row["label"]
 
+    def fingerprint(self) -> str:
+        return fingerprint(np.array(self.table.rows["label"][:]))
+
 
 class TrainImages(Dataset[Batch]):
     """Randomly transformed images, addressed by (epoch, index)."""
@@ -130,6 +142,10 @@ class TrainImages(Dataset[Batch]):
         with preserved_rng(seed_of("image", self.seed, epoch, index)):
             return self.transform(image), torch.tensor(label)
 
+    def fingerprint(self) -> str:
+        """Of the images' names, or of their labels in a table."""
+        return self.source.fingerprint()
+
 
 class ValidationImages(Dataset[Batch]):
     """Images under a fixed transform, addressed by index."""
@@ -143,6 +159,10 @@ class ValidationImages(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         image, label = self.source.read(index)
         return self.transform(image), torch.tensor(label)
+
+    def fingerprint(self) -> str:
+        """Of the images' names, or of their labels in a table."""
+        return self.source.fingerprint()
 
 
 class Imagenet1k(Classification):

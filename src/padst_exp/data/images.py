@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from padst_exp.data.fingerprint import fingerprint
 from padst_exp.data.task import Address, Batch
 from padst_exp.seeds import mixed
 
@@ -37,6 +38,10 @@ class TensorImages(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         rows = torch.tensor(indices)
         return self.normalised(self.images[rows]), self.labels[rows]
+
+    def fingerprint(self) -> str:
+        """Of pixels and labels."""
+        return fingerprint(self.images, self.labels)
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 `[N, C, H, W]` -> float32."""
@@ -88,3 +93,7 @@ class AugmentedImages(Dataset[Batch]):
             pixels = self.windows[chosen] + (rows * self.pixels_per_image)[:, None]
             images = self.pixels.take(pixels).view(-1, *self.shape)
         return self.source.normalised(images), self.source.labels[rows]
+
+    def fingerprint(self) -> str:
+        """Of pixels and labels."""
+        return self.source.fingerprint()

@@ -163,14 +163,14 @@ def load_files(root: Path, split: Split, formats: Collection[str] = tuple(BUILDE
         )
     builder, files = found
     for file in files:
-        with reading("dataset.root", file, f"a readable {split} {builder} file"):
+        with reading("dataset.root", Path(file), f"a readable {split} {builder} file"):
             if os.path.getsize(file) == 0:
                 raise EOFError
     try:
         rows = _load(builder, files)
     except Exception:
         for file in files:  # which one is it?
-            with reading("dataset.root", file, f"a readable {split} {builder} file"):
+            with reading("dataset.root", Path(file), f"a readable {split} {builder} file"):
                 for _ in _load(builder, [file], streaming=True):
                     pass
         # None of them, so that what is damaged is our own copy.

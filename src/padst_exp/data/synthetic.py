@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from padst_exp.data.fingerprint import fingerprint
 from padst_exp.data.task import Address, Batch, Classification, LanguageModeling
 from padst_exp.errors import require
 from padst_exp.memory import require_memory
@@ -36,6 +37,10 @@ class Pool(Dataset[Batch]):
         indices = [item if isinstance(item, int) else item[1] for item in addresses]
         rows = torch.tensor(indices) % len(self.inputs)
         return self.inputs[rows], self.targets[rows]
+
+    def fingerprint(self) -> str:
+        """Of the pool."""
+        return fingerprint(self.inputs, self.targets)
 
 
 class SyntheticImages(Classification):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from padst_exp.data.fingerprint import fingerprint
 from padst_exp.errors import require
 
 Batch = tuple[Tensor, Tensor]
@@ -48,9 +49,24 @@ class Task(abc.ABC):
         """Augments a training batch on its device, reproducibly from `seed`. Identity here."""
         return inputs, targets
 
+    def require_micro_batch(self, size: int) -> None:
+        """Raise a `UserError` unless `augment` can take so many samples. Any number here."""
+
     def baselines(self) -> dict[str, float]:
         """Figures of simple models on the validation split, to compare with; may be empty."""
         return {}
+
+    def describe(self) -> dict[str, int | str]:
+        """What the data are, wherever they lie: a run goes on with the same, on every rank.
+
+        Returns:
+            The samples of both splits, and a hash of their `fingerprint`s, which a split without
+            one leaves out.
+        """
+        splits = {"training": self.train, "validation": self.validation}
+        prints = [split.fingerprint() for split in splits.values() if hasattr(split, "fingerprint")]
+        counts: dict[str, int | str] = {name: len(split) for name, split in splits.items()}
+        return counts | {"fingerprint": fingerprint(*prints)}
 
     @abc.abstractmethod
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -114,15 +130,13 @@ class Classification(Task):
         Raises:
             UserError: the micro-batch of this rank is odd (each image is mixed with a partner).
         """
+        self.require_micro_batch(len(inputs))
         if self.mixup == self.cutmix == 0:
             return inputs, targets
         from timm.data.mixup import Mixup
 
         from padst_exp.seeds import preserved_rng
 
-        found = f"{len(inputs)} images in a micro-batch of one process"
-        wanted = "an even number for dataset.mixup and dataset.cutmix"
-        require(len(inputs) % 2 == 0, "trainer.batch_size", found, wanted)
         mix = Mixup(
             mixup_alpha=self.mixup,
             cutmix_alpha=self.cutmix,
@@ -132,6 +146,13 @@ class Classification(Task):
         with preserved_rng(seed):
             # timm mixes in place.
             return mix(inputs.clone(), targets)
+
+    def require_micro_batch(self, size: int) -> None:
+        """Raise a `UserError` for an odd one where each image is mixed with a partner."""
+        mixed = self.mixup > 0 or self.cutmix > 0
+        found = f"{size} images in a micro-batch of one process"
+        wanted = "an even number for dataset.mixup and dataset.cutmix"
+        require(not mixed or size % 2 == 0, "trainer.batch_size", found, wanted)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits `[B, K]`, targets int64 `[B]` (smoothed here) or mixed `[B, K]` -> scalar."""

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from padst_exp.data.fingerprint import fingerprint
 from padst_exp.data.task import IGNORED, Address, Batch
 from padst_exp.errors import require
 from padst_exp.seeds import seed_of
@@ -26,6 +27,10 @@ class TokenStream:
         assert min(starts) >= 0 and max(starts) + length <= len(self)
         places = np.array(starts)[:, None] + np.arange(length)
         return self.tokens[places].astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """Of some of the tokens."""
+        return fingerprint(self.tokens)
 
     def __reduce__(self) -> tuple[object, ...]:
         # A data worker that is not forked maps the file again instead of receiving all of it.
@@ -72,6 +77,10 @@ class TrainBlocks(Dataset[Batch]):
             return 0
         return seed_of("offset", self.seed, epoch) % self.context_length
 
+    def fingerprint(self) -> str:
+        """Of some of the tokens."""
+        return self.stream.fingerprint()
+
 
 class ValidationBlocks(Dataset[Batch]):
     """Blocks in which every token but the first of the text is a target exactly once.
@@ -94,6 +103,10 @@ class ValidationBlocks(Dataset[Batch]):
         targets = tokens[1:].clone()
         targets[: index * size - start] = IGNORED
         return tokens[:-1], targets
+
+    def fingerprint(self) -> str:
+        """Of some of the tokens."""
+        return self.stream.fingerprint()
 
 
 def _require_block(valid: bool, context_length: int, text: str) -> None:

@@ -41,7 +41,7 @@ class DSB(Periodic):
         height = int(topology.unit_sizes[0])
 
         wanted = self.drop_fraction(step, total) * int(active.sum()) + carry
-        num_drop = min(math.floor(wanted), int(active.sum()) - 1)
+        num_drop = max(0, min(math.floor(wanted), int(active.sum()) - 1))
         dropped = _mark(-weights.masked_fill(~active, torch.inf), num_drop)
         order = entries.row_order
         kept = active.clone()

@@ -59,7 +59,7 @@ class SRigL(Periodic):
         assert signals.dense_gradient is not None
         num_active = len(topology.active)
         wanted = self.drop_fraction(step, total) * num_active + carry
-        num_drop = min(math.floor(wanted), num_active)
+        num_drop = max(0, min(math.floor(wanted), num_active))
         # A weight that was just grown and is still zero is nothing to keep.
         num_keep = min(num_active - num_drop, int((signals.magnitude > 0).sum()))
 

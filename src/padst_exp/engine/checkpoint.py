@@ -3,7 +3,9 @@
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,37 @@ from torch import Tensor, nn
 
 from padst_exp.atomic import replacing
 from padst_exp.errors import UserError
+from padst_exp.files import one_line, reading, reason
+from padst_exp.identity import differences
+from padst_exp.messages import say
 
-FORMAT = 3
+FORMAT = 4
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+# Of each part its type, and what else holds.
+PARTS: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+    "step": (int, lambda step: step >= 0),
+    "model": (Mapping, _any),
+    "average": (Mapping | None, _any),
+    "optimizer": (Mapping, lambda state: {"state", "param_groups"} <= state.keys()),
+    "schedule": (Mapping, _any),
+    "learners": (list, _any),
+    "topology": (Mapping, _any),
+    "births": (Mapping | None, _any),
+    "best": (tuple | None, lambda best: best is None or len(best) == 2),
+    "losses": (list, _any),
+    "norms": (list, _any),
+    "random": (list, _any),
+    "data": (Mapping, _any),
+    "environment": (Mapping, _any),
+    "backends": (Mapping, _any),
+    "config": (Mapping, _any),
+    "config_text": (str, _any),
+}
 
 
 def random_state() -> dict[str, Any]:
@@ -62,49 +93,105 @@ def read(path: Path) -> dict[str, Any]:
     """Return what `write` stored in `path`, on the CPU.
 
     Raises:
-        UserError: when the file is missing, damaged, or not one of ours.
+        UserError: when the file is missing, damaged, or not one of ours; names the part.
     """
-    try:
+    with reading("checkpoint", path, "one that training wrote"):
+        with zipfile.ZipFile(path) as archive:
+            # A little that is compressed may be very much.
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("it is compressed")
+            if (damaged := archive.testzip()) is not None:  # torch does not look
+                raise ValueError(f"{damaged} in it is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such checkpoint") from None
-    except Exception as error:  # a pickle of anything fails in any way
-        raise UserError(
-            f"{path}: damaged, or not a checkpoint; delete it, or resume from another one"
-        ) from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else None
         raise UserError(f"{path}: checkpoint format {found}, this version reads {FORMAT}")
+    for name, (kind, valid) in PARTS.items():
+        if name not in payload:
+            raise UserError(f"{path}: damaged, it has no {name}")
+        value = payload[name]
+        if isinstance(value, bool) or not isinstance(value, kind) or not valid(value):
+            found = value if isinstance(value, int | float) else type(value).__name__
+            raise UserError(f"{path}: damaged, its {name} is {found}")
+    for weights in (payload["model"], payload["average"] or {}):
+        for name, tensor in weights.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise UserError(f"{path}: damaged, {name} of its model is no tensor")
+            if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                raise UserError(f"{path}: {name} of its model is not a number in places")
     return payload
+
+
+def read_best(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of the best evaluation; the last one where there is none, or it is damaged.
+
+    Returns:
+        Its path and its contents.
+
+    Raises:
+        UserError: both are missing or damaged.
+    """
+    best, last = folder / "best.pt", folder / "last.pt"
+    if not os.path.lexists(best):
+        return last, read(last)
+    try:
+        return best, read(best)
+    except UserError as error:
+        if not last.exists():
+            raise
+        payload = read(last)
+        say(f"warning: {error}; taking {last} of step {payload['step']} instead")
+        return last, payload
+
+
+@contextmanager
+def restoring(path: Path, part: str) -> Iterator[None]:
+    """A block that takes over a part of a checkpoint and does nothing else.
+
+    Raises:
+        UserError: for any error in it, since then the part is not what it should be.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: damaged, its {part} does not fit: {reason(error)}") from error
 
 
 def require_same_config(
     stored: Mapping[str, object], current: Mapping[str, object], path: Path
 ) -> None:
     """Raise a `UserError` naming the first key in which two nested configs differ."""
-    before, now = dict(_flatten(stored)), dict(_flatten(current))
-    for key in sorted(before.keys() | now.keys()):
-        if key not in before or key not in now or before[key] != now[key]:
-            raise UserError(
-                f"{path}: written by another configuration, {key}="
-                f"{before.get(key, '(absent)')} there and {now.get(key, '(absent)')} here; "
-                "choose another name, or resume=never"
-            )
+    for difference in differences(stored, current):
+        raise UserError(
+            f"{path}: written by another configuration, {difference}; choose another name, or "
+            "resume=never"
+        )
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Load what a checkpoint holds under "model" or "average" into `model`.
 
     Raises:
-        UserError: when it is the state of another model; names `path`.
+        UserError: when it is the state of another model, or holds infinities; names `path`.
     """
+    expected = model.state_dict()
+    for name, tensor in weights.items():
+        like = expected.get(name, tensor)
+        # Loading would convert it without a word.
+        if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex():
+            raise UserError(f"{path}: does not fit this model: {name} is of {tensor.dtype}")
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError, TypeError, AttributeError, KeyError, ValueError) as error:
         # torch lists one mismatch a line, below a title.
         lines = str(error).splitlines()
-        reason = lines[1].strip() if len(lines) > 1 else str(error)
-        raise UserError(f"{path}: does not fit this model: {reason}") from error
+        first = one_line(lines[1]) if len(lines) > 1 else reason(error)
+        raise UserError(f"{path}: does not fit this model: {first}") from error
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.detach().isfinite().all()):
+            raise UserError(f"{path}: {name} of its model is not finite")
 
 
 class Checkpoints:
@@ -132,8 +219,6 @@ class Checkpoints:
             UserError: the disk is full or not writable. All earlier checkpoints are then intact.
         """
         try:
-            for left_by_a_kill in self.folder.glob(".*.tmp"):
-                left_by_a_kill.unlink()
             if keep_last > 1 and self._last_step is not None:
                 _copy(self.last, self.folder / f"step-{self._last_step:09d}.pt")
             write(payload, self.best if is_best else self.last)
@@ -150,19 +235,11 @@ class Checkpoints:
 
     def load(self) -> dict[str, Any] | None:
         """Return the contents of `last.pt`, or None where there is none yet."""
-        if not self.last.exists():
+        if not os.path.lexists(self.last):
             return None
         payload = read(self.last)
         self._last_step = int(payload["step"])
         return payload
-
-
-def _flatten(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def _copy(source: Path, target: Path) -> None:

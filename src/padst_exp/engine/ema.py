@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.layers import Move, SparseWeight, sparse_weights
-from padst_exp.permutations import Permutation
+from padst_exp.permutations import Exchange, Permutation
 from padst_exp.soft import Soft, choices
 
 
@@ -37,11 +37,11 @@ class Average:
         own = choices(self.model)[name]
         own.harden(choice.to(next(own.buffers()).device))
 
-    def exchange(self, name: str, index: Tensor) -> None:
+    def exchange(self, name: str, proposal: Exchange) -> None:
         """Let one averaged permutation be exchanged as that of the source was; then `pair`."""
         own = choices(self.model)[name]
         assert isinstance(own, Permutation)
-        own.exchange(index)
+        own.exchange(proposal)
 
     def pair(self, source: nn.Module) -> None:
         """Pair up the tensors with those of `source`; again whenever some are other ones."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from padst_exp.engine.changes import adopt, finish, followers
@@ -35,28 +34,31 @@ def exchange(
     done = {"exchanged": 0, "moved": 0, "lost": 0}
     for name, permutation in due.items():
         found = list(places(state.model, permutation))
-        known = evidence(found, fraction) if learner.parts else None
+        known = None
+        if learner.parts:
+            topologies = [place.weight.topology() for place in found]
+            changing = filter(experiment.algorithm.can_change, topologies)
+            known = evidence(found, fraction * sum(each.num_entries for each in changing))
         # Rank 0 decides for all: a rounding difference must not part the ranks.
         proposal = world.from_main(learner.exchange(permutation, known))
         if proposal is None:
             continue
-        device, before = permutation.index.device, permutation.nearest()
-        signs = None if proposal.signs is None else proposal.signs.to(device)
-        proposal = replace(proposal, index=proposal.index.to(device), signs=signs)
+        before = permutation.held().clone()
+        proposal = proposal.to(before.device)
         for place in found:
             # Its own order of features is still the old one.
             move = adopt(
                 place.name, place.weight, place.change(before, proposal), following, state.step
             )
             done["lost"] += move.num_new  # as many as are new in others' places
-            if learner.parts:  # it knew of a budget
+            if learner.spends_drops:
                 place.weight.carry -= move.num_new / place.weight.geometry.unit_size
-        permutation.exchange(proposal.index)
+        permutation.exchange(proposal)
         if state.average is not None:
-            state.average.exchange(name, proposal.index)
+            state.average.exchange(name, proposal)
         done["exchanged"] += 1
         done["moved"] += int((proposal.index != before).sum())
     for weight in weights:
-        weight.part_gradients = None
+        weight.part_gradients = weight.dense_gradient = None
     finish(state, "permutations")
     return done

@@ -7,9 +7,11 @@ from typing import Literal
 
 from torch import nn
 
+from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Task
 from padst_exp.dispatch import Backend
 from padst_exp.dst import Algorithm
+from padst_exp.engine.distributed import World
 from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.optimizers import OptimizerBuilder
 from padst_exp.engine.settings import Trainer
@@ -55,11 +57,35 @@ class Experiment:
             "0 with dst.moments=zero, which keeps no births",
         )
 
+        drops = type(self.algorithm).drop_fraction is not Algorithm.drop_fraction
+        require(
+            drops or not self.learner.spends_drops,
+            "dst",
+            type(self.algorithm).__name__,
+            "one that drops and grows, such as rigl, where a permutation moves within drops",
+        )
+
     @property
     def learners(self) -> list[Learner]:
         """Those of all soft choices: of permutations, and of selections if there are any."""
         selections = self.algorithm.selection_learner
         return [self.learner] if selections is None else [self.learner, selections]
+
+    def require_batches(self, world: World) -> None:
+        """Raise a `UserError` where training or evaluating would find that batches do not fit."""
+        trainer = self.trainer
+        train_loader(
+            self.task,
+            batch_size=trainer.batch_size,
+            micro_batches=trainer.micro_batches,
+            start_step=0,
+            total_steps=self.total_steps,
+            seed=self.seed,
+            rank=world.rank,
+            world_size=world.size,
+            workers=trainer.workers,
+        )
+        self.task.require_micro_batch(trainer.micro_batch_size(world.size))
 
     @property
     def total_steps(self) -> int:

@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations, checkpoints, metrics."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
@@ -11,19 +12,22 @@ from padst_exp import dispatch
 from padst_exp.data.sampler import train_loader, validation_loader
 from padst_exp.data.task import Batch
 from padst_exp.engine.backends import choose_backends, describe, summarize_backends
-from padst_exp.engine.checkpoint import require_same_config
+from padst_exp.engine.checkpoint import require_same_config, restoring
 from padst_exp.engine.distributed import World
+from padst_exp.engine.environment import changed, numerics
 from padst_exp.engine.evaluation import evaluate
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.interruption import Interrupted, Interruption
 from padst_exp.engine.loggers import flat_values
 from padst_exp.engine.plots import plot_curves, plot_topologies
 from padst_exp.engine.progress import Progress
-from padst_exp.engine.run_directory import RunDirectory, read_metrics
+from padst_exp.engine.records import read_metrics
+from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import DivergedError, Stepper, eagerly
 from padst_exp.engine.summary import summarize
 from padst_exp.errors import UserError
+from padst_exp.identity import differences
 from padst_exp.messages import say
 
 
@@ -45,10 +49,18 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
             of another configuration. The last good checkpoint stays.
         Interrupted: after a signal that asks for the end, once the state is saved.
     """
-    if directory.finished:
-        if world.main:
-            say("finished before; resume=never trains again")
-        return directory.summary()
+    try:
+        if world.from_main(directory.finished):
+            if world.main:
+                say("finished before; resume=never trains again")
+            return directory.summary()
+        return _run(experiment, directory, world)
+    finally:
+        directory.close()
+
+
+def _run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[str, Any]:
+    data = require_same_task(experiment, directory, world)
     if world.main:
         report = experiment.report
         say(
@@ -58,13 +70,17 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
         )
         if (flops := report.flops()) is not None:
             say(f"a forward pass takes {flops:.4f} of the FLOPs of the model before its transform")
-    training = _Training(experiment, directory, world)
+    training: _Training | None = None
     try:
+        training = _Training(experiment, directory, world, data)
         with Interruption() as interruption:
             training.train(interruption)
             return training.finish()
     except BaseException as error:
-        training.abort(error)
+        if training is not None:
+            training.abort(error)
+        if isinstance(error, UserError) and (training is None or training.state.step == 0):
+            directory.discard()  # refused, not failed
         if isinstance(error, DivergedError):
             last = directory.checkpoints.last
             kept = f"the last good one is {last}" if last.exists() else "there is no checkpoint"
@@ -74,6 +90,35 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
         raise
 
 
+def require_same_task(
+    experiment: Experiment, directory: RunDirectory, world: World
+) -> dict[str, int | str]:
+    """Make sure that all ranks were given the same configuration and see the same data.
+
+    Returns:
+        What the data are.
+
+    Raises:
+        UserError: names what differs.
+    """
+    data = experiment.task.describe()
+    given = world.gather((dict(directory.config), data))
+    for rank, (config, seen) in enumerate(given):
+        for difference in differences(given[0][0], config):
+            raise UserError(f"processes 0 and {rank} were given {difference}, expected the same")
+        if seen != given[0][1]:
+            raise UserError(
+                f"dataset: expected the same data in every process, got {_told(given[0][1])} in "
+                f"process 0 and {_told(seen)} in process {rank}"
+            )
+    return data
+
+
+def _told(data: Mapping[str, int | str]) -> str:
+    counts = [f"{count:,} {name}" for name, count in data.items() if isinstance(count, int)]
+    return f"{' and '.join(counts)} samples ({data.get('fingerprint')})"
+
+
 class _Asked(Exception):
     """The run was asked to end amid an evaluation."""
 
@@ -81,13 +126,25 @@ class _Asked(Exception):
 class _Training:
     """One run: steps, the evaluations and checkpoints between them, and what is logged of both."""
 
-    def __init__(self, experiment: Experiment, directory: RunDirectory, world: World) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        directory: RunDirectory,
+        world: World,
+        data: dict[str, int | str],
+    ) -> None:
         self.experiment, self.directory, self.world = experiment, directory, world
+        self.data = data
         self.task, self.trainer = experiment.task, experiment.trainer
         self.logger, self.total = experiment.logger, experiment.total_steps
         path, saved = directory.checkpoints.last, directory.checkpoints.load()
         if saved is not None:
             require_same_config(saved["config"], directory.config, path)
+            if saved["data"] != data:
+                raise UserError(
+                    f"{path}: other data than before, {_told(saved['data'])} then and "
+                    f"{_told(data)} now; choose another name, or resume=never"
+                )
         experiment.model.to(world.device)
         if self.trainer.precision == "float64":
             experiment.model.double()
@@ -95,8 +152,14 @@ class _Training:
         self.picks = choose_backends(experiment, world=world, saved=backends)
         self.state = TrainingState(experiment, world=world, saved=saved, path=path)
         self.stepper = Stepper(experiment, self.state, record=self.record, say=self.say)
+        self.numerics = numerics(world.device)
+        self.apart = ""
+        if saved is not None:
+            with restoring(path, "backends"):
+                self.apart = self.differing(saved)
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
         self.interruption = Interruption()
+        self.left = False
         self.watched: float | None = None
         self.baselines: dict[str, float] = {}
         self.started = self.mark = time.perf_counter()
@@ -124,19 +187,20 @@ class _Training:
             self.save(self.evaluate())
         with closing(iter(loader)) as batches:
             while state.step < self.total:
-                self.step(batches)
+                try:
+                    self.step(batches)
+                except DivergedError:
+                    raise
+                except Exception as error:
+                    # Ranks that wait for this one cannot save with it.
+                    if self.left or not self.stepper.sound or self.world.size > 1:
+                        raise
+                    self.leave(error)
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One step, and what is due after it."""
         state, trainer = self.state, self.trainer
-        parts = self.fetch(batches)
-        try:
-            self.stepper.step(iter(parts))
-        except Exception as error:
-            # Ranks that wait for this one's gradients cannot save with it.
-            if self.stepper.sound and self.world.size == 1:
-                self.leave(error)
-            raise
+        self.stepper.step(iter(self.fetch(batches)))
         self.progress.advance()
         at_end = state.step == self.total
         if at_end or _due(state.step, trainer.log_interval):
@@ -165,7 +229,10 @@ class _Training:
             Interrupted: a rank was asked to end.
             Exception: else `error`, or that of another rank.
         """
+        self.left = True
         signum = max(self.world.gather(self.interruption.signum or 0))
+        if not signum and not self.state.step:  # there is nothing to lose
+            self.world.agree(error)
         where = f"at step {self.state.step}, saved in {self.directory.checkpoints.last}"
         try:
             self.save(False)
@@ -201,11 +268,26 @@ class _Training:
         self.logger.start(self.directory.path, self.directory.config)
         if step:
             self.say(f"resumed at step {step} from {self.directory.checkpoints.last}")
+        elif not self.directory.new:
+            self.say(f"{self.directory.checkpoints.last} is not there: starting from the beginning")
+        if self.apart:
+            self.say(
+                f"resumed with {self.apart}: the rest is no longer bitwise equal to a straight run"
+            )
         if self.picks:
             self.say(describe(self.picks))
         for name, value in self.baselines.items():
             self.say(f"baseline {name} {value:.4g}")
         return any(row["kind"] == "eval" and row["step"] == step for row in rows)
+
+    def differing(self, saved: Mapping[str, Any]) -> str:
+        """What computes otherwise than before; empty where the rest will be bitwise equal."""
+        parts = [changed(saved["environment"], self.numerics)]
+        then = {name: pick["backend"] for name, pick in saved["backends"]["picks"].items()}
+        other = [name for name, pick in self.picks.items() if then.get(name) != pick.backend]
+        if other:
+            parts.append(f"another backend of {len(other)} layers")
+        return ", ".join(part for part in parts if part)
 
     def log(self) -> None:
         """Record the training metrics since the last time."""
@@ -250,7 +332,9 @@ class _Training:
             self.leave(None if isinstance(error, _Asked) else error)
         self.record("eval", values)
         sign = 1 if direction == "max" else -1
-        is_best = state.best is None or sign * self.watched > sign * state.best[0]
+        # NaN is never the best, and no reason against another.
+        best = math.nan if state.best is None else state.best[0]
+        is_best = not math.isnan(self.watched) and not sign * self.watched <= sign * best
         if is_best:
             state.best = (self.watched, state.step)
         self.mark += time.perf_counter() - began
@@ -296,7 +380,10 @@ class _Training:
 
     def _write(self, payload: dict[str, Any], is_best: bool) -> None:
         # First the metrics, so that no checkpoint is ever ahead of them.
+        self.directory.require_held()
         self.directory.sync_metrics()
+        payload["data"] = self.data
+        payload["environment"] = self.numerics
         payload["backends"] = dispatch.save(self.picks, self.world.device)
         payload["config"] = self.directory.config
         payload["config_text"] = self.directory.config_text

@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import glob
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
 import yaml
 
-from padst_exp.atomic import own_descriptor, replace_text
+from padst_exp.atomic import (
+    own_descriptor,
+    remove_leftovers,
+    replace_text,
+    sync,
+    temporary_name,
+)
 from padst_exp.engine.checkpoint import Checkpoints, require_same_config
 from padst_exp.engine.distributed import World
+from padst_exp.engine.environment import package_version
+from padst_exp.engine.lock import Lock
+from padst_exp.engine.records import read_metrics, read_summary, to_json
+from padst_exp.errors import UserError
+from padst_exp.files import reason
+from padst_exp.identity import differences, results_part
+from padst_exp.messages import say
 
 # Fields of metrics.jsonl and summary.json that tell of time or of the machine. All others are
 # equal, bit by bit, in a straight run and in one that was killed and resumed.
 TIME_FIELDS = frozenset({"seconds", "samples_per_second", "tokens_per_second", "timing"})
 
+COMPARED, FEW = 20, 3
+"""Runs that a new one is compared with; keys in which one may differ to be worth a word."""
+
+_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PACKAGES = ("torch", "triton", "timm", "transformers", "datasets", "hydra-core", "numpy", "scipy")
 
 
 class RunDirectory:
-    """The folder of one run. Nothing that it finds there is ever deleted.
+    """The folder of one run, held by one process. Nothing that is not ours is ever deleted there.
 
     Contents: `config.yaml`, `overrides.yaml`, `env.json` (and `env-resume-<n>.json`),
-    `metrics.jsonl`, `checkpoints/`, and at the end `summary.json`, `curves.png`, `topology.png`.
+    `metrics.jsonl`, `checkpoints/`, and at the end `summary.json`, `curves.png`, `topology.png`;
+    `lock.json` while a process works on it.
 
     Attributes:
         path: the folder.
         config: the part of the configuration that determines results, as plain containers.
         config_text: the whole of it, as YAML.
         checkpoints: of this run.
-        finished: whether the run has its summary already.
+        new: whether this process made the folder.
     """
 
     def __init__(self, path: Path, *, config: Mapping[str, object], config_text: str) -> None:
@@ -48,6 +68,9 @@ class RunDirectory:
         self.config_text = config_text
         self.checkpoints = Checkpoints(path / "checkpoints")
         self._metrics: TextIO | None = None
+        self._lock: Lock | None = None
+        self.new = False
+        self._made: list[Path] = []  # folders above it that were not there, the innermost first
 
     @classmethod
     def open(
@@ -67,33 +90,105 @@ class RunDirectory:
             root: folder of all runs.
             name: of this run; a new folder gets a suffix -2, -3, ... where that exists.
             world: rank 0 decides and writes, the others learn the folder.
-            resume: "auto" continues the newest folder of this name if there is one.
+            resume: "auto" continues the newest folder of this name if there is one, and says
+                why there is none.
             config: nested plain containers, the part that determines results.
             config_text: the whole configuration as YAML, interpolations resolved.
             overrides: of the command line.
 
         Raises:
-            UserError: the folder to continue was made with another configuration.
+            UserError: the folder to continue was made with another configuration, another process
+                works on it, or nothing can be written.
         """
-        path = None
-        if world.main:
-            device = str(world.device)
-            path = _newest(root, name) if resume == "auto" else None
-            if path is None:
-                path = _create(root, name, config_text, overrides, device)
-            else:
-                _reopen(path, config, device)
-        path = world.from_main(path)
+
+        def find() -> RunDirectory:
+            try:
+                draft = _Draft(config_text, overrides, str(world.device))
+                made = [folder for folder in (root, *root.parents) if not folder.exists()]
+                while True:
+                    path = _newest(root, name) if resume == "auto" else None
+                    found = path is not None
+                    if path is None:
+                        path = draft.publish(root, name, anew=resume == "never")
+                        if path is None:  # another process has just made it
+                            continue
+                    directory = cls(path, config=config, config_text=config_text)
+                    directory._made = made
+                    directory._enter(None if found else draft.lock, str(world.device))
+                    if not found and resume == "auto":
+                        say(f"resume=auto: {_nothing_to_continue(root, path, config)}")
+                    return directory
+            except OSError as error:
+                where = error.filename or root
+                raise UserError(
+                    f"runs: expected a folder that can be written, got {root} ({where}: "
+                    f"{error.strerror})"
+                ) from error
+
+        directory = world.first(find)
+        path = world.from_main(None if directory is None else directory.path)
         assert path is not None
-        return cls(path, config=config, config_text=config_text)
+        return directory or cls(path, config=config, config_text=config_text)
+
+    def _enter(self, lock: Lock | None, device: str) -> None:
+        """Take hold of the folder; of one that was there, see whether it is this run's."""
+        self.new = lock is not None
+        if lock is None and self.finished:
+            self._require_same()
+            return
+        if lock is None:
+            lock = Lock(self.path)
+            lock.acquire()
+        self._lock = lock
+        try:
+            for left in (*self.path.glob(".*.tmp"), *self.checkpoints.folder.glob(".*.tmp")):
+                left.unlink()  # by a process that was killed
+            if not self.new:
+                self._require_same()
+                self.checkpoints.folder.mkdir(exist_ok=True)
+                number = len(list(self.path.glob("env-resume-*.json"))) + 1
+                replace_text(
+                    self.path / f"env-resume-{number}.json", to_json(environment(device), indent=2)
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _require_same(self) -> None:
+        """Raise a `UserError` where the folder is of another run; mend its damaged config."""
+        path = self.path / "config.yaml"
+        try:
+            stored = yaml.safe_load(path.read_text()) if path.is_file() else None
+            if not isinstance(stored, dict):
+                raise TypeError("it is no mapping")
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            if path.is_dir() and not path.is_symlink():
+                raise UserError(f"{path}: expected a file, got a folder") from error
+            # What the run is, its checkpoint tells as well.
+            say(f"warning: {path} is damaged ({reason(error)}), this command's takes its place")
+        else:
+            part = results_part(stored)
+            require_same_config(
+                {key: part[key] for key in self.config if key in part}, self.config, self.path
+            )
+        if not self.finished:
+            replace_text(path, self.config_text)
 
     @property
     def finished(self) -> bool:
-        return (self.path / "summary.json").exists()
+        """Whether the run has its summary already."""
+        return read_summary(self.path / "summary.json") is not None
 
     def summary(self) -> dict[str, Any]:
         """Return the summary of a finished run."""
-        return json.loads((self.path / "summary.json").read_text())
+        summary = read_summary(self.path / "summary.json")
+        assert summary is not None, "finished comes first"
+        return summary
+
+    def require_held(self) -> None:
+        """Raise a `UserError` where another process has taken the folder meanwhile."""
+        if self._lock is not None:
+            self._lock.require()
 
     def open_metrics(self, step: int) -> list[dict[str, Any]]:
         """Open `metrics.jsonl` for rows after `step`, dropping those that are there already.
@@ -103,17 +198,24 @@ class RunDirectory:
 
         Returns:
             The rows that stay.
+
+        Raises:
+            UserError: there is a folder in its place.
         """
         path = self.path / "metrics.jsonl"
+        if path.is_dir() and not path.is_symlink():
+            raise UserError(f"{path}: expected a file, got a folder")
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        replace_text(path, "".join(_line(row) for row in kept))
+        if step and not kept:
+            say(f"warning: {path} has no rows of the first {step} steps")
+        replace_text(path, "".join(to_json(row) for row in kept))
         self._metrics = open(path, "a", buffering=1, opener=own_descriptor)  # noqa: SIM115
         return kept
 
     def append(self, row: Mapping[str, object]) -> None:
         """Append one row to `metrics.jsonl`, visible to readers at once."""
         assert self._metrics is not None, "open_metrics comes first"
-        self._metrics.write(_line(row))
+        self._metrics.write(to_json(row))
 
     def sync_metrics(self) -> None:
         """Bring the rows to disk, so that no checkpoint is ever ahead of them."""
@@ -123,62 +225,119 @@ class RunDirectory:
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write `summary.json`, which marks the run as finished."""
-        _write_json(self.path / "summary.json", summary)
+        replace_text(self.path / "summary.json", to_json(summary, indent=2))
 
     def close(self) -> None:
-        """Close `metrics.jsonl`."""
+        """Close `metrics.jsonl` and let go of the folder. Again does nothing."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def discard(self) -> None:
+        """Remove the folder of a run that was refused before its first step, if it is new."""
+        if self.new and not self.checkpoints.last.exists():
+            self.close()
+            shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another run may have come there
+                for folder in self._made:
+                    folder.rmdir()
 
 
-def _create(root: Path, name: str, config_text: str, overrides: Iterable[str], device: str) -> Path:
-    path, number = root / name, 1
-    while True:
+class _Draft:
+    """A new folder that appears whole, held by this process, or not at all."""
+
+    def __init__(self, config_text: str, overrides: Iterable[str], device: str) -> None:
+        self.config_text, self.overrides, self.device = config_text, list(overrides), device
+
+    def publish(self, root: Path, name: str, *, anew: bool) -> Path | None:
+        """Make it as `name`, or with a suffix where that exists.
+
+        Args:
+            root, name: of the folder.
+            anew: whether other runs of this name do not matter.
+
+        Returns:
+            None if, unless `anew`, another process was faster.
+        """
+        root.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(root)
+        draft = temporary_name(root / name)
+        draft.mkdir()
         try:
-            path.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            path = root / f"{name}-{number}"
-    (path / "checkpoints").mkdir()
-    # A JSON string is a YAML string, whatever it holds.
-    lines = [f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides]
-    replace_text(path / "overrides.yaml", "".join(lines) or "[]\n")
-    _write_json(path / "env.json", environment(device))
-    # Last, as the mark of a folder that is complete enough to be continued.
-    replace_text(path / "config.yaml", config_text)
-    return path
+            self.lock = Lock(draft)
+            self.lock.acquire()
+            self._fill(draft)
+            number = 1
+            while True:
+                path = root / (name if number == 1 else f"{name}-{number}")
+                try:
+                    os.rename(draft, path)  # replaces nothing but an empty folder
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                if not anew and _is_run(path):
+                    self.lock.release()
+                    shutil.rmtree(draft)
+                    return None
+                number += 1
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        self.lock.path = path / self.lock.path.name
+        sync(root)
+        return path
+
+    def _fill(self, draft: Path) -> None:
+        (draft / "checkpoints").mkdir()
+        # A JSON string is a YAML string, whatever it holds.
+        lines = [f"- {json.dumps(line, ensure_ascii=False)}\n" for line in self.overrides]
+        replace_text(draft / "overrides.yaml", "".join(lines) or "[]\n")
+        replace_text(draft / "env.json", to_json(environment(self.device), indent=2))
+        replace_text(draft / "config.yaml", self.config_text)
 
 
-def _reopen(path: Path, config: Mapping[str, object], device: str) -> None:
-    stored = yaml.safe_load((path / "config.yaml").read_text())
-    require_same_config({key: stored[key] for key in config if key in stored}, config, path)
-    if not (path / "summary.json").exists():
-        number = len(list(path.glob("env-resume-*.json"))) + 1
-        _write_json(path / f"env-resume-{number}.json", environment(device))
+def can_continue(root: Path, name: str) -> bool:
+    """Whether there is a run called `name` in `root` with a checkpoint to go on from."""
+    path = _newest(root, name)
+    return path is not None and (path / "checkpoints" / "last.pt").exists()
 
 
 def _newest(root: Path, name: str) -> Path | None:
-    """Return the folder called `name`, or `name` with the highest suffix, that is complete."""
+    """Return the folder called `name`, or `name` with the highest suffix, that is a run's."""
     found = {1: root / name}
     for path in root.glob(f"{glob.escape(name)}-*"):
         suffix = path.name.removeprefix(f"{name}-")
         if suffix.isdigit():
             found[int(suffix)] = path
-    complete = [number for number in sorted(found) if (found[number] / "config.yaml").exists()]
-    return found[complete[-1]] if complete else None
+    runs = [number for number in sorted(found) if _is_run(found[number])]
+    return found[runs[-1]] if runs else None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`; a line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+def _is_run(path: Path) -> bool:
+    marks = (path / "config.yaml", path / "checkpoints" / "last.pt", path / "lock.json")
+    return any(os.path.lexists(mark) for mark in marks)
+
+
+def _nothing_to_continue(root: Path, new: Path, config: Mapping[str, object]) -> str:
+    """Why a run begins anew: which of the newest runs is nearest to it, and what sets it apart."""
+    text = f"no run {new.name} to continue in {root}, a new one begins"
+    others = [path for path in root.iterdir() if path != new and (path / "config.yaml").is_file()]
+    nearest: list[str] | None = None
+    for path in sorted(others, key=lambda path: path.stat().st_mtime)[: -COMPARED - 1 : -1]:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            stored = yaml.load((path / "config.yaml").read_text(), _YAML)
+            apart = list(differences(results_part(stored), config))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            continue
+        if len(apart) <= FEW and (nearest is None or len(apart) < len(nearest)):
+            nearest = apart
+            what = ", ".join(apart) or "its name or where its data lie"
+            hint = f"; the nearest is {path.name}, which differs in {what}"
+    return text if nearest is None else text + hint
 
 
 def environment(device: str) -> dict[str, object]:
@@ -199,16 +358,9 @@ def environment(device: str) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "command": [sys.executable, *sys.argv],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -224,11 +376,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
-
-
-def _line(row: Mapping[str, object]) -> str:
-    return json.dumps(row) + "\n"
-
-
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    replace_text(path, json.dumps(value, indent=2) + "\n")

@@ -13,7 +13,7 @@ from padst_exp.engine.ema import Average
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import UserError
-from padst_exp.layers import sparse_weights
+from padst_exp.layers import sparse_layers, sparse_weights
 from padst_exp.seeds import seed_generators, seed_of
 from padst_exp.soft import choices
 
@@ -61,8 +61,10 @@ class TrainingState:
         decay = experiment.trainer.ema_decay
         self.average = None if decay is None else Average(model, decay)
         # Only now is it known which choices are still soft.
+        layers = sparse_layers(model).values()
+        frozen = {module for layer in layers if layer.frozen for module in layer.modules()}
+        found = {n: c for n, c in choices(model).items() if c.soft or c not in frozen}
         for learner in self.learners:
-            found = choices(model)
             learner.start({n: c for n, c in found.items() if isinstance(c, learner.kind)})
         self.optimizer, self.schedule = experiment.optimizer.create(model, experiment.total_steps)
         if saved is not None:
@@ -91,7 +93,8 @@ class TrainingState:
             # Dropout differs between ranks, and owes nothing to how the model was initialised.
             seed_generators(seed_of("dropout", seed, self.world.rank))
         else:
-            checkpoint.restore_random_state(self._random[self.world.rank])
+            with checkpoint.restoring(self._path, "random"):
+                checkpoint.restore_random_state(self._random[self.world.rank])
             self._random = None
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -104,7 +107,7 @@ class TrainingState:
         return bool(torch.stack(norms).isfinite().all())
 
     def _restore(self, saved: Mapping[str, Any], path: Path) -> None:
-        self._random = saved["random"]
+        self._random, self._path = saved["random"], path
         if len(self._random) != self.world.size:
             raise UserError(
                 f"{path}: written by {len(self._random)} processes, resumed by {self.world.size}; "
@@ -115,16 +118,18 @@ class TrainingState:
         if self.average is not None:
             checkpoint.load_weights(self.average.model, saved["average"], path)
             self.average.pair(self.model)
-        try:
+        with checkpoint.restoring(path, "optimizer"):
             self.optimizer.load_state_dict(saved["optimizer"])
+        with checkpoint.restoring(path, "learners"):
             for learner, state in zip(self.learners, saved["learners"], strict=True):
                 learner.load_state_dict(state)
-        except ValueError as error:
-            raise UserError(f"{path}: its optimizer state does not fit: {error}") from error
-        self.schedule.load_state_dict(saved["schedule"])
-        self.tracker.load_state_dict(saved["topology"])
+        with checkpoint.restoring(path, "schedule"):
+            self.schedule.load_state_dict(saved["schedule"])
+        with checkpoint.restoring(path, "topology"):
+            self.tracker.load_state_dict(saved["topology"])
         if self.births is not None:
-            self.births.load_state_dict(saved["births"])
+            with checkpoint.restoring(path, "births"):
+                self.births.load_state_dict(saved["births"])
         self.step = saved["step"]
         self.best = saved["best"]
         self.losses = list(saved["losses"])

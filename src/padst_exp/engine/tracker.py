@@ -29,7 +29,7 @@ class TopologyTracker:
 
     def follow(self, name: str, weight: SparseWeight, move: Move, step: int) -> None:
         """Count one change of one weight."""
-        self.seen[name][move.change.active.long().cpu()] = True
+        self.seen[name].index_fill_(0, move.change.active.long().cpu(), True)
         self.replaced[name] += move.num_grown
 
     def explored(self, name: str, weight: SparseWeight) -> float:
@@ -43,9 +43,9 @@ class TopologyTracker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
         self.updates = state["updates"]
-        self.replaced = dict(state["replaced"])
-        for name, seen in state["seen"].items():
-            self.seen[name].copy_(seen)
+        self.replaced = {name: int(state["replaced"][name]) for name in self.replaced}
+        for name, seen in self.seen.items():
+            seen.copy_(state["seen"][name])
 
 
 def _first_seen(weight: SparseWeight) -> Tensor:
@@ -76,5 +76,6 @@ class Births:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
-        for name, steps in state["steps"].items():
-            self.steps[name] = steps.to(self.steps[name].device)
+        for name, steps in self.steps.items():
+            # In place: of as many units as are active.
+            steps.copy_(state["steps"][name])

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from padst_exp.atomic import sync
 from padst_exp.errors import UserError
-from padst_exp.files import reading, sha256
+from padst_exp.files import reading, reason, sha256
 from padst_exp.inference.linear import PackedConv2d, PackedLinear
 from padst_exp.inference.weights import PackedEntries, PackedTiles, PackedWeight
 from padst_exp.layers import LowRank
@@ -214,8 +214,7 @@ def construct(model: Constructor, path: Path) -> nn.Module:
             raise TypeError(f"{target} makes a {type(made).__name__}")
         return made
     except Exception as error:  # constructors fail in any way when called with anything
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: its model cannot be built: {reason}") from error
+        raise UserError(f"{path}: its model cannot be built: {reason(error)}") from error
 
 
 def _bare(arguments: Mapping[str, Any]) -> dict[str, Any]:

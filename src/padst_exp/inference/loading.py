@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.errors import UserError
+from padst_exp.files import one_line, reason
 from padst_exp.inference.files import (
     DESCRIPTION,
     WEIGHTS,
@@ -51,8 +52,8 @@ def load(
             _, dense = view_of(model, name)
             dense.replace(model, empty_layer(described, state, f"{name}.", dense))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / WEIGHTS}: damaged at layer {name}: {reason}") from error
+        why = reason(error)
+        raise UserError(f"{folder / WEIGHTS}: damaged at layer {name}: {why}") from error
     _load_state(model, state, folder / WEIGHTS)
     _tie(model, description["shared"])
     return model.eval().requires_grad_(False).to(device=device, dtype=dtype)
@@ -68,8 +69,8 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
     except RuntimeError as error:
         # torch lists one mismatch a line, below a title.
         lines = str(error).splitlines()
-        reason = lines[1].strip() if len(lines) > 1 else str(error)
-        raise UserError(f"{path}: does not fit its {DESCRIPTION}: {reason}") from error
+        first = lines[1] if len(lines) > 1 else str(error)
+        raise UserError(f"{path}: does not fit its {DESCRIPTION}: {one_line(first)}") from error
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise UserError(f"{path}: has nothing for {name}; load it with model=...")

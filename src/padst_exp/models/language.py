@@ -155,12 +155,16 @@ def _load(
     key = "model.checkpoint" if checkpoint else "model.pretrained"
     source = checkpoint or name
     with reading(key, source, "weights to load"):
-        if isinstance(config, GPT2Config):
-            stored, _ = GPT2Config.get_config_dict(source)
-            _require_same(stored, config, key, source)
+        stored, _ = type(config).get_config_dict(source)
+        _require_same(stored, config, key, source)
         # By default the weights would keep the precision of the file, and so would training.
         loading: Any = kind.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            weights_only=True,
+            trust_remote_code=False,
         )
     lm, loaded = loading
     missing = sorted(set(loaded["missing_keys"]) - tied)
@@ -171,29 +175,57 @@ def _load(
     return lm
 
 
-COMPUTES = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "n_inner": None,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
+COMPUTES: dict[str, dict[str, object]] = {
+    "gpt2": {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "n_inner": None,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
+    "llama": {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_type": "default",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": None,
+        "head_dim": None,
+    },
 }
-"""What `gpt2` computes, in the words of a config of transformers."""
+"""What our models compute, in the words of a config of transformers; None: what sizes make it."""
 
-SIZES = {"n_layer": "depth", "n_head": "heads", "n_embd": "dim"}
+SIZES = {
+    "gpt2": {"n_layer": "depth", "n_head": "heads", "n_embd": "dim"},
+    "llama": {
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "heads",
+        "hidden_size": "dim",
+        "intermediate_size": "mlp_dim",
+    },
+}
 """Sizes in a config of transformers, and the keys of ours."""
 
 
-def _require_same(stored: dict[str, Any], ours: GPT2Config, key: str, source: str) -> None:
-    """Refuse weights whose own config describes another function than `gpt2` computes."""
-    for name, right in COMPUTES.items():
+def _require_same(stored: dict[str, Any], ours: Any, key: str, source: str) -> None:
+    """Refuse weights whose own config describes another function than our model computes."""
+    kind = ours.model_type
+    # Rotary embeddings are described in several ways.
+    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+    theta = stored.get("rope_theta", rope.get("rope_theta", 10000.0))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    stored = {**stored, "rope_theta": theta, "rope_type": rope_type}
+    made = {"n_inner": 4 * ours.hidden_size}
+    for name, right in {"model_type": kind, **COMPUTES[kind]}.items():
         value = stored.get(name, right)
-        same = value == right or (name == "n_inner" and value == 4 * ours.n_embd)
-        require(same, key, f"{source} with {name}={value}", f"a model with {name}={right}")
-    for name, mine in SIZES.items():
+        derived = made.get(name, getattr(ours, name)) if right is None else right
+        found = f"{source} with {name}={value}"
+        require(value in (right, derived), key, found, f"a model with {name}={derived}")
+    for name, mine in SIZES[kind].items():
         found = getattr(ours, name)
         right = stored.get(name, found)
         require(found == right, f"model.{mine}", found, f"{right} as in {source}")

@@ -31,9 +31,9 @@ def load(
         model: of timm, with `num_classes`.
         name: what timm calls its sizes, with or without a tag for the weights.
         pretrained: load the weights of `name` from the hub; they must have these sizes.
-        checkpoint: load weights from this file of PyTorch or safetensors instead. Where it has no
-            classifier, or one for another number of classes, the model keeps its fresh one, and a
-            line says so.
+        checkpoint: load weights from this file of PyTorch or safetensors instead, or from a folder
+            that timm wrote. Where it has no classifier, or one for another number of classes, the
+            model keeps its fresh one, and a line says so.
         classifier: name of the last layer.
         convert: what timm does to a stored state before it loads it.
 
@@ -42,6 +42,8 @@ def load(
     """
     if checkpoint is not None:
         require(not pretrained, "model.checkpoint", checkpoint, "null beside model.pretrained=true")
+        inside = [Path(checkpoint) / name for name in ("model.safetensors", "pytorch_model.bin")]
+        checkpoint = str(next((path for path in inside if path.is_file()), checkpoint))
         require(Path(checkpoint).is_file(), "model.checkpoint", checkpoint, "an existing file")
     source_cfg = get_pretrained_cfg(name)
     known = not pretrained or source_cfg is not None
@@ -57,7 +59,7 @@ def load(
                 filter_fn=convert,
             )
         elif checkpoint is not None:
-            state = load_state_dict(checkpoint)
+            state = load_state_dict(checkpoint, weights_only=True)
             state = state if convert is None else convert(state, model)
             _load_backbone(model, state, classifier, checkpoint)
     loaded: nn.Module = model

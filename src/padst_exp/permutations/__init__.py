@@ -2,6 +2,8 @@
 
 from padst_exp.permutations.distance import distance_to_identity
 from padst_exp.permutations.exchange import Evidence, Exchange
+from padst_exp.permutations.fitting import Greedy, Search
+from padst_exp.permutations.givens import Givens, TurningPermutation
 from padst_exp.permutations.grouped import Grouped, GroupedPermutation
 from padst_exp.permutations.gumbel_sinkhorn import DrawnPermutation, GumbelSinkhorn
 from padst_exp.permutations.kaleidoscope import Kaleidoscope, SwitchedPermutation
@@ -12,28 +14,37 @@ from padst_exp.permutations.learners import (
     RandomPermutation,
     Relaxed,
 )
+from padst_exp.permutations.moves import Moves
 from padst_exp.permutations.permutation import Permutation, is_bijection
 from padst_exp.permutations.site import Site
 from padst_exp.permutations.straight_through import HeldPermutation, StraightThrough
+from padst_exp.permutations.transport import Partition, Transport
 
 __all__ = [
     "DoublyStochastic",
     "DrawnPermutation",
     "Evidence",
     "Exchange",
+    "Givens",
+    "Greedy",
     "Grouped",
     "GroupedPermutation",
     "GumbelSinkhorn",
     "HeldPermutation",
     "Kaleidoscope",
+    "Moves",
     "NoPermutation",
+    "Partition",
     "Permutation",
     "PermutationLearner",
     "RandomPermutation",
     "Relaxed",
+    "Search",
     "Site",
     "StraightThrough",
     "SwitchedPermutation",
+    "Transport",
+    "TurningPermutation",
     "distance_to_identity",
     "is_bijection",
 ]

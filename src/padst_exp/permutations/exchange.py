@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -17,11 +19,21 @@ class Exchange:
             active entries in the same rows; the others are lost, and entries that it brings anew
             start at zero. If not, values stay in their slots, and so meet other features.
         signs: `[d]`, 1 or -1, what the values of each slot are multiplied by; None: all by 1.
+        partner: int64 `[d]`, which features turn into each other from now on, for permutations
+            that do so.
     """
 
     index: Tensor
     carry: bool
     signs: Tensor | None = None
+    partner: Tensor | None = None
+
+    def to(self, device: torch.device) -> Exchange:
+        """The same on another device."""
+        tensors = (self.index, self.signs, self.partner)
+        index, signs, partner = (None if t is None else t.to(device) for t in tensors)
+        assert index is not None
+        return Exchange(index=index, carry=self.carry, signs=signs, partner=partner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,8 @@ class Evidence:
     permutation of inputs, inputs for one of outputs.
 
     Args:
+        side: on the input side slot i holds feature index[i] of the permutation; on the output
+            side slot index[i] is feature i.
         active: bool `[R, d]`.
         values: `[R, d]`, zero where nothing is active.
         gradients: `[K, R, d]`, the gradient of the loss with respect to every entry, active or
@@ -39,6 +53,7 @@ class Evidence:
         budget: how many active entries may be lost.
     """
 
+    side: Literal["in", "out"]
     active: Tensor
     values: Tensor
     gradients: Tensor

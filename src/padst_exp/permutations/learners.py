@@ -25,10 +25,16 @@ class PermutationLearner(Learner):
         side: which side of a sparse weight S is permuted: y = S P x ("in"), y = P S x ("out"),
             both, or what suits the structure ("auto").
         parts: of how many parts of a step's samples `exchange` wants gradients; 0: of none.
+        spends_drops: whether entries that an exchange loses count as dropped, so that the next
+            update of the topology drops so many fewer.
+        moves_masks: whether its permutations are of the kind `Partition`, so that weights start
+            dense under masks that it moves.
     """
 
     kind = Permutation
     parts = 0
+    spends_drops = False
+    moves_masks = False
 
     def __init__(self, *, side: Side, interval: int = 1) -> None:
         super().__init__(interval=interval)
@@ -278,9 +284,12 @@ def initial_logits(
 
 def require_start(iterations: int, init: str, scale: float) -> None:
     """Refuse settings of `initial_logits` and Sinkhorn that make no sense."""
-    _require(iterations >= 1, "iterations", iterations, "at least 1")
+    # Each is a step of autograd; 3 to 30 end alike.
+    _require(1 <= iterations <= 1000, "iterations", iterations, "from 1 to 1000")
     _require(init in get_args(Init), "init", init, "lognormal, noise or width")
-    _require(scale > 0, "scale", scale, "positive (equal rows would never part)")
+    # Of exp(scale * randn), which must be finite.
+    wanted = "positive (equal rows would never part), and at most 10"
+    _require(0 < scale <= 10, "scale", scale, wanted)
     _require(
         init != "width" or scale < 1, "scale", scale, "a gain below 1 with permutation.init=width"
     )
@@ -297,6 +306,13 @@ def require_end(delta: float, deadline: float) -> None:
     """Refuse ends of a soft phase that make no sense."""
     _require(0 < delta < 1, "delta", delta, "between 0 (a permutation) and 1 (uniform)")
     _require(0 < deadline <= 1, "deadline", deadline, "a fraction of training in (0, 1]")
+
+
+def require_span(start: float, deadline: float) -> None:
+    """Refuse fractions of training that make no span."""
+    _require(0 <= start < 1, "start", start, "a fraction of training in [0, 1)")
+    wanted = f"a fraction of training after permutation.start={start}"
+    _require(start < deadline <= 1, "deadline", deadline, wanted)
 
 
 def _require(valid: bool, key: str, value: object, wanted: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from padst_exp.errors import UserError
+from padst_exp.permutations.exchange import Exchange
 from padst_exp.permutations.sinkhorn import project, sharpness_penalty, sinkhorn
 from padst_exp.soft import Soft
 
@@ -138,14 +139,15 @@ class Permutation(Soft):
         self.logits = None
         self.changed()
 
-    @torch.no_grad()
-    def exchange(self, index: Tensor) -> None:
-        """Let another hard permutation `[size]` take the place of a hard one.
+    def held(self) -> Tensor:
+        """Return the hard permutation that multiplies now, int64 `[size]`, if there is one."""
+        return self.index
 
-        What is derived from the old one (values, indices) must follow; `changed` tells of it.
-        """
-        assert self.logits is None and is_bijection(index), "only hard ones are exchanged"
-        self.index.copy_(index)
+    @torch.no_grad()
+    def exchange(self, proposal: Exchange) -> None:
+        """Let another hard permutation take the place of a hard one. Values are moved by others."""
+        assert self.logits is None and is_bijection(proposal.index), "only hard ones are exchanged"
+        self.index.copy_(proposal.index)
         self.changed()
 
     @torch.no_grad()
@@ -190,5 +192,11 @@ class Permutation(Soft):
                 )
             if not soft:
                 self.logits = None
+        initial = state_dict.get(f"{prefix}initial")
+        if initial is not None and initial.shape == (self.size,) and not is_bijection(initial):
+            raise UserError(
+                f"{prefix}initial: not a permutation of {self.size} features; "
+                "the checkpoint is damaged"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.changed()

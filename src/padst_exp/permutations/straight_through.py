@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from padst_exp.errors import require
 from padst_exp.permutations.exchange import Evidence, Exchange
-from padst_exp.permutations.learners import PermutationLearner, Side, single
+from padst_exp.permutations.learners import PermutationLearner, Side, require_span, single
 from padst_exp.permutations.permutation import Permutation, assign
 from padst_exp.soft import Readiness, Soft
 
@@ -55,12 +55,15 @@ class HeldPermutation(Permutation):
     def project_(self) -> None:
         return
 
+    def held(self) -> Tensor:
+        return self.index if self.logits is None else self.current
+
     @torch.no_grad()
-    def exchange(self, index: Tensor) -> None:
+    def exchange(self, proposal: Exchange) -> None:
         if self.logits is None:
-            super().exchange(index)
+            super().exchange(proposal)
         else:
-            self.current.copy_(index)
+            self.current.copy_(proposal.index)
 
 
 class _Gather(torch.autograd.Function):
@@ -113,13 +116,7 @@ class StraightThrough(PermutationLearner):
     ) -> None:
         super().__init__(side=side, interval=interval)
         require(0 <= memory < 1, "permutation.memory", memory, "at least 0 and below 1")
-        require(0 <= start < 1, "permutation.start", start, "a fraction of training in [0, 1)")
-        require(
-            start < deadline <= 1,
-            "permutation.deadline",
-            deadline,
-            f"a fraction of training after permutation.start={start}",
-        )
+        require_span(start, deadline)
         self.memory = memory
         self.carry = carry
         self.begin = start

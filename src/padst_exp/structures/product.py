@@ -42,7 +42,9 @@ class Product(nn.Module, abc.ABC):
 
     def _set(self, name: str, new: Tensor | None) -> None:
         """Keep a derived tensor, in place where its size is the same."""
-        old = getattr(self, name, None)
+        old = self._buffers.get(name)
+        if old is None and new is None and name in self._buffers:
+            return
         if old is None or new is None or (old.shape, old.device) != (new.shape, new.device):
             self.register_buffer(name, new, persistent=False)
         else:

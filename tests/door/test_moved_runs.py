@@ -1,0 +1,183 @@
+"""A run whose data, device or links are not what they were: evaluated, exported, trained on."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostile import trained_run
+from padst_exp import evaluate as entry
+from padst_exp.analyze import AnalyzeSchema, analyze
+from padst_exp.engine.distributed import World
+from padst_exp.errors import UserError
+from padst_exp.evaluate import EvaluateSchema, evaluate
+from padst_exp.export import ExportSchema, export
+
+WORDS = "the quick brown fox jumps over a lazy dog and it barks at all of them\n"
+
+
+def evaluated(path: Path, *changes: str, batch_size: int | None = None) -> dict[str, float]:
+    keys = EvaluateSchema(
+        run=str(path), batch_size=batch_size, device="cpu", trust=(), changes=changes
+    )
+    return evaluate(keys, World())[1]
+
+
+def exported(path: Path, *changes: str, out: str | None = None, **keys: Any) -> Path:
+    rest: dict[str, Any] = {"format": "packed", "overwrite": True, "batch_size": 3, **keys}
+    schema = ExportSchema(run=str(path), out=out, device="cpu", trust=(), changes=changes, **rest)
+    return export(schema, World())[0]
+
+
+@pytest.fixture(scope="module")
+def run_on_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on a text file, which has moved since; and where the text is now."""
+    root = tmp_path_factory.mktemp("text")
+    text, moved = root / "old.txt", root / "new place" / "a=[1].txt"
+    text.write_text(WORDS * 200)
+    data = ["dataset=text_file", f"dataset.path={text}", "dataset.vocab_size=260"]
+    run = trained_run(root, "model=gpt2", *data, "dataset.context_length=16", "model.dropout=0.0")
+    moved.parent.mkdir()
+    text.rename(moved)
+    return run, moved
+
+
+def test_data_may_have_moved(
+    run_on_text: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, moved = run_on_text
+    expected = json.loads((run / "summary.json").read_text())["final"]
+    with pytest.raises(UserError, match=r"^dataset\.path: .*old\.txt"):
+        evaluated(run)
+    where = f"dataset.path='{moved}'"
+    found = evaluated(run, where)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    for changes in (("trainer.eval_batch_size=7",), ("trainer.workers=0", "trainer.steps=9")):
+        assert evaluated(run, where, *changes) == pytest.approx(found, rel=1e-5)
+    assert evaluated(run, where, batch_size=3) == pytest.approx(found, rel=1e-5)
+    with pytest.raises(UserError, match=r"^dataset\.path: "):
+        exported(run)
+    folder = exported(run, where)
+    # The export knows where the data are now, and may be told again.
+    assert evaluated(folder) == pytest.approx(found, rel=1e-5)
+    assert "other data" not in capsys.readouterr().err
+    other = moved.with_name("other.txt")
+    other.write_text(WORDS * 190)
+    evaluated(run, f"dataset.path='{other}'")
+    assert "warning: " in (said := capsys.readouterr().err) and "on other data: " in said
+    again = moved.rename(moved.with_name("again.txt"))
+    assert evaluated(folder, f"dataset.path='{again}'") == pytest.approx(found, rel=1e-5)
+    again.rename(moved)
+
+
+def test_what_would_change_weights_is_refused(real_run: Path) -> None:
+    for change, line in (
+        ("sparsity=0.3", "sparsity: expected a change that leaves the weights as they are"),
+        ("model.depth=2", "model.depth: expected a change that leaves the weights"),
+        ("seed=1", "seed: expected a change that leaves"),
+        ("structure=block", "structure: expected a change that leaves"),
+        ("dst.interval=1", "dst.interval: expected a change that leaves"),
+        ("+model.depth=2", "model.depth: expected a change that leaves"),
+        ("dataset=digits", "dataset: expected one of its keys, as in dataset.key=value, got dig"),
+        ("~dataset.root", "~dataset.root: expected dataset.root=value"),
+        ("trainer.workers=0,1", "trainer.workers: expected one value"),
+        ("trainer.wokers=0", "trainer.wokers: unknown key; did you mean workers?"),
+        ("trainer.workers=x", "trainer.workers: expected int, got 'x'"),
+        ("trainer.workers.deep=1", "trainer.workers: expected int"),
+        ("dataset.root=/x", "dataset.root: unknown key"),
+        ("trainer.precision=${oc.env:NOWHERE}", ""),
+    ):
+        with pytest.raises((UserError, ValueError)) as error:
+            evaluated(real_run, change)
+        assert str(error.value).startswith(line), change
+
+
+def test_changes_are_typed_as_they_are_in_training(
+    run_on_text: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    run, moved = run_on_text
+    monkeypatch.setenv("WHERE", str(moved.parent))
+    monkeypatch.chdir(tmp_path)
+
+    def typed(*arguments: str) -> tuple[object, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["padst-evaluate", f"run={run}", *arguments])
+        code: object = 0
+        try:
+            entry.main()
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr().err
+
+    code, said = typed("dataset.path='${oc.env:WHERE}/a=[1].txt'", "batch_size=4", "device=cpu")
+    assert code == 0 and "perplexity" in said
+    for argument, line in (
+        ("dataset.path=a=[1].txt", "dataset.path=a=[1].txt: cannot be read"),
+        ("model.dim=8", "model.dim: expected a change that leaves the weights"),
+        ("bach_size=8", "bach_size: unknown key; did you mean batch_size?"),
+    ):
+        code, said = typed(argument)
+        lines = [one for one in said.splitlines() if one.startswith("padst_exp: error: ")]
+        assert code in (1, 2) and len(lines) == 1 and "Traceback" not in said
+        assert lines[0].startswith(f"padst_exp: error: {line}"), said
+
+
+def test_links_that_lie_in_a_run_are_replaced_or_refused(real_run: Path, tmp_path: Path) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(real_run, run)
+    mine.mkdir()
+    (mine / "thesis").write_text("all of it")
+
+    def plant(name: str) -> None:
+        link = run / name
+        link.parent.mkdir(exist_ok=True)
+        if link.exists():
+            link.unlink()
+        link.symlink_to(mine / "thesis")
+
+    names = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
+    for name in (".last.pt.tmp", ".best.pt.link.tmp", "checkpoints/.last.pt.tmp",
+                 "checkpoints/.best.pt.link.tmp", "checkpoints/.last.pt.link.tmp",
+                 ".metrics.jsonl.tmp", "analysis/cost.png", "analysis/analysis.json"):  # fmt: skip
+        plant(name)
+    analyze(
+        AnalyzeSchema(run=str(run), out=None, parts=("cost",), device="cpu", trust=(), changes=()),
+        World(),
+    )
+    assert (mine / "thesis").read_text() == "all of it"
+    assert json.loads((run / "analysis" / "analysis.json").read_text())["cost"]
+    assert not (run / "analysis" / "cost.png").is_symlink()
+    shutil.rmtree(run / "analysis")
+
+    for name in ("export", "analysis"):
+        (run / name).symlink_to(mine)
+    with pytest.raises(UserError, match=r"^out: expected a folder, got .*export, a link to "):
+        exported(run)
+    with pytest.raises(UserError, match=r"^out: expected a folder, got .*analysis, a link to "):
+        analyze(
+            AnalyzeSchema(
+                run=str(run), out=None, parts=("cost",), device="cpu", trust=(), changes=()
+            ),
+            World(),
+        )
+    assert os.listdir(mine) == ["thesis"]
+
+    # Training goes on over links to every file that it writes.
+    for path in names:
+        if path.name not in ("config.yaml", "last.pt"):
+            plant(str(path))
+    resumed(run)
+    assert (mine / "thesis").read_text() == "all of it"
+    for name in ("metrics.jsonl", "summary.json", "curves.png", "topology.png"):
+        assert (run / name).is_file() and not (run / name).is_symlink(), name
+
+
+def resumed(run: Path) -> None:
+    """Let the training of `run` write all its files again."""
+    (run / "summary.json").unlink(missing_ok=True)
+    trained_run(run.parent, "resume=auto")
