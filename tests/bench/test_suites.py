@@ -139,9 +139,9 @@ def test_wrong_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         assert refused(entry) == set()
         right = getattr(product, name)
 
-        def wrong(x: Tensor, *rest: object, backend: str, right: object = right) -> Tensor:
-            y: Tensor = right(x, *rest, backend=backend)  # type: ignore[operator]
-            return y * 1.001 if backend == "native" else y
+        def wrong(x: Tensor, *rest: object, right: object = right, **how: object) -> Tensor:
+            y: Tensor = right(x, *rest, **how)  # type: ignore[operator]
+            return y * 1.001 if how["backend"] == "native" else y
 
         monkeypatch.setattr(product, name, wrong)
         assert refused(entry) == {"packed, native"}
