@@ -13,6 +13,7 @@ from hostile import trained_run
 from padst_exp import evaluate as entry
 from padst_exp.analyze import AnalyzeSchema, analyze
 from padst_exp.engine.distributed import World
+from padst_exp.engine.lock import Lock
 from padst_exp.errors import UserError
 from padst_exp.evaluate import EvaluateSchema, evaluate
 from padst_exp.export import ExportSchema, export
@@ -171,6 +172,14 @@ def test_links_that_lie_in_a_run_are_replaced_or_refused(real_run: Path, tmp_pat
     for path in names:
         if path.name not in ("config.yaml", "last.pt"):
             plant(str(path))
+    for left in (lambda: plant("lock.json"), lambda: (run / "lock.json").symlink_to("nowhere"),
+                 lambda: os.mkfifo(run / "lock.json")):  # fmt: skip
+        left()
+        lock = Lock(run)
+        lock.acquire()
+        assert not (run / "lock.json").is_symlink()
+        lock.release()
+    plant("lock.json")
     resumed(run)
     assert (mine / "thesis").read_text() == "all of it"
     for name in ("metrics.jsonl", "summary.json", "curves.png", "topology.png"):

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -49,6 +50,7 @@ class Lock:
         """
         now = self._link()
         while now is not None:
+            self._remove_what_is_no_lock()
             found = _Found.read(self.path)
             if found is not None and found.content.get("token") == self._token:
                 break  # a network answered twice
@@ -110,6 +112,13 @@ class Lock:
         finally:
             temporary.unlink(missing_ok=True)
         return None
+
+    def _remove_what_is_no_lock(self) -> None:
+        """A link, a pipe or a device was put there by nobody who works on the folder."""
+        with contextlib.suppress(FileNotFoundError):
+            mode = self.path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                self.path.unlink()
 
     def _take_away(self, found: _Found) -> None:
         """Remove the file that was `found`, and no other that took its place meanwhile."""
