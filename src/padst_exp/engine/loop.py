@@ -268,6 +268,8 @@ class _Training:
         self.logger.start(self.directory.path, self.directory.config)
         if step:
             self.say(f"resumed at step {step} from {self.directory.checkpoints.last}")
+        elif not self.directory.new:
+            self.say(f"{self.directory.checkpoints.last} is not there: starting from the beginning")
         if self.apart:
             self.say(
                 f"resumed with {self.apart}: the rest is no longer bitwise equal to a straight run"

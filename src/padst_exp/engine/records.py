@@ -45,6 +45,8 @@ def read_metrics(path: Path) -> Rows:
 def read_summary(path: Path) -> dict[str, Any] | None:
     """The contents of a `summary.json`; None where it is missing or damaged."""
     try:
+        if not path.is_file():
+            return None
         summary = json.loads(path.read_bytes())
         final = summary["final"][summary["monitor"]]
     except (OSError, ValueError, KeyError, TypeError):
