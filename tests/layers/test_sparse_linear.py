@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from dst_cases import rigl
 from layers.layer_cases import LIVES, Life, linear, sparse_layer
@@ -254,3 +254,22 @@ def test_packed_storage_shrinks_with_density() -> None:
     assert sparse_weights(layer)["weights.0"].values.numel() == 64 * 96 // 4
     masked = sparse_layer(linear((64, 96)), STRUCTURES["nm-16"], storage="masked")
     assert sparse_weights(masked)["weights.0"].values.numel() == 64 * 96
+
+
+def test_a_layer_trains_under_ddp_with_its_defaults() -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for name in ("unstructured", "nm-1", "nm-16", "diag"):
+            layer, x = sparse_layer(linear((67, 41)), STRUCTURES[name]), torch.randn(3, 41)
+            replica = nn.parallel.DistributedDataParallel(nn.Sequential(layer))
+            for _ in range(2):  # every pass broadcasts the buffers
+                y = replica(x)
+                y.sum().backward()
+                assert torch.equal(y, layer(x)), name
+            (weight,) = layer.parts()
+            units = random_units(weight.geometry, weight.topology().counts(), torch.Generator())
+            weight.adopt(Change(units))  # other units of the same number, in the same tensors
+            wanted = nn.functional.linear(x, layer.weight, layer.bias)
+            torch.testing.assert_close(replica(x), wanted, atol=1e-5, rtol=1e-4, msg=name)
+    finally:
+        distributed.destroy_process_group()

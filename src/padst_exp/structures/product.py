@@ -132,11 +132,13 @@ class EntryProduct(Product):
         by_row = bool((rows[1:] >= rows[:-1]).all())
         index = entry_index(entries, folding.out_features, in_features, by_row=by_row)
         for name, tensor in index._asdict().items():
-            self._set(name, tensor)
+            # Kept as bytes: gloo, which broadcasts buffers, knows no integers of two.
+            narrow = tensor is not None and tensor.dtype == torch.uint16
+            self._set(name, tensor.view(torch.uint8) if narrow else tensor)
 
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
         buffers = self._buffers
-        index = EntryIndex._make([buffers[name] for name in EntryIndex._fields])
+        index = EntryIndex._make([_features(buffers[name]) for name in EntryIndex._fields])
         flat = _join([value.flatten() for value in values])
         size, backend = self.out_features, self.backend
         return entry_matmul(x, flat, index, size, backend=backend, trusted=True)
@@ -225,6 +227,10 @@ def runs(folding: Folding, storage: Storage) -> list[slice]:
     ]
     starts = [i for i in range(len(shapes)) if i == 0 or shapes[i] != shapes[i - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(shapes)], strict=True)]
+
+
+def _features(kept: Tensor | None) -> Tensor | None:
+    return kept.view(torch.uint16) if kept is not None and kept.dtype == torch.uint8 else kept
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
