@@ -68,7 +68,7 @@ demo: $(STAMP)  ## train a sparse ViT on real data that needs no download
 bench: $(STAMP)  ## measure what has a limit, and speed beside dense: hours on 2 cores
 	$(PYTHON) scripts/bench_framework.py
 	$(PYTHON) scripts/bench_accuracy.py
-	for suite in layers model_inference model_train memory; do \
+	for suite in layers fan_in convolutions model_inference model_train resnet_train memory; do \
 		$(PYTHON) -m padst_exp.bench suite=$$suite || exit; done
 
 ci: lint types test smoke  ## what a change must pass

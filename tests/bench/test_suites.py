@@ -77,6 +77,11 @@ def test_mistakes_end_in_one_line(
         ({"sparsities": [1.0]}, "sparsities: expected a number in [0, 1), got 1.0"),
         ({"scopes": ["some"]}, "scopes: expected "),
         ({"threads": 2, "clock": "cpu"}, "clock: expected wall"),
+        ({"threads": 5000}, "threads: expected at most 1024, got 5000"),
+        ({"tokens": [10**12]}, "tokens: expected what fits into "),
+        ({"tokens": [10**20]}, "tokens[0]: expected an integer of at most "),
+        ({"batches": [10**12]}, "batches: expected what fits into "),
+        ({"shapes": [{**even, "kernel": 0, "inputs": 10**12}]}, "shapes: expected what fits into "),
     ):
         with pytest.raises(UserError) as error:
             keys("layers", **changes)  # type: ignore[arg-type]
@@ -134,9 +139,9 @@ def test_wrong_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         assert refused(entry) == set()
         right = getattr(product, name)
 
-        def wrong(x: Tensor, *rest: object, backend: str, right: object = right) -> Tensor:
-            y: Tensor = right(x, *rest, backend=backend)  # type: ignore[operator]
-            return y * 1.001 if backend == "native" else y
+        def wrong(x: Tensor, *rest: object, right: object = right, **how: object) -> Tensor:
+            y: Tensor = right(x, *rest, **how)  # type: ignore[operator]
+            return y * 1.001 if how["backend"] == "native" else y
 
         monkeypatch.setattr(product, name, wrong)
         assert refused(entry) == {"packed, native"}

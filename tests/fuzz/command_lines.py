@@ -111,8 +111,11 @@ def command_lines(draw: st.DrawFn) -> list[str]:
         if draw(st.booleans())
     ]
     right = base(model, choices)
-    groups = [argument for argument in right if argument.partition("=")[0] in GROUPS]
-    keys = keys_of(tree(*groups))
+    keys = keys_of(tree(*right[:2]))
+    for choice in choices:
+        group = choice.partition("=")[0]
+        keys = {key: value for key, value in keys.items() if not key.startswith(f"{group}.")}
+        keys |= keys_of(tree(choice)[group], f"{group}.")
     wrong = [draw(_override(keys)) for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 2, 3])))]
     return [*right, *wrong]
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-SECONDS = 120
+SECONDS = 300
 LONGEST = 3000
 
 

@@ -13,6 +13,8 @@ from from_yaml import from_yaml
 from layers.layer_cases import SoftHalf
 from padst_exp.config import options
 from padst_exp.errors import UserError
+from padst_exp.inference import pack
+from padst_exp.inference.linear import PackedLinear
 from padst_exp.layers import SparseLinear, sparse_layers, sparse_weights
 from padst_exp.layers.surgery import Taken
 from padst_exp.permutations import PermutationLearner, RandomPermutation, is_bijection
@@ -115,6 +117,18 @@ def test_a_layer_under_several_names_is_sparse_under_all_of_them() -> None:
     model = nn.ModuleDict({"first": block, "second": block})
     sparsify(model, [Rule("second.0")], structure=Unstructured(), density=0.5)
     assert isinstance(model["first"][0], SparseLinear) and model["first"] is model["second"]
+
+
+def test_a_shared_layer_is_packed_once_for_all_its_names() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+    sparsify(model, [Rule("0")], structure=STRUCTURES["nm-16"], density=0.5)
+    x = torch.randn(3, 16)
+    expected = model(x).detach()
+    assert list(pack(model)) == ["0"]
+    assert isinstance(model[0], PackedLinear) and model[2][0] is model[0]
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_tied_weights_are_refused_and_a_shared_bias_stays_shared() -> None:

@@ -102,7 +102,7 @@ def test_the_layer_and_the_gradient_of_the_partition_are_those_of_the_formula() 
         dense[weight.entries().flatten()] = weight.unweighed().flatten()
         dense = dense[:-1].view(weight.shape)
         quotas = partition.shares()
-        spread = (quotas / partition.sizes()[:, None])[partition.groups]  # [slot, feature]
+        spread = (quotas / partition.sizes[:, None])[partition.groups]  # [slot, feature]
         moved = mask @ spread if partition.side == "in" else spread.T @ mask
         expected = dense * (moved + FLOOR).sqrt()
         torch.testing.assert_close(weight.matrix(), expected, msg=name)

@@ -27,10 +27,13 @@ from padst_exp.config import (
     resolve_target,
 )
 from padst_exp.errors import UserError, require
+from padst_exp.memory import fitting, require_memory
 from padst_exp.permutations import PermutationLearner
 from padst_exp.sparsify import Rule
 from padst_exp.structures import Structure
 from padst_exp.targets import keyword_parameters
+
+MOST_THREADS = 1024
 
 Entry = str | Mapping[str, Any]
 
@@ -138,7 +141,8 @@ class Model:
     def build(self) -> nn.Module:
         """The dense model, from seed 0."""
         torch.manual_seed(0)
-        return build(self.node, "model", self.inputs)
+        with fitting("models"):
+            return build(self.node, "model", self.inputs)
 
     def rules(self, scope: str) -> list[Rule]:
         """What is sparse: "all" that can be, that but QKV ("dense_qkv"), or nothing ("")."""
@@ -206,6 +210,25 @@ class Keys:
             odd = layer.kernel == 0 or layer.kernel % 2 == 1
             require(least >= 1 and odd, "shapes", layer, "sizes of at least 1, and odd kernels")
         require(self.clock == "wall" or self.threads == 1, "clock", "cpu", "wall for threads > 1")
+        require(self.threads <= MOST_THREADS, "threads", self.threads, f"at most {MOST_THREADS}")
+        for key in ("images", "text"):
+            for name, size in (getattr(self, key) or {}).items():
+                require(size >= 1, f"{key}.{name}", size, "at least 1")
+        self._require_memory()
+
+    def _require_memory(self) -> None:
+        """Refuse inputs and weights that this machine cannot hold, before it is measured."""
+        for layer in self.shapes or ():
+            weight = layer.inputs * layer.outputs * max(1, layer.kernel) ** 2
+            require_memory("shapes", layer.label, 4.0 * weight)
+            for tokens in self.tokens or ():
+                size = 4.0 * tokens * max(layer.inputs, layer.outputs) * layer.pixels**2
+                require_memory("tokens", f"{tokens} with {layer.label}", size)
+        images, text = self.images or {}, self.text or {}
+        pixels = images.get("channels", 1) * images.get("image_size", 1) ** 2
+        for batch in self.batches or ():
+            most = max(4.0 * pixels, 8.0 * text.get("context_length", 1))
+            require_memory("batches", batch, batch * most)
 
 
 def keys_of(cfg: Mapping[str, Any]) -> Keys:

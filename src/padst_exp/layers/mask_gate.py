@@ -51,15 +51,13 @@ class MaskGate(Gate):
     def shares(self) -> Tensor:
         """D of every value, `[N, E]`: 1 where all of its feature lies under active units."""
         place, partition = self._place[0], self._partition[0]
-        weight, groups = place.weight, partition.groups
+        weight = place.weight
         inside = torch.ones(len(self.kept), weight.geometry.unit_size, device=self.kept.device)
         entries = weight.geometry.entries(self.kept)
         mask = place.table(scatter_entries(inside, entries, weight.shape))
-        # Slots of a group live and die together: any of them speaks for all.
-        some = torch.empty(int(groups.max()) + 1, dtype=torch.int64, device=groups.device)
-        some[groups] = torch.arange(len(groups), device=groups.device)
         quotas = partition.shares()
-        shares = place.matrix(mask[:, some].to(quotas.dtype) @ quotas)
+        # Slots of a group live and die together: any of them speaks for all.
+        shares = place.matrix(mask[:, partition.members].to(quotas.dtype) @ quotas)
         return gather_entries(shares, weight.entries())
 
     @torch.no_grad()
@@ -68,7 +66,7 @@ class MaskGate(Gate):
         place, partition = self._place[0], self._partition[0]
         weight, geometry = place.weight, place.weight.geometry
         matrix = scatter_entries(weight.unweighed(), weight.entries(), weight.shape)
-        quotas = partition.shares() / partition.sizes()[:, None]
+        quotas = partition.shares() / partition.sizes[:, None]
         energy = place.table(matrix.square()).to(quotas.dtype) @ quotas[partition.groups].T
         scores = geometry.unit_rms(place.matrix(energy).sqrt())
         self.kept.copy_(best_units(geometry, self.target.cpu(), scores))

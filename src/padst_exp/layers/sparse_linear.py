@@ -154,9 +154,16 @@ class SparseLinear(nn.Module):
         return (steps[:, None] + index).flatten()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`, in the dtype of x or of autocast."""
+        """`[..., in_features]` to `[..., out_features]`, in the dtype of x or of autocast.
+
+        Raises:
+            UserError: somebody wrote to a topology in place, see `SparseWeight.topology`.
+        """
         if self.stale:
             self.index()
+        elif not torch.compiler.is_compiling():
+            for weight in self.parts():
+                weight.check_written()
         dtype = _autocast_dtype(x)
         y = self._multiply(x, dtype)
         if self.companion is not None:

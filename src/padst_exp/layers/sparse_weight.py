@@ -13,6 +13,9 @@ from padst_exp.errors import UserError
 from padst_exp.layers.move import Move, plan
 from padst_exp.structures import Geometry, Storage, gather_entries, scatter_entries
 
+# Entries of a unit from which on a weight keeps its topology as tables.
+KEPT_UNIT = 8
+
 
 class SparseWeight(nn.Module):
     """What a sparse `[O, I]` weight keeps; `SparseLinear` multiplies with it.
@@ -61,7 +64,8 @@ class SparseWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry = geometry
-        self._known: tuple[Topology, Tensor, int, Geometry] | None = None
+        self._known: tuple[Topology, Tensor, Geometry] | None = None
+        self._seal: tuple[Tensor, int, Tensor] | None = None
         self.storage = storage
         self.collect_dense_gradient = False
         self.gradient_parts = 0
@@ -81,6 +85,7 @@ class SparseWeight(nn.Module):
         counts = torch.bincount(active.cpu() // geometry.pool_size, minlength=geometry.num_pools)
         self.target = counts if target is None else target
         self.is_output = is_output
+        self.check_written()
         self.register_load_state_dict_post_hook(_check_loaded)
 
     @property
@@ -94,13 +99,15 @@ class SparseWeight(nn.Module):
         return not self.values.requires_grad
 
     def topology(self) -> Topology:
-        """The active units as tables; the same object until they are other ones."""
+        """The active units as tables; the same object until they are other ones.
+
+        Raises:
+            UserError: somebody wrote other units to the buffer, whose values these are not.
+        """
+        self.check_written()
         active, geometry, device = self.active, self.geometry, self.active.device
-        if self._known is not None:
-            topology, of, version, cut = self._known
-            # Whoever writes to the buffer, an update or a stranger, raises its version.
-            if of is active and cut is geometry and version == active._version:
-                return topology
+        if self._known is not None and self._known[1] is active and self._known[2] is geometry:
+            return self._known[0]
         topology = Topology(
             active.long(),
             geometry.candidates.to(device),
@@ -110,13 +117,42 @@ class SparseWeight(nn.Module):
             self.target.to(device),
             self.is_output,
         )
-        if not active.is_inference():  # such a tensor counts no versions
-            self._known = topology, active, active._version, geometry
+        # Beside the values of single entries, ids of eight bytes would be no small thing to keep.
+        if geometry.unit_size >= KEPT_UNIT:
+            self._known = topology, active, geometry
         return topology
+
+    def check_written(self) -> None:
+        """What `topology` raises; waits for the device only where somebody did write."""
+        active = self.active
+        if active.is_inference():  # such a tensor counts no versions
+            return
+        if self._seal is None or self._seal[0] is not active:
+            self._seal = active, active._version, _checksum(active)
+            return
+        _, version, seal = self._seal
+        if version != active._version:
+            # Ranks may broadcast to each other what they hold already.
+            if not torch.equal(_checksum(active), seal):
+                raise UserError(
+                    "sparse weight: its active units were overwritten in place, as averages of "
+                    "torch's swa_utils and copies of single tensors do; its values would be those "
+                    "of other units: take states over by load_state_dict, average by "
+                    "trainer.ema_decay"
+                )
+            self._seal = active, active._version, seal
+
+    def _forget(self) -> None:
+        """The buffer of active units holds other ones, and rightly so."""
+        self._known = self._seal = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy counts the versions of its own buffer.
-        return {**self.__dict__, "_known": None}
+        return {**self.__dict__, "_known": None, "_seal": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.check_written()
 
     def entries(self) -> Tensor:
         """Flat positions of all active frames, int64 `[N, E]`; O * I outside the weight."""
@@ -269,6 +305,7 @@ class SparseWeight(nn.Module):
         return move
 
     def _set_topology(self, active: Tensor, geometry: Geometry) -> None:
+        self._forget()
         if active.shape == self.active.shape:
             self.active.copy_(active)
         else:
@@ -276,6 +313,7 @@ class SparseWeight(nn.Module):
         if geometry is not self.geometry:
             self.geometry = geometry
             self.row_order = geometry.row_order
+        self.check_written()
 
     def _changed(self) -> None:
         for tell in self.on_change:
@@ -304,11 +342,18 @@ class SparseWeight(nn.Module):
         return f"{rows}x{columns}, density={self.topology().density:.4f}, storage={self.storage}"
 
 
+def _checksum(active: Tensor) -> Tensor:
+    """Of a set of units, a scalar; other sets have another one, but for bad luck."""
+    return active.long().square_().sum()
+
+
 def _check_loaded(weight: nn.Module, _: object) -> None:
     """After a checkpoint is loaded: check its topology, and tell whoever derives from it."""
     assert isinstance(weight, SparseWeight)
+    weight._forget()
     try:
         plan(weight, Change(weight.topology().active, row_order=weight.row_order))
+        weight.geometry = weight.geometry.with_row_order(weight.row_order)
         if weight.storage == "packed" and len(weight.values) != len(weight.active):
             raise ValueError(f"{len(weight.active)} of them for {len(weight.values)} values")
         if weight.storage == "masked":
@@ -324,5 +369,4 @@ def _check_loaded(weight: nn.Module, _: object) -> None:
             f"checkpoint: its active units do not fit this structure ({error}); "
             "use the configuration the checkpoint was made with"
         ) from error
-    weight.geometry = weight.geometry.with_row_order(weight.row_order)
     weight._changed()

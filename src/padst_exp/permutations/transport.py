@@ -26,16 +26,22 @@ class Partition(Permutation):
 
     Attributes:
         groups: int64 `[d]`, the group of each slot.
+        sizes: int64 `[G]`, how many slots each group has.
+        members: int64 `[G]`, one slot of each group.
         side: of the weight whose features these are.
         final: Q just before hardening; None before.
         on_look: called, without arguments, when the learner looks whether it is ready.
     """
 
     groups: Tensor
+    sizes: Tensor
+    members: Tensor
 
     def __init__(self, logits: Tensor, *, iterations: int) -> None:
         super().__init__(torch.arange(len(logits), device=logits.device), iterations=iterations)
-        self.register_buffer("groups", self.index.clone(), persistent=False)
+        for name in ("groups", "members"):
+            self.register_buffer(name, self.index.clone(), persistent=False)
+        self.register_buffer("sizes", torch.ones_like(self.index), persistent=False)
         self.side: Literal["in", "out"] = "in"
         self.final: Tensor | None = None
         self.on_look: list[Callable[[], None]] = []
@@ -45,13 +51,11 @@ class Partition(Permutation):
         """Let slots with equal `groups` `[d]`, int64 from 0 on, be one; before training."""
         assert self.logits is not None and len(self.logits) == self.size, "divided already"
         self.groups, self.side = groups.to(self.groups), side
-        drawn, sizes = self.logits.detach(), self.sizes()
-        logits = drawn.new_zeros(len(sizes), self.size).index_add_(0, self.groups, drawn)
-        self._soften(logits / sizes.to(drawn).sqrt()[:, None])
-
-    def sizes(self) -> Tensor:
-        """How many slots each group has, int64 `[G]`."""
-        return torch.bincount(self.groups)
+        self.sizes = torch.bincount(self.groups)
+        self.members = self.groups.argsort(stable=True)[self.sizes.cumsum(0) - self.sizes]
+        drawn = self.logits.detach()
+        logits = drawn.new_zeros(len(self.sizes), self.size).index_add_(0, self.groups, drawn)
+        self._soften(logits / self.sizes.to(drawn).sqrt()[:, None])
 
     def shares(self) -> Tensor:
         """Q `[G, d]`, differentiable; what it was last once hard."""
@@ -62,7 +66,7 @@ class Partition(Permutation):
             return self._balanced(self._wide_logits(), self.iterations).exp()
 
     def _balanced(self, logits: Tensor, rounds: int) -> Tensor:
-        slots = self.sizes().to(logits).log()[:, None]
+        slots = self.sizes.to(logits).log()[:, None]
         for _ in range(rounds):
             logits = (logits.log_softmax(1) + slots).log_softmax(0)
         return logits
@@ -76,17 +80,16 @@ class Partition(Permutation):
 
     def penalty(self) -> Tensor:
         """Return how far Q is from a partition: 1 at uniform, 0 at one. Nothing inside a group."""
-        sizes = self.sizes()
-        if self.logits is None or len(sizes) == 1:
+        if self.logits is None or len(self.sizes) == 1:
             return torch.zeros((), device=self.index.device)
-        uniform = float((sizes / self.size).square().sum())
+        uniform = (self.sizes / self.size).square().sum()
         return (1 - self.shares().square().sum() / self.size) / (1 - uniform)
 
     @torch.no_grad()
     def nearest(self) -> Tensor:
         if self.logits is None:
             return self.index.clone()
-        holds = assign((self.shares() / self.sizes()[:, None])[self.groups])
+        holds = assign((self.shares() / self.sizes[:, None])[self.groups])
         return holds if self.side == "in" else holds.argsort()
 
     @torch.no_grad()
