@@ -197,6 +197,40 @@ def test_damaged_files_are_mended_or_named(
         assert_same_run(tmp_path / "straight", root / "toy")
 
 
+def test_a_checkpoint_damaged_in_its_depth_is_refused_by_its_part(tmp_path: Path) -> None:
+    last = cut(tmp_path) / "checkpoints" / "last.pt"
+    whole = checkpoint.read(last)
+    group = whole["optimizer"]["param_groups"][0]
+    state = whole["optimizer"]["state"]
+    other = {key: torch.zeros(3) for key in state[0]}
+    for part, damaged in (
+        ("optimizer", {"state": {}, "param_groups": []}),
+        ("optimizer", {"state": {0: 5}, "param_groups": [group]}),
+        ("optimizer", {"state": {**state, 0: other}, "param_groups": [group]}),
+        ("optimizer", {"state": state, "param_groups": [{"params": group["params"]}]}),
+        ("schedule", {}),
+        ("topology", {}),
+        ("topology", {**whole["topology"], "seen": {}}),
+        ("topology", {**whole["topology"], "updates": "four"}),
+        ("learners", []),
+        ("learners", [{}]),
+        ("random", [{}]),
+        ("random", [{**whole["random"][0], "torch": torch.zeros(3)}]),
+        ("random", [3]),
+        ("best", ("high", 10)),
+        ("losses", ["low"]),
+        ("norms", [None]),
+        ("backends", {}),
+        ("backends", {"picks": 3}),
+    ):
+        checkpoint.write({**whole, part: damaged}, last)
+        with pytest.raises(UserError, match=rf"last\.pt: damaged, its {part} ") as caught:
+            toy_run(tmp_path)
+        assert "\n" not in str(caught.value), part
+    checkpoint.write(whole, last)
+    toy_run(tmp_path)
+
+
 def test_leftovers_of_the_killed_are_removed(tmp_path: Path) -> None:
     path = cut(tmp_path)
     for left in (path / ".metrics.jsonl.x.tmp", path / "checkpoints" / ".last.pt.0123.tmp"):

@@ -119,11 +119,13 @@ class TrainingState:
             checkpoint.load_weights(self.average.model, saved["average"], path)
             self.average.pair(self.model)
         with checkpoint.restoring(path, "optimizer"):
-            self.optimizer.load_state_dict(saved["optimizer"])
+            _load_optimizer(self.optimizer, saved["optimizer"])
         with checkpoint.restoring(path, "learners"):
             for learner, state in zip(self.learners, saved["learners"], strict=True):
                 learner.load_state_dict(state)
         with checkpoint.restoring(path, "schedule"):
+            if saved["schedule"].keys() != self.schedule.state_dict().keys():
+                raise KeyError(*(self.schedule.state_dict().keys() ^ saved["schedule"].keys()))
             self.schedule.load_state_dict(saved["schedule"])
         with checkpoint.restoring(path, "topology"):
             self.tracker.load_state_dict(saved["topology"])
@@ -131,6 +133,29 @@ class TrainingState:
             with checkpoint.restoring(path, "births"):
                 self.births.load_state_dict(saved["births"])
         self.step = saved["step"]
-        self.best = saved["best"]
-        self.losses = list(saved["losses"])
-        self.norms = list(saved["norms"])
+        with checkpoint.restoring(path, "best"):
+            if saved["best"] is not None:
+                self.best = float(saved["best"][0]), int(saved["best"][1])
+        for name, values in (("losses", self.losses), ("norms", self.norms)):
+            with checkpoint.restoring(path, name):
+                values.extend(float(value) for value in saved[name])
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state of which torch itself checks the number of parameters alone.
+
+    Raises:
+        ValueError: it lacks a setting, or what it keeps of a parameter is not shaped like it.
+    """
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        if group.keys() != saved.keys():
+            raise ValueError(f"its groups have other settings, {group.keys() ^ saved.keys()}")
+    optimizer.load_state_dict(dict(state))
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if not isinstance(value, torch.Tensor) or value.ndim != parameter.ndim:
+                continue
+            # Of every entry, or of every row.
+            wanted, found = list(parameter.shape), list(value.shape)
+            if found not in (wanted, [*wanted[:1], *(1 for _ in wanted[1:])]):
+                raise ValueError(f"{name} of a parameter {wanted} is {found}")

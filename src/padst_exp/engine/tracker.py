@@ -42,7 +42,7 @@ class TopologyTracker:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
-        self.updates = state["updates"]
+        self.updates = int(state["updates"])
         self.replaced = {name: int(state["replaced"][name]) for name in self.replaced}
         for name, seen in self.seen.items():
             seen.copy_(state["seen"][name])
