@@ -89,16 +89,30 @@ def learn_planted(
     optimizer: OptimizerBuilder,
     trainer: Trainer,
     seed: int,
+    noise: float | None = None,
     size: int = 96,
     density: float = 0.1,
 ) -> Outcome:
-    """Train one student of `size` inputs and outputs."""
+    """Train one student.
+
+    Args:
+        structure, learner, algorithm, optimizer, trainer, seed: as in any training.
+        noise: None: the student starts fresh. Else it is cut from a trained dense weight, the
+            teacher's plus so many of its standard deviations of noise.
+        size: inputs, and outputs.
+        density: of teacher and student.
+    """
     task = Planted(structure, size=size, density=density, seed=seed)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(size, size, bias=False))
+    dense = nn.Linear(size, size, bias=False)
+    if noise is not None:
+        apart = noise * task.teacher.std() * torch.randn(size, size)
+        dense.weight.data.copy_(task.teacher + apart)
+    model = nn.Sequential(dense)
     report = sparsify(
         model, [Rule("0")], structure=structure, density=density, learner=learner,
-        algorithm=algorithm, seed=seed,
+        algorithm=algorithm, seed=seed, rescale=noise is None,
+        topology="random" if noise is None else "magnitude",
     )  # fmt: skip
     experiment = Experiment(
         task=task, model=model, report=report, algorithm=algorithm, learner=learner,

@@ -28,7 +28,9 @@ def exchange(
         another slot now, how many entries lost their value.
     """
     learner, world, following = experiment.learner, state.world, followers(experiment, state)
-    fraction = experiment.algorithm.drop_fraction(state.step, experiment.total_steps)
+    fraction = 0.0
+    if learner.spends_drops:
+        fraction = experiment.algorithm.drop_fraction(state.step, experiment.total_steps)
     weights = weights_of(state, due) if learner.parts else []
     world.mean_([w.part_gradients for w in weights if w.part_gradients is not None])
     done = {"exchanged": 0, "moved": 0, "lost": 0}

@@ -40,33 +40,52 @@ class Place:
             return matrix.mT
         return matrix.unflatten(-1, (self.taps, -1)).flatten(-3, -2)
 
+    def matrix(self, table: Tensor) -> Tensor:
+        """The same back again: `[R, d]` as `[O, I]`."""
+        return table.T if self.side == "out" else table.reshape(self.weight.shape)
+
     @torch.no_grad()
     def change(self, before: Tensor, exchange: Exchange) -> Change:
         """The change of the topology that goes with exchanging `before` `[d]`.
 
         Units stay; with `carry`, each entry takes the value that its new feature had in its row.
         """
-        weight = self.weight
-        num_rows, num_columns = weight.shape
-        entries, outside = weight.entries(), num_rows * num_columns
-        rows, columns = entries // num_columns, entries % num_columns
-        size = num_columns // self.taps
-        slots = rows.clamp(max=num_rows - 1) if self.side == "out" else columns % size
-        source = signs = None
+        weight, source, signs = self.weight, None, None
         if exchange.carry:
             if self.side == "in":
                 origin = before.argsort()[exchange.index]
-                old = rows * num_columns + (columns - slots) + origin[slots]
             else:
                 origin = before[exchange.index.argsort()]
-                old = origin[slots] * num_columns + columns
-            table = torch.full((outside + 1,), -1, device=entries.device)
-            table[entries.flatten()] = torch.arange(entries.numel(), device=entries.device)
-            table[outside] = -1
-            source = table[torch.where(entries == outside, outside, old)]
+            source = sources(self, weight.entries(), origin)
         if exchange.signs is not None:
-            signs = exchange.signs[slots]
+            signs = exchange.signs[self.slots(weight.entries())]
         return Change(weight.active.long(), source=source, signs=signs)
+
+    def slots(self, entries: Tensor) -> Tensor:
+        """The slot of each of `entries`, flat positions in S; any where they are outside."""
+        num_rows, num_columns = self.weight.shape
+        if self.side == "out":
+            return (entries // num_columns).clamp(max=num_rows - 1)
+        return entries % num_columns % (num_columns // self.taps)
+
+
+def sources(place: Place, entries: Tensor, origin: Tensor) -> Tensor:
+    """Where the values of `entries` are now, int64 like them: flat places, -1 where they are not.
+
+    Args:
+        place: the weight as it is.
+        entries: int64, flat positions in S, O * I outside.
+        origin: int64 `[d]`, the slot at which now stands what will be in each slot.
+    """
+    weight, slots = place.weight, place.slots(entries)
+    num_rows, num_columns = weight.shape
+    outside, step = num_rows * num_columns, num_columns if place.side == "out" else 1
+    present = weight.entries()
+    table = torch.full((outside + 1,), -1, device=entries.device)
+    table[present.flatten()] = torch.arange(present.numel(), device=entries.device)
+    table[outside] = -1
+    moved = entries + (origin[slots] - slots) * step
+    return table[torch.where(entries == outside, outside, moved)]
 
 
 def places(model: nn.Module, permutation: Permutation) -> Iterator[Place]:

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from padst_exp.dst import Algorithm
 from padst_exp.errors import UserError, require
+from padst_exp.layers.exchange import Place
 from padst_exp.layers.low_rank import LowRank
+from padst_exp.layers.mask_gate import move_mask
 from padst_exp.layers.move import check_active
 from padst_exp.layers.sparse_linear import SparseLinear
 from padst_exp.layers.sparse_weight import SparseWeight
 from padst_exp.layers.views import LinearView
-from padst_exp.permutations import Permutation, PermutationLearner, Site, is_bijection
+from padst_exp.permutations import Partition, Permutation, PermutationLearner, Site, is_bijection
 from padst_exp.pools import TRAITS
 from padst_exp.structures import (
     Geometry,
@@ -140,16 +142,21 @@ class Surgery:
                 importance = sides.undo_nearest(importance)
             units = self._units(cuts, importance, generator)
         weights = []
-        for cut, piece, active in zip(cuts, matrix.chunk(split), units, strict=True):
+        for part, (cut, piece) in enumerate(zip(cuts, matrix.chunk(split), strict=True)):
+            partition = sides.partition(part)
             weight = SparseWeight(
                 cut.geometry,
-                active,
+                units[part] if partition is None else cut.geometry.unit_ids(),
                 piece.contiguous(),
                 self.storage,
                 target=cut.target,
                 is_output=is_output,
             )
-            if algorithm is not None:
+            if partition is not None:
+                kind: Literal["in", "out"] = "in" if partition is sides.inputs else "out"
+                taps = found.taps if kind == "in" else 1
+                move_mask(Place(cut.name, weight, kind, taps), partition, units[part])
+            elif algorithm is not None:
                 weight.select(algorithm.selection(weight.topology(), generator))
             if self.fresh:
                 rescale_rows(weight)
@@ -177,6 +184,10 @@ class Surgery:
             raise UserError(f"{error} (layer {name})") from None
         counts = target = self.structure.initial_counts(geometry, density)
         if algorithm is not None and (start := algorithm.initial_density(density)) != density:
+            if self.learner.moves_masks:
+                kind = type(algorithm).__name__
+                wanted = "dst: expected one that starts at the density asked, as rigl does, with a"
+                raise UserError(f"{wanted} permutation that moves masks, got {kind} (layer {name})")
             counts = self.structure.initial_counts(geometry, start)
         if (order := self.taken.row_orders.get(name)) is not None:
             if order.shape != (rows,) or not is_bijection(order):
@@ -293,6 +304,13 @@ class Sides:
                 self.outputs[i] = made
         return side if self.all() else "none"
 
+    def partition(self, part: int) -> Partition | None:
+        """What moves the mask of one of the weights, if anything does."""
+        for found in (self.inputs, self.outputs[part]):
+            if isinstance(found, Partition) and found.soft:
+                return found
+        return None
+
     def all(self) -> dict[str, Permutation]:
         """Those that there are, by name."""
         name = self.found.name
@@ -392,7 +410,8 @@ def rescale_rows(weight: SparseWeight) -> None:
     else:
         # As many inputs as hold the share of a row's square that stays once the selection is hard.
         square = weight.unweighed().double().square()
-        left = square * weight.selection.coefficients().detach().double()[:, None]
+        shares = weight.selection.shares().detach().double()
+        left = square * (shares[:, None] if shares.dim() == 1 else shares)
         whole, left = (
             torch.bincount(rows.flatten(), part.flatten(), num_rows + 1) for part in (square, left)
         )

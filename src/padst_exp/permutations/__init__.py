@@ -18,6 +18,7 @@ from padst_exp.permutations.moves import Moves
 from padst_exp.permutations.permutation import Permutation, is_bijection
 from padst_exp.permutations.site import Site
 from padst_exp.permutations.straight_through import HeldPermutation, StraightThrough
+from padst_exp.permutations.transport import Partition, Transport
 
 __all__ = [
     "DoublyStochastic",
@@ -33,6 +34,7 @@ __all__ = [
     "Kaleidoscope",
     "Moves",
     "NoPermutation",
+    "Partition",
     "Permutation",
     "PermutationLearner",
     "RandomPermutation",
@@ -41,6 +43,7 @@ __all__ = [
     "Site",
     "StraightThrough",
     "SwitchedPermutation",
+    "Transport",
     "TurningPermutation",
     "distance_to_identity",
     "is_bijection",

@@ -27,11 +27,14 @@ class PermutationLearner(Learner):
         parts: of how many parts of a step's samples `exchange` wants gradients; 0: of none.
         spends_drops: whether entries that an exchange loses count as dropped, so that the next
             update of the topology drops so many fewer.
+        moves_masks: whether its permutations are of the kind `Partition`, so that weights start
+            dense under masks that it moves.
     """
 
     kind = Permutation
     parts = 0
     spends_drops = False
+    moves_masks = False
 
     def __init__(self, *, side: Side, interval: int = 1) -> None:
         super().__init__(interval=interval)
