@@ -13,7 +13,7 @@ REQUIREMENTS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb
 
 export PYTHONPATH := src:kernels
 
-.PHONY: help setup fmt lint types test test-slow smoke demo bench test-gpu ci clean
+.PHONY: help setup fmt lint types test test-slow fuzz kills smoke demo bench test-gpu ci clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s ':'
@@ -47,8 +47,15 @@ test: $(STAMP)  ## fast tests
 test-slow: $(STAMP)  ## slow tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "slow and not gpu"
 
+kills: $(STAMP)  ## kill 60 trainings, at writes and at first use of caches too, and resume them
+	KILLS=60 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/engine/test_kills.py
+
 test-gpu: $(STAMP)  ## check every kernel on the GPU of this machine
 	$(PYTHON) -m pytest -q -m gpu
+
+FUZZ_DRAWS ?= 2000
+fuzz: $(STAMP)  ## 2,000 command lines and files that are probably wrong: most of an hour
+	FUZZ_DRAWS=$(FUZZ_DRAWS) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/fuzz
 
 smoke: $(STAMP)  ## train a few steps and evaluate, in a throw-away folder
 	runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
@@ -61,7 +68,7 @@ demo: $(STAMP)  ## train a sparse ViT on real data that needs no download
 bench: $(STAMP)  ## measure what has a limit, and speed beside dense: hours on 2 cores
 	$(PYTHON) scripts/bench_framework.py
 	$(PYTHON) scripts/bench_accuracy.py
-	for suite in layers model_inference model_train memory; do \
+	for suite in layers fan_in convolutions model_inference model_train resnet_train memory; do \
 		$(PYTHON) -m padst_exp.bench suite=$$suite || exit; done
 
 ci: lint types test smoke  ## what a change must pass

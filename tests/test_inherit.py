@@ -22,8 +22,10 @@ from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.state import TrainingState
 from padst_exp.errors import UserError
 from padst_exp.export import ExportSchema, export
+from padst_exp.inference import files
 from padst_exp.inference.packing import harden
 from padst_exp.inherit import saliency
 from padst_exp.layers import permutations, sparse_layers, sparse_weights
@@ -67,7 +69,8 @@ def restored(path: Path) -> nn.Module:
 def run(folder: Path, *overrides: str, hard: bool = False, seed: int = 7) -> Path:
     """A run directory as a training leaves it, with large random weights in every layer."""
     cfg = config(*overrides)
-    model = build_experiment(cfg, World(), task_of(cfg)).model
+    experiment = build_experiment(cfg, World(), task_of(cfg))
+    model = experiment.model
     if hard:
         harden(model)
     generator = torch.Generator().manual_seed(seed)
@@ -78,11 +81,14 @@ def run(folder: Path, *overrides: str, hard: bool = False, seed: int = 7) -> Pat
     text = OmegaConf.to_yaml(cfg, resolve=True)
     (folder / "config.yaml").write_text(text)
     (folder / "metrics.jsonl").write_text("")
+    state = TrainingState(experiment, world=World(), saved=None, path=folder)
     payload = {
-        "step": 3,
-        "model": model.state_dict(),
+        "data": {},
+        "environment": {},
+        **state.payload(),
         "average": None,
         "backends": dispatch.save(dispatch.forced(model, "torch", CPU), CPU),
+        "config": {},
         "config_text": text,
     }
     checkpoint.write(payload, folder / "checkpoints" / "last.pt")
@@ -92,7 +98,7 @@ def run(folder: Path, *overrides: str, hard: bool = False, seed: int = 7) -> Pat
 def exported(folder: Path, out: Path, form: Any) -> Path:
     keys = ExportSchema(
         run=str(folder), format=form, out=str(out), overwrite=False, device="cpu", trust=(),
-        changes=(),
+        changes=(), batch_size=1,
     )  # fmt: skip
     return export(keys, World())[0]
 
@@ -363,14 +369,11 @@ def test_a_classifier_for_other_classes_starts_fresh(
     with pytest.raises(UserError, match=r"^init_from: "):
         built(f"init_from={edited}", "sparsity=0.5")
     folder = exported(dense, tmp_path / "plain", "dense")
-    from safetensors.torch import load_file
-
-    description = json.loads((folder / "model.json").read_text())
+    description = files.read_description(folder)
+    state = files.read_state(folder, description)
     description["model"]["arguments"]["num_classes"] = 20
-    (folder / "model.json").write_text(json.dumps(description))
-    state = load_file(folder / "model.safetensors")
     widen({"model": state})
-    save_file(state, folder / "model.safetensors")
+    files.write(folder, state, description, extra={}, overwrite=True)
     model = built(f"init_from={folder}", "sparsity=0.5", "permutation=none").model
     assert "starts fresh" in capsys.readouterr().err
     assert model.get_submodule("head").out_features == 10
@@ -388,7 +391,7 @@ def edit(source: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -
 
 def test_weights_that_are_not_finite_are_refused(dense: Path, tmp_path: Path) -> None:
     def spoil(payload: dict[str, Any]) -> None:
-        payload["model"]["head.bias"][0] = torch.nan
+        payload["model"]["head.bias"][0] = torch.inf
 
     edited = edit(dense, tmp_path / "spoilt", spoil)
     with pytest.raises(UserError, match=r"^init_from: [^\n]*finite[^\n]*$"):

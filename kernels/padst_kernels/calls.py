@@ -115,6 +115,13 @@ def operator(
     return cast(Callable[P, Tensor], call)
 
 
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether what happens to `tensor` goes into a graph, or it has no memory: not to be read."""
+    if _needs_operator(tensor, tensor):
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _needs_operator(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch follows what happens to `x` and `weight`, or they have no memory."""
     return (

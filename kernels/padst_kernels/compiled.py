@@ -7,12 +7,15 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 HEADERS = Path(__file__).parent
+TEMPORARY = "building-"
 
 # Not linked against an OpenMP of its own: it finds the one torch has loaded, and so obeys
 # `torch.set_num_threads` in the thread that called it. A thread that Python starts has OpenMP's
@@ -63,7 +66,11 @@ def _loaded(source: Path) -> ctypes.CDLL:
     folder = own_folder()
     if folder is not None and _is_whole(folder / name):
         return ctypes.CDLL(str(folder / name))
-    with tempfile.TemporaryDirectory(dir=folder, prefix="padst-") as temporary:
+    for left in folder.glob(f"{TEMPORARY}*") if folder is not None else ():
+        # By a process that was killed: none builds as long as that.
+        if time.time() - left.lstat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as temporary:
         objects, linked = Path(temporary, "kernel.o"), Path(temporary, name)
         _run([compiler, *COMPILE, str(source), "-o", str(objects)])
         _run([compiler, "-shared", str(objects), "-o", str(linked)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from omegaconf import DictConfig
 from padst_exp.atomic import replace_text
 from padst_exp.cli import command_line
 from padst_exp.config import Device, read_keys
+from padst_exp.engine.records import to_json
 from padst_exp.errors import UserError
 from padst_exp.files import require_no_link
 
@@ -118,7 +118,7 @@ def analyze(keys: AnalyzeSchema, world: World) -> tuple[Path, Results]:
     results.update(history)
     if "topology" in keys.parts:
         results["topology"] = {"explored": explored, "changes": _changes(restored)}
-    replace_text(folder / "analysis.json", json.dumps(results, indent=1) + "\n")
+    replace_text(folder / "analysis.json", to_json(results, indent=1))
     for part in keys.parts:
         figures.DRAW[part](results[part], folder / f"{part}.png")
     return folder, results
@@ -258,7 +258,9 @@ def _changes(restored: RestoredRun) -> list[Results]:
 
     rows = [] if restored.run is None else read_metrics(restored.run / "metrics.jsonl")
     keys = ("step", "churn", "density")
-    return [{key: row[key] for key in keys} for row in rows if row["kind"] == "rewire"]
+    changes = [{key: row.get(key) for key in keys} for row in rows if row.get("kind") == "rewire"]
+    numbers = int | float
+    return [row for row in changes if all(isinstance(value, numbers) for value in row.values())]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -6,7 +6,6 @@ A link that somebody left where a file of ours belongs is replaced, never follow
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import shutil
 import time
@@ -33,7 +32,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             error in the block.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
+    remove_leftovers(path.parent)
     temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
@@ -52,17 +51,16 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{Process.here()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
-def remove_leftovers(path: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what is called as by `temporary_name`, unless its owner may still live.
 
     An owner on another host is given a day.
     """
-    prefix = f".{path.name}."
-    for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        owner = Process.parse(left.name.removeprefix(prefix).rpartition("-")[0])
+    for left in folder.glob(".*.tmp"):
+        owner = Process.parse(left.name.split(".")[-2].rpartition("-")[0])
         with contextlib.suppress(OSError):
-            alive = owner is not None and owner.lives()
-            if alive is None or owner is None:
+            alive = owner is None or owner.lives()  # what is not ours stays
+            if alive is None:
                 alive = time.time() - left.lstat().st_mtime < DAY_S
             if alive:
                 continue

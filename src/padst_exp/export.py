@@ -216,7 +216,7 @@ def _metrics(restored: RestoredRun) -> dict[str, float]:
 
     rows = [] if restored.run is None else read_metrics(restored.run / "metrics.jsonl")
     for row in rows:
-        if row["kind"] == "eval" and row["step"] == restored.step:
+        if row.get("kind") == "eval" and row["step"] == restored.step:
             return {name: value for name, value in row.items() if isinstance(value, float)}
     return {}
 

@@ -19,9 +19,13 @@ FREE = frozenset(
         *("trainer.eval_interval", "trainer.eval_batch_size", "trainer.keep_last"),
     }
 )
-# Where data lie. What they are is in the checkpoint: `Task.describe`.
+# Where data and trained weights lie. What the data are is in the checkpoint (`Task.describe`), and
+# so are the weights.
 LOCATIONS = frozenset(
-    {"dataset.root", "dataset.path", "dataset.vocab", "dataset.merges", "model.checkpoint"}
+    {
+        *("dataset.root", "dataset.path", "dataset.vocab", "dataset.merges", "model.checkpoint"),
+        *("init_from", "init_topology", "init_permutation", "init_values"),
+    }
 )
 
 

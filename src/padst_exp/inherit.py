@@ -300,8 +300,8 @@ def _called(key: str) -> Iterator[None]:
         yield
     except UserError as error:
         text = str(error)
-        for own in ("model.checkpoint: ", "model.pretrained: ", "model.name: ", "run: "):
-            text = text.removeprefix(own)
+        for own in ("model.checkpoint", "model.pretrained", "model.name", "run", "export"):
+            text = text.removeprefix(f"{own}: ")
         raise UserError(text if text.startswith(f"{key}: ") else f"{key}: {text}") from error
 
 

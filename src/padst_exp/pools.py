@@ -21,25 +21,38 @@ TRAITS: dict[Trait, str] = {
     "shuffled_blocks": "shuffled_block",
 }
 
+# Up to here sorting a row takes less time than the many calls that do without.
+SHORT_ROW = 4096
 
-def best_of_each(scores: Tensor, k: Tensor, most: int | None = None) -> Tensor:
+
+def best_of_each(scores: Tensor, k: Tensor | int, most: int | None = None) -> Tensor:
     """Bool `[P, Q]` that marks the `k[p]` highest `scores` of row p, ties to the lower index.
+
+    Never fewer: what is no number comes after all numbers, and before what must not be chosen.
 
     Args:
         scores: fp `[P, Q]`; -inf marks what must not be chosen.
-        k: int64 `[P]`.
+        k: int64 `[P]`, or one number for all rows.
         most: at least the largest of `k`, where that is known; else this waits for the device.
     """
-    most = int(k.max()) if most is None else most
+    if most is None:
+        most = k if isinstance(k, int) else int(k.max())
     if most == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.nan_to_num(nan=lowest, posinf=torch.inf, neginf=-torch.inf)
+    wanted = k if isinstance(k, int) else k[:, None]
+    if scores.shape[1] <= SHORT_ROW:
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        first = torch.arange(scores.shape[1], device=scores.device) < wanted
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        return chosen.scatter_(1, order, first.expand_as(order))
     best = scores.topk(most, dim=1).values
-    threshold = best.gather(1, (k - 1).clamp(min=0)[:, None])
+    last = k - 1 if isinstance(k, int) else (k[:, None] - 1).clamp_(min=0)
+    threshold = best[:, last, None] if isinstance(last, int) else best.gather(1, last)
     above = scores > threshold
     tied = scores == threshold
-    still = k[:, None] - above.sum(1, keepdim=True)
-    chosen = above | (tied & (tied.cumsum(1) <= still))
-    return chosen & (k > 0)[:, None]
+    return above | (tied & (tied.cumsum(1) <= wanted - above.sum(1, keepdim=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

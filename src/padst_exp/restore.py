@@ -18,9 +18,10 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError
-from padst_exp.files import read_text, reading
+from padst_exp.files import one_line, read_text, reading
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
+from padst_exp.messages import say
 from padst_exp.sparsify import Report
 from padst_exp.train import build_experiment, build_task, original, run_settings
 
@@ -201,6 +202,13 @@ def restore_run(
     opened = open_run(path, trust=trust, changes=changes)
     cfg, path, saved = opened.config, opened.path, opened.saved
     experiment = build_experiment(cfg, world, task(cfg))
+    data = experiment.task.describe()
+    if data != saved["data"]:
+        then, now = (
+            one_line(", ".join(f"{name} {value}" for name, value in each.items()))
+            for each in (saved["data"], data)
+        )
+        say(f"warning: {path} is of a training on other data: {then} then, {now} now")
     model = experiment.model.to(world.device, experiment.trainer.dtype)
     checkpoint.load_weights(model, opened.weights, path)
     # As in training; what was measured on another device proves nothing here.

@@ -88,15 +88,17 @@ class Learner:
 
     Attributes:
         kind: the class of the choices it trains.
+        section: of the configuration, that its keys belong to.
         interval: optimizer steps between two looks.
         choices: those that are soft still, by name.
         released: how many hardened so far.
     """
 
     kind: type[Soft]
+    section: str = "permutation"
 
     def __init__(self, *, interval: int = 1) -> None:
-        require(interval >= 1, "permutation.interval", interval, "at least 1 step")
+        require(interval >= 1, f"{self.section}.interval", interval, "at least 1 step")
         self.interval = interval
         self.choices: dict[str, Soft] = {}
         self.released = 0

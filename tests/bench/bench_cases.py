@@ -6,9 +6,8 @@ import torch
 from omegaconf import OmegaConf
 
 from padst_exp.bench import choices
-from padst_exp.bench.keys import Keys, keys_of
-from padst_exp.bench.session import Session, columns
-from padst_exp.bench.timing import Ceilings, Timer
+from padst_exp.bench.choices import Keys, keys_of
+from padst_exp.bench.session import Ceilings, Session, Timer, columns
 from padst_exp.config import config_dir
 
 CPU = torch.device("cpu")
@@ -36,7 +35,7 @@ def session(said: list[str] | None = None, timer: Timer | None = None) -> Sessio
     timer, ceilings = timer or Timer(CPU, "wall"), Ceilings(bandwidth=1e10, rate=1e11)
     said = [] if said is None else said
     about = columns(timer, torch.float32, ceilings)
-    return Session(timer, torch.float32, ceilings, about, 2, said.append)
+    return Session(timer, torch.float32, None, ceilings, about, 2, said.append)
 
 
 def keys(suite: str, **changes: Any) -> Keys:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from padst_exp.bench import contenders, timing
+from padst_exp.bench import contenders, session
 from padst_exp.bench.session import Contender
 from padst_exp.dispatch import timing as dispatching
 
@@ -18,7 +18,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(contenders, "compiled", named)
     monkeypatch.setattr(contenders, "compile_blocks", lambda module: None)
-    monkeypatch.setattr(timing, "last_level_cache", lambda device: 1 << 12)
-    monkeypatch.setattr(timing, "MAX_ROTATION", 2)
-    monkeypatch.setitem(timing.GEMM, "cpu", 64)
+    monkeypatch.setattr(session, "last_level_cache", lambda device: 1 << 12)
+    monkeypatch.setattr(session, "MAX_ROTATION", 2)
+    monkeypatch.setitem(session.GEMM, "cpu", 64)
     monkeypatch.setattr(dispatching.cache, "cache_folder", lambda: tmp_path / "decisions")

@@ -79,8 +79,8 @@ def test_kernels_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -
     product = importlib.import_module("padst_exp.structures.product")
     right = product.tile_matmul
 
-    def wrong(x: Tensor, *rest: object, backend: str) -> Tensor:
-        y: Tensor = right(x, *rest, backend=backend)
+    def wrong(x: Tensor, *rest: object, backend: str, trusted: bool) -> Tensor:
+        y: Tensor = right(x, *rest, backend=backend, trusted=trusted)
         return y * 1.1 if backend == "native" else y
 
     monkeypatch.setattr(product, "tile_matmul", wrong)

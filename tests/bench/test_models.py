@@ -22,12 +22,10 @@ def rows_of(suite: str, said: list[str], **changes: Any) -> pd.DataFrame:
 def test_dense_and_exported_models_compute_the_same() -> None:
     for model in (VIT, GPT2, RESNET):
         inputs = model.example(2)[0]
-        one = models.sparse(session(), model, 2, KIND, torch.float32)
+        one = models.sparse(session(), model, 2, KIND)
         exported = contenders.exported_model(one, inputs)
         alike = [[one, exported]]
-        alike += [
-            contenders.dense(session(), model, torch.float32, packed) for packed in (None, 16)
-        ]
+        alike += [contenders.dense(session(), model, packed) for packed in (None, 16)]
         for first, *others in alike:
             with torch.no_grad():
                 expected = first.modules[0].eval()(inputs)
@@ -61,7 +59,7 @@ def test_rows_of_models() -> None:
 
 def test_a_step_trains_weights_and_soft_permutations() -> None:
     for model, kind in ((VIT, HARD), (VIT, SOFT), (RESNET, SOFT)):
-        one = models.sparse(session(), model, 2, (kind, *KIND[1:]), torch.float32)
+        one = models.sparse(session(), model, 2, (kind, *KIND[1:]))
         before = {n: p.detach().clone() for n, p in one.modules[0].named_parameters()}
         models.step(session(), model, one, 2)[0]()
         moved = [n for n, p in one.modules[0].named_parameters() if not p.equal(before[n])]

@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from bench.bench_cases import CPU, session
-from padst_exp.bench import timing
-from padst_exp.bench.session import Contender
-from padst_exp.bench.timing import Call, Timer, rotation
+from padst_exp.bench import session as measuring
+from padst_exp.bench.session import Call, Contender, Timer, rotation
 
 
 class Scripted(Timer):
@@ -55,6 +54,6 @@ def test_ratios_are_to_the_faster_dense_contender_and_to_the_fastest_of_all() ->
 
 
 def test_weights_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "last_level_cache", lambda device: 100)
-    monkeypatch.setattr(timing, "MAX_ROTATION", 50)
+    monkeypatch.setattr(measuring, "last_level_cache", lambda device: 100)
+    monkeypatch.setattr(measuring, "MAX_ROTATION", 50)
     assert [rotation(size, CPU) for size in (1, 10, 1000)] == [50, 25, 2]

@@ -3,6 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import hydra
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import padst_kernels
 from from_yaml import from_yaml, leaf
-from padst_exp import config
+from padst_exp import config, identity
 from padst_exp.config import GROUPS, build, config_dir, config_hash, options
 from padst_exp.engine.distributed import World
 from padst_exp.errors import UserError
@@ -238,3 +239,26 @@ def test_the_name_tells_choices_and_results(compose: Compose) -> None:
         OmegaConf.update(changed, key, value)
         assert (config.run_name(changed, choices) == name) == (key in same)
     assert config.run_name(compose("name=mine"), choices) == "mine"
+
+
+def test_a_name_does_not_tell_what_changes_no_weight_or_how_a_path_is_spelt(
+    compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = {"model": "vit", "structure": "nm", "dst": "rigl", "permutation": "none"}
+    for name in ("data", "others"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("data")
+    cfg = compose("dataset=imagenet1k", f"dataset.root={tmp_path}/data")
+    name = config.run_name(cfg, choices)
+    for key in identity.FREE | identity.LOCATIONS:
+        group = key.partition(".")[0]
+        known = group in cfg and (group == key or isinstance(cfg[group], DictConfig))
+        assert known, key
+    same = [*((key, 77) for key in identity.FREE if key.startswith("trainer."))]
+    same += [("dataset.root", path) for path in ("data", "data/", "./others/../data", "link")]
+    other = [("dataset.root", "others"), ("dataset.root", "elsewhere"), ("trainer.epochs", 7)]
+    for key, value in same + other:
+        changed = cfg.copy()
+        OmegaConf.update(changed, key, value)
+        assert (config.run_name(changed, choices) == name) == ((key, value) in same), key

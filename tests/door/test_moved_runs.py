@@ -46,7 +46,9 @@ def run_on_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return run, moved
 
 
-def test_data_may_have_moved(run_on_text: tuple[Path, Path]) -> None:
+def test_data_may_have_moved(
+    run_on_text: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     run, moved = run_on_text
     expected = json.loads((run / "summary.json").read_text())["final"]
     with pytest.raises(UserError, match=r"^dataset\.path: .*old\.txt"):
@@ -62,6 +64,11 @@ def test_data_may_have_moved(run_on_text: tuple[Path, Path]) -> None:
     folder = exported(run, where)
     # The export knows where the data are now, and may be told again.
     assert evaluated(folder) == pytest.approx(found, rel=1e-5)
+    assert "other data" not in capsys.readouterr().err
+    other = moved.with_name("other.txt")
+    other.write_text(WORDS * 190)
+    evaluated(run, f"dataset.path='{other}'")
+    assert "warning: " in (said := capsys.readouterr().err) and "on other data: " in said
     again = moved.rename(moved.with_name("again.txt"))
     assert evaluated(folder, f"dataset.path='{again}'") == pytest.approx(found, rel=1e-5)
     again.rename(moved)

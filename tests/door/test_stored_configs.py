@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf.errors import OmegaConfBaseException
 
 from hostile import HOSTILE_YAML, harmful_configs, resolving_configs
+from padst_exp import stored
 from padst_exp.analyze import AnalyzeSchema, analyze
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
@@ -114,10 +116,15 @@ def test_only_constructors_of_ours_are_ever_called(
 ) -> None:
     for number, (what, config) in enumerate(harmful_configs(config_of(sound))):
         text = yaml.safe_dump(config)
-        # All of one place, and every place for some.
-        some = places if number % 8 == 0 else {"run": places["run"]}
-        for place, stored in some.items():
-            path = stored(text)
+        # As whoever reads it begins; some, and those of which only building shows it, to the end.
+        try:
+            stored.require_ours(stored.parse(text), "config.yaml", ())
+            some = {"run": places["run"]}
+        except ValueError as error:
+            assert isinstance(error, UserError) or "interpolation" in str(error), what
+            some = places if number % 16 == 0 else {}
+        for place, store in some.items():
+            path = store(text)
             refused(lambda path=path: evaluated(path), f"{place}: {what}")
             assert not planted.exists(), f"{place}: {what}"
     path = places["run"](text)
@@ -150,8 +157,10 @@ def test_nothing_in_a_stored_config_is_resolved(
 ) -> None:
     monkeypatch.setenv("SECRET", "a value of mine")
     for number, (what, config) in enumerate(resolving_configs(config_of(sound), "SECRET")):
-        for place, stored in places.items() if number % 9 == 0 else [("run", places["run"])]:
-            path = stored(yaml.safe_dump(config))
+        with pytest.raises((ValueError, OmegaConfBaseException)):
+            stored.parse(yaml.safe_dump(config))
+        for place, store in places.items() if number % 9 == 0 else ():
+            path = store(yaml.safe_dump(config))
             line = refused(lambda path=path: evaluated(path), f"{place}: {what}")
             assert "a value of mine" not in line
             if place != "export":
@@ -161,8 +170,8 @@ def test_nothing_in_a_stored_config_is_resolved(
 
 def test_text_that_is_no_config_is_one_line(places: dict[str, Place]) -> None:
     for text in (*HOSTILE_YAML, "", "a: [", "x" * (1 << 20) + ": 1", "model: 5", "speed: 5"):
-        for stored in places.values():
-            path = stored(text)
+        for store in places.values():
+            path = store(text)
             line = refused(lambda path=path: evaluated(path), repr(text[:50]))
             assert line.startswith("run: expected a training config, got ")
 

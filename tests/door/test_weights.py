@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from hostile import DAMAGED, broken_states, undone
+from padst_exp.analyze import AnalyzeSchema, analyze
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
+from padst_exp.engine.records import read_metrics
 from padst_exp.errors import UserError
 from padst_exp.restore import restore_run
 
@@ -54,7 +56,7 @@ def test_no_checkpoint_without_its_parts_loads(run: Path) -> None:
             checkpoint.write({**payload, key: value}, path)
             refused(run, f"{key}={value}")
     # What only says how fast backends were is measured again.
-    for value in (None, 5, {}, {"device": 1}, {"device": "x", "picks": 5}):
+    for value in ({}, {"device": 1}, {"device": "x", "picks": 5}):
         checkpoint.write({**payload, "backends": value}, path)
         restore_run(run, World())
     for whole in (None, 5, [], {}, {"format": 99}, torch.zeros(3)):
@@ -78,6 +80,29 @@ def test_no_damaged_file_of_a_run_is_read(run: Path, capsys: pytest.CaptureFixtu
                 assert restore_run(run, World()).path == last
                 assert ("best.pt" in capsys.readouterr().err) == (what != "missing")
             damage(file)
-            assert file.name in refused(run, f"{file.name} is {what}")
+            assert str(file.parent) in refused(run, f"{file.name} is {what}")
             undone(file, sound)
             undone(best, last.read_bytes())
+
+
+def test_metrics_that_are_none_cost_a_line_or_nothing(run: Path) -> None:
+    """They are read for pictures and for people."""
+    file = run / "metrics.jsonl"
+    sound = file.read_bytes()
+    rows = len(read_metrics(file))
+    for what, damage in DAMAGED.items():
+        damage(file)
+        if what in ("a folder", "a pipe", "no end", "a pointer of Git LFS"):
+            with pytest.raises(UserError, match=r"^run: expected the metrics of a run, got "):
+                read_metrics(file)
+        else:
+            assert len(read_metrics(file)) <= rows, what
+        undone(file, sound)
+    strange = ('{"step": 1}', '{"step": "1", "kind": "eval"}', '{"kind": "rewire"}', "[1]", "NaN")
+    odd = '{"kind": "rewire", "step": 3, "churn": "x", "density": [1]}'
+    file.write_text("\n".join((*strange, odd)))
+    assert [row.get("churn") for row in read_metrics(file)] == [None, "x"]
+    keys = AnalyzeSchema(
+        run=str(run), out=None, parts=("topology",), device="cpu", trust=(), changes=()
+    )
+    assert analyze(keys, World())[1]["topology"]["changes"] == []

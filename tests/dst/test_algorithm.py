@@ -1,4 +1,5 @@
 import math
+import unittest.mock
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst_cases import rigl, set_algorithm
+from padst_exp import pools
 from padst_exp.dst import Change, Cubic, DropGrow, Sigmoid, Signals, Static, Topology
 from padst_exp.dst.counts import Shrinking
 from padst_exp.errors import UserError
@@ -214,10 +216,23 @@ def test_the_best_of_each_pool_are_those_of_a_stable_sort(
 ) -> None:
     table = torch.tensor(scores).float()
     k = torch.randint(0, 10, (len(scores),), generator=torch.Generator().manual_seed(seed))
-    marked = best_of_each(table, k)
     order = table.sort(dim=1, descending=True, stable=True).indices
-    for row, number in enumerate(k.tolist()):
-        assert torch.equal(marked[row].nonzero().squeeze(1), order[row, :number].sort().values)
+    for short in (0, pools.SHORT_ROW):  # rows that are sorted and rows that are not
+        with unittest.mock.patch.object(pools, "SHORT_ROW", short):
+            marked, alike = best_of_each(table, k), best_of_each(table, int(k[0]))
+        for row, number in enumerate(k.tolist()):
+            assert torch.equal(marked[row].nonzero().squeeze(1), order[row, :number].sort().values)
+        assert torch.equal(alike[0], marked[0])
+
+
+def test_no_fewer_than_asked_are_the_best_where_scores_are_no_numbers() -> None:
+    nan, low = torch.nan, -torch.inf
+    table = torch.tensor([[nan, 2.0, nan, 1.0, low], [low, nan, torch.inf, low, nan]])
+    for short in (0, pools.SHORT_ROW):
+        with unittest.mock.patch.object(pools, "SHORT_ROW", short):
+            two, three = best_of_each(table, 2), best_of_each(table, torch.tensor([3, 3]))
+        assert two.nonzero()[:, 1].tolist() == [1, 3, 1, 2]
+        assert three.nonzero()[:, 1].tolist() == [0, 1, 3, 1, 2, 4]
 
 
 def test_bad_hyper_parameters_name_their_key() -> None:

@@ -159,6 +159,6 @@ def test_convolutions_are_served_too() -> None:
         x = torch.randn(2, 2, 4, 4)
         layer = run.model[1]
         torch.testing.assert_close(
-            layer(x), functional.conv2d(x, layer.weight, layer.live_bias(), padding=1),
+            layer(x), functional.conv2d(x, layer.weight, layer.bias, padding=1),
             atol=1e-4, rtol=1e-4,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from padst_exp.dst import Change, Cubic
 from padst_exp.engine import changes
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.state import TrainingState
+from padst_exp.errors import UserError
 from padst_exp.layers import SparseWeight, permutations, sparse_weights
 from padst_exp.permutations import DoublyStochastic
 from padst_exp.soft import Readiness, Soft
@@ -218,3 +219,15 @@ def test_a_hard_selection_drops_the_other_units() -> None:
     averaged = sparse_weights(state.average.model)["0.weights.0"]
     assert averaged.selection is None and torch.equal(averaged.active, weight.active)
     state.average.update(5)
+
+
+def test_a_state_of_another_shape_than_its_weight_is_refused_before_anything_moves() -> None:
+    experiment = toy_experiment(algorithm=set_algorithm())
+    state = trained(experiment)
+    weights = list(sparse_weights(state.model).values())
+    before = [weight.active.clone() for weight in weights]
+    moments = state.optimizer.state[weights[0].values]
+    moments["row_var"] = torch.ones(len(weights[0].values), 1)  # as Adafactor's
+    with pytest.raises(UserError, match=r"^optimizer: [^\n]*, got AgeAwareAdamW \(row_var\)$"):
+        update(experiment, state)
+    assert all(torch.equal(w.active, old) for w, old in zip(weights, before, strict=True))

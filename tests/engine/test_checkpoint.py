@@ -178,9 +178,9 @@ def test_a_damaged_best_falls_back_to_the_last(
         checkpoints.best.write_bytes(content)
         path, found = checkpoint.read_best(tmp_path)
         assert path == checkpoints.last and found["step"] == 2
-        assert "best.pt: damaged" in capsys.readouterr().err
+        assert "best.pt (" in capsys.readouterr().err
     checkpoints.last.unlink()
-    with pytest.raises(UserError, match=r"best\.pt: damaged"):
+    with pytest.raises(UserError, match=r"best\.pt \("):
         checkpoint.read_best(tmp_path)
 
 

@@ -130,17 +130,16 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_leftovers_go_with_their_owners(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     of_the_dead = path.with_name(f".tokens.{dead()}-00000000.tmp")
-    alive, other, elsewhere, old, named = (
-        temporary_name(path),
+    alive, elsewhere, old, named = (
         temporary_name(tmp_path / "tokens2"),
         path.with_name(f".tokens.{ELSEWHERE}-00000000.tmp"),
         path.with_name(f".tokens.{ELSEWHERE}-11111111.tmp"),
-        path.with_name(".tokens.mine"),
+        path.with_name(".tokens.mine.tmp"),
     )
-    for left in (of_the_dead, alive, other, elsewhere, old, named):
+    for left in (of_the_dead, alive, elsewhere, old, named):
         left.write_text("half")
     os.utime(old, (0, 0))
     with replacing(path) as file:
         file.write(b"whole")
-    assert set(tmp_path.iterdir()) == {path, alive, other, elsewhere, named}
+    assert set(tmp_path.iterdir()) == {path, alive, elsewhere, named}
     assert path.read_bytes() == b"whole"

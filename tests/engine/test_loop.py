@@ -1,19 +1,21 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from dst_cases import set_algorithm
+from dst_cases import rigl, set_algorithm
 from engine.moving import Moving
 from engine.toy import (
     MICRO_BATCHES,
@@ -37,7 +39,7 @@ from padst_exp.engine.interruption import Interrupted
 from padst_exp.engine.records import read_metrics
 from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.errors import UserError
-from padst_exp.layers import permutations, sparse_layers
+from padst_exp.layers import SparseLinear, permutations, sparse_layers
 from padst_exp.structures import Block
 
 Straight = tuple[dict[str, Any], Path]
@@ -102,7 +104,11 @@ def test_a_run_whose_entries_shrink_resumes_equal(tmp_path: Path) -> None:
         return {"algorithm": Moving(), "trainer": trainer}
 
     summary, directory, _ = toy_run(tmp_path, **settings())
-    events = [(event["of"], event["step"]) for event in summary["permutations"]["events"]]
+    events = [
+        (event["of"], event["step"])
+        for kind in ("selections", "permutations")
+        for event in summary[kind]["events"]
+    ]
     assert events == [("selection", 12), ("permutation", 15), ("permutation", 15)]
     paths = sorted(directory.checkpoints.folder.glob("step-*.pt"))
     sizes = [
@@ -266,7 +272,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="written by 2 processes, resumed by 1"):
         toy_run(tmp_path)
     last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"one that training wrote, got \S*last\.pt"):
         toy_run(tmp_path)
 
 
@@ -362,3 +368,43 @@ def test_a_change_of_the_number_of_entries_compiles_once_more(
     assert compiled_frames.frame_count == 1 + len(densities)
     for name, tensor in results[0].items():
         assert torch.equal(tensor, results[1][name]), name
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_topology_is_chosen_by_what_is_not_finite(tmp_path: Path, value: float) -> None:
+    forward = SparseLinear.forward
+
+    def poisoned(self: SparseLinear, x: Tensor) -> Tensor:
+        y = forward(self, x)
+        if any(weight.collect_dense_gradient for weight in self.parts()):  # an update is due
+            y.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), value))
+        return y
+
+    trainer = toy_trainer(checkpoint_interval=1)
+    wanted = (
+        r"^training diverged: a gradient or a weight is not finite at step (\d+); the last good"
+    )
+    for algorithm in (rigl(interval=4), Moving()):
+        root = tmp_path / type(algorithm).__name__
+        with (
+            mock.patch.object(SparseLinear, "forward", poisoned),
+            pytest.raises(UserError, match=wanted) as caught,
+        ):
+            toy_run(root, algorithm=algorithm, trainer=trainer)
+        step = int(re.findall(r"at step (\d+)", str(caught.value))[0])
+        saved = checkpoint.read(root / "toy" / "checkpoints" / "last.pt")
+        assert saved["step"] == step - 1
+        assert all(t.isfinite().all() for t in saved["model"].values() if t.is_floating_point())
+
+
+def test_the_summary_counts_permutations_and_selections_apart(tmp_path: Path) -> None:
+    summary, _, model = toy_run(tmp_path, algorithm=Moving())
+    both = summary["permutations"], summary["selections"]
+    assert [kind["hardened"] for kind in both] == [2, 1]
+    assert not set(names(both[0])) & set(names(both[1]))
+    assert all(kind["penalty_curve"] and not kind["still_soft"] for kind in both)
+    assert both[0]["distance_to_identity"].keys() == permutations(model).keys()
+
+
+def names(kind: dict[str, Any]) -> list[str]:
+    return [event["choice"] for event in kind["events"]]

@@ -8,8 +8,14 @@ from torch import nn
 from engine.moving import Moving
 from engine.toy import toy_experiment
 from from_yaml import from_yaml
-from padst_exp.engine.optimizers import AgeAwareAdamW, birth_dtype, parameter_roles
+from padst_exp.engine.optimizers import (
+    AgeAwareAdamW,
+    birth_dtype,
+    parameter_roles,
+    require_entrywise,
+)
 from padst_exp.errors import UserError
+from padst_exp.layers import sparse_weights
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 0.05}
 
@@ -128,3 +134,36 @@ def test_mistakes_name_the_key() -> None:
     for key, value in mistakes.items():
         with pytest.raises(UserError, match=rf"^optimizer\.{key}: expected .*, got"):
             from_yaml("optimizer/adamw", **{"lr": 0.1, key: value})
+
+
+class Scaled(nn.Module):
+    """A norm as many write it, `LlamaRMSNorm` among them."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+
+
+def test_a_scale_is_known_by_its_shape_and_does_not_decay() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    model = nn.Sequential(Scaled(5), LlamaRMSNorm(7), nn.PReLU(3), nn.Linear(4, 1))
+    roles = {name: role for name, (role, _) in parameter_roles(model).items()}
+    assert roles == {
+        "0.weight": "norm",
+        "1.weight": "norm",
+        "2.weight": "norm",
+        "3.weight": "weight",
+        "3.bias": "bias",
+    }
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+def test_what_takes_packed_values_for_a_matrix_is_refused_by_name(name: str) -> None:
+    kind = getattr(torch.optim, name)
+    model = toy_experiment(algorithm=Moving()).model
+    packed = [weight.values for weight in sparse_weights(model).values()]
+    optimizer = kind(packed)
+    with pytest.raises(UserError, match=rf"^optimizer: expected one [^\n]*, got {name}$"):
+        require_entrywise(optimizer, model)
+    require_entrywise(kind([nn.Parameter(torch.ones(3, 4))]), model)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from padst_exp.engine import run_directory
 from padst_exp.engine.distributed import World
 from padst_exp.engine.records import read_metrics
 from padst_exp.engine.run_directory import RunDirectory
@@ -75,6 +76,32 @@ def test_auto_refuses_another_configuration(tmp_path: Path) -> None:
     create(tmp_path, "auto", lr=0.1).close()
     with pytest.raises(UserError, match=r"optimizer\.lr=0\.1 there and 0\.2 here"):
         create(tmp_path, "auto", lr=0.2)
+
+
+def test_auto_says_why_it_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create(tmp_path, "auto").close()
+    assert f"no run run to continue in {tmp_path}, a new one begins\n" in capsys.readouterr().err
+    (tmp_path / "run").rename(tmp_path / "old")
+    create(tmp_path, "auto", lr=0.2).close()
+    said = capsys.readouterr().err
+    assert "the nearest is old, which differs in optimizer.lr=0.1 there and 0.2 here" in said
+    create(tmp_path, "never", lr=0.3).close()
+    create(tmp_path, "auto", lr=0.3).close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(device: str) -> None:
+        assert not (tmp_path / "run").exists()
+        raise OSError(30, "Read-only file system", "env.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "environment", fail)
+        with pytest.raises(UserError, match=r"runs: expected a folder that can be written, .*Read"):
+            create(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:

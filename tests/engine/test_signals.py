@@ -28,6 +28,7 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.interruption import Interrupted, Interruption, ending_at_once
 from padst_exp.engine.records import read_metrics
+from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.errors import UserError
 from padst_exp.signals import ENDING, REQUEUE
 
@@ -112,6 +113,23 @@ def test_signals_to_the_group_leave_a_checkpoint_and_no_worker(
         assert process.exitcode == (REQUEUE if warned else 128 + signum)
         assert saved_step(root) >= 4
         assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_workers_of_a_fork_server_leave_signals_to_the_run_too(
+    tmp_path: Path, start: Start
+) -> None:
+    (process,) = start(endless, tmp_path, 2, "forkserver")
+    wait_for(lambda: training(tmp_path))
+    (server,) = (pid for pid in children(process.pid) if children(pid))
+    workers = children(server)
+    assert len(workers) == 2
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert saved_step(tmp_path) >= 4
+    wait_for(lambda: not any(alive(pid) for pid in (server, *workers)), seconds=5)
 
 
 @pytest.mark.slow
@@ -222,6 +240,23 @@ def test_an_error_in_a_pass_loses_no_step_either(tmp_path: Path) -> None:
         assert saved_step(root) == 6
         toy_run(root, model=model())
         assert_same_run(tmp_path / "straight", root / "toy")
+
+
+def test_an_error_after_a_step_saves_that_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = RunDirectory.append
+
+    def full(directory: RunDirectory, row: dict[str, Any]) -> None:
+        if row["step"] == 9:
+            raise OSError(28, "No space left on device")
+        append(directory, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append", full)
+        with pytest.raises(OSError, match="No space left"):
+            toy_run(tmp_path)
+    assert saved_step(tmp_path) == 9
 
 
 def test_a_signal_amid_an_evaluation_does_not_wait_for_its_end(tmp_path: Path) -> None:

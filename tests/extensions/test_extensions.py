@@ -16,7 +16,10 @@ from PIL import Image
 from extensions.own import Arrow
 from layers.layer_cases import LIVES, linear, sparse_layer
 from layers.reference import assert_close, expected, run
+from padst_exp.engine.distributed import World
 from padst_exp.engine.records import read_metrics
+from padst_exp.errors import UserError
+from padst_exp.restore import restore_run
 from padst_exp.train import main
 
 Train = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
@@ -54,11 +57,16 @@ def kinds(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == kind]
 
 
-def test_an_own_structure_trains(train: Train) -> None:
+def test_an_own_structure_trains(train: Train, tmp_path: Path) -> None:
     summary, rows = train("structure=arrow", "dst.interval=2")
     assert summary["sparsification"]["structure"] == "Arrow"
     assert summary["density_of_layers"] == pytest.approx(0.5, abs=0.07)
     assert len(kinds(rows, "rewire")) == 2 and summary["topology"]["units_replaced"] > 0
+    # In a stored config it is anybody's, until the user vouches for it.
+    with pytest.raises(UserError, match=r"got 'extensions\.own\.Arrow'; trust=extensions runs it"):
+        restore_run(tmp_path / "runs" / "own", World())
+    trusted = restore_run(tmp_path / "runs" / "own", World(), trust="extensions")
+    assert trusted.report.density("layers") == summary["density_of_layers"]
 
 
 def test_an_own_score_trains(train: Train) -> None:

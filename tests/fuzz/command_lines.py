@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from padst_exp.config import GROUPS, config_dir, options
 
@@ -64,21 +64,30 @@ WILD = [
 ]  # fmt: skip
 
 
+# Words that some key takes.
+WORDS = [
+    *("uniform", "erk", "packed", "masked", "never", "auto", "cpu", "cuda", "native", "torch"),
+    *("triton", "scatter", "logits", "projected", "lognormal", "noise", "adaptive", "fixed", "in"),
+    *("out", "both", "cosine", "linear", "constant", "age", "zero", "model", "layers", "paper"),
+    *("code", "stride", "band", "bfloat16", "float64", "basic", "bottleneck", "imagenet", "bce"),
+]
+
+
 @functools.cache
 def tree(*choices: str) -> DictConfig:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return compose("config", [*choices])
 
 
-def keys_of(node: Any, prefix: str = "") -> list[str]:
-    """The dotted key of every node of a config, leaves and others."""
-    found = []
+def keys_of(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Every node of a config by its dotted key, leaves and others."""
+    found = {}
     if isinstance(node, DictConfig):
         for name in node:
             key = f"{prefix}{name}"
-            found.append(key)
-            inner = None if OmegaConf.is_missing(node, name) else node._get_node(name)
-            found += keys_of(inner, f"{key}.")
+            inner = None if OmegaConf.is_missing(node, name) else node[name]
+            found[key] = inner
+            found |= keys_of(inner, f"{key}.")
     return found
 
 
@@ -102,9 +111,12 @@ def command_lines(draw: st.DrawFn) -> list[str]:
         if draw(st.booleans())
     ]
     right = base(model, choices)
-    groups = [argument for argument in right if argument.partition("=")[0] in GROUPS]
-    keys = keys_of(tree(*groups))
-    wrong = [draw(_override(keys)) for _ in range(draw(st.integers(0, 4)))]
+    keys = keys_of(tree(*right[:2]))
+    for choice in choices:
+        group = choice.partition("=")[0]
+        keys = {key: value for key, value in keys.items() if not key.startswith(f"{group}.")}
+        keys |= keys_of(tree(choice)[group], f"{group}.")
+    wrong = [draw(_override(keys)) for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 2, 3])))]
     return [*right, *wrong]
 
 
@@ -113,12 +125,12 @@ NEW = "zz", "_target_", "sparsty", "model@zz", "defaults", "hydra.zz", "hydra.jo
 
 
 @st.composite
-def _override(draw: st.DrawFn, keys: list[str]) -> str:
+def _override(draw: st.DrawFn, keys: Mapping[str, Any]) -> str:
     groups = [path.name for path in config_dir().iterdir() if path.is_dir()]
     kinds = ["value"] * 14 + ["option", "group", "new", "delete", "any", "misspelt"]
     kind = draw(st.sampled_from(kinds))
-    value = draw(st.one_of(st.sampled_from(WILD), _numbers()))
-    key = draw(st.sampled_from(keys))
+    key = draw(st.sampled_from([*keys]))
+    value = draw(st.one_of(st.sampled_from(WILD), _like(keys[key]), _like(keys[key])))
     prefix = draw(st.sampled_from(PREFIXES))
     if kind == "option":
         group = draw(st.sampled_from([*GROUPS, "recipe", "debug", "experiment"]))
@@ -138,13 +150,21 @@ def _override(draw: st.DrawFn, keys: list[str]) -> str:
     return f"{prefix if value == '1' else ''}{key}={value}"
 
 
-def _numbers() -> st.SearchStrategy[str]:
-    return st.one_of(
-        st.integers(-(10**6), 10**6).map(str),
-        st.integers(-4, 40).map(str),
-        st.floats(0, 1).map(repr),
-        st.floats(allow_nan=False, allow_infinity=False).map(repr),
-    )
+def _like(value: Any) -> st.SearchStrategy[str]:
+    """Values of the type that a key has: what a constructor has to judge itself."""
+    whole = st.one_of(st.integers(-3, 40), st.integers(-(2**63), 2**63 - 1), st.integers(0, 10**6))
+    broken = st.one_of(st.floats(0, 1), st.floats(-3.4e38, 3.4e38), st.floats(0, 100))
+    if isinstance(value, bool):
+        return st.sampled_from(["true", "false"])
+    if isinstance(value, int):
+        return whole.map(str)
+    if isinstance(value, float):
+        return st.one_of(broken.map(repr), whole.map(str))
+    if isinstance(value, str):
+        return st.sampled_from([*WORDS, value])
+    if isinstance(value, ListConfig):
+        return st.lists(st.one_of(broken, st.integers(-2, 30)), max_size=4).map(str)
+    return st.one_of(whole.map(str), broken.map(repr), st.sampled_from(["null", *WORDS]))
 
 
 def meaningless(config: object) -> list[object]:

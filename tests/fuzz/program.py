@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-SECONDS = 120
+SECONDS = 300
 LONGEST = 3000
 
 
@@ -19,11 +19,13 @@ class Reached(Exception):
     """Everything was accepted, and training would begin now."""
 
 
-def fault(main: Callable[[], None], arguments: Sequence[str], folder: Path) -> str | None:
+def fault(
+    main: Callable[[], None], arguments: Sequence[str], folder: Path, expected: str = ""
+) -> str | None:
     """What is wrong with how a program took `arguments`, in `folder`; None for nothing.
 
     Right is a run that ends with status 0 (or is `Reached`), or one line on stderr, another status
-    and a folder that is as it was.
+    and a folder that is as it was. Where a line is `expected` to begin so, nothing else is right.
     """
     before, said = contents(folder), io.StringIO()
     argv, here = sys.argv, Path.cwd()
@@ -34,7 +36,7 @@ def fault(main: Callable[[], None], arguments: Sequence[str], folder: Path) -> s
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _no_longer():
             main()
     except Reached:
-        return None
+        return "accepted" if expected else None
     except SystemExit as stop:
         status = stop.code
     except BaseException as error:
@@ -45,15 +47,16 @@ def fault(main: Callable[[], None], arguments: Sequence[str], folder: Path) -> s
         sys.argv = argv
         os.chdir(here)
     if status == 0:
-        return None
+        return "accepted" if expected else None
     lines = said.getvalue().splitlines()
     errors = [line for line in lines if line.startswith("padst_exp: error: ")]
     if status not in (1, 2) or len(errors) != 1 or lines[-1:] != errors:
         return f"not one line, status {status}: {lines[-4:]}"
     if len(errors[0]) > LONGEST or not errors[0].isprintable():
         return f"too long, or not printable: {errors[0][:300]!r}"
-    if errors[0].removeprefix("padst_exp: error: ").strip() in ("", "None"):
-        return "an empty line"
+    line = errors[0].removeprefix("padst_exp: error: ")
+    if line.strip() in ("", "None") or not line.startswith(expected):
+        return f"another line: {line}"
     after = contents(folder)
     return None if after == before else f"left on disk: {sorted(after - before)[:4]}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, seed, settings
 from omegaconf import DictConfig, OmegaConf
 
 from fuzz.command_lines import command_lines, meaningless
-from fuzz.program import Reached, fault
+from fuzz.program import Reached, contents, fault
 from padst_exp import train
 from padst_exp.engine import loop
 
-DRAWS = int(os.environ.get("FUZZ_DRAWS", "50"))
+DRAWS = int(os.environ.get("FUZZ_DRAWS", "40"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 MEMORY = 16 << 30
 
@@ -29,6 +29,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
     yield tmp_path_factory.mktemp("runs")
     resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def drawn(number: int) -> Callable[[Callable[[list[str]], None]], Callable[[], None]]:
+    """So many command lines, the same for every equal FUZZ_SEED."""
+
+    def decorate(check: Callable[[list[str]], None]) -> Callable[[], None]:
+        bounded = settings(
+            max_examples=number,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        return seed(SEED)(bounded(given(command_lines())(check)))
+
+    return decorate
 
 
 def stopping_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,20 +63,27 @@ def test_a_command_is_run_or_refused_in_one_line(
         train, "build_experiment", lambda cfg, world: (accepted.append(cfg), build(cfg, world))[1]
     )
 
-    @seed(SEED)
-    @settings(
-        max_examples=DRAWS,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(command_lines())
+    @drawn(DRAWS)
     def check(arguments: list[str]) -> None:
         accepted.clear()
         assert fault(train.main, arguments, folder) is None
-        if (folder / "runs").exists():
-            shutil.rmtree(folder / "runs")
+        if contents(folder):
+            for path in folder.iterdir():
+                shutil.rmtree(path)
             config = OmegaConf.to_container(accepted[0], resolve=True)
             assert not meaningless(config)
+
+    check()
+
+
+@pytest.mark.slow
+def test_a_step_of_what_is_accepted_trains_or_is_refused_in_one_line(folder: Path) -> None:
+    short = ["trainer.steps=1", "trainer.epochs=null", "trainer.compile=false"]
+
+    @drawn(max(5, DRAWS // 10))
+    def check(arguments: list[str]) -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        assert fault(train.main, [*arguments, *short], folder) is None
 
     check()

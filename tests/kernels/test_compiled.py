@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_plain_pytorch_stands_in_for_native_kernels(caplog: pytest.LogCaptureFix
             results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight))))
         for stand_in, plain in zip(*results, strict=True):
             assert torch.equal(stand_in, plain)
-    assert "plain PyTorch instead: PADST_NATIVE is 0" in caplog.text
+    assert "3 to 6 times slower: PADST_NATIVE is 0" in caplog.text
 
 
 def test_no_compiler_no_library(
@@ -59,7 +60,7 @@ def test_no_compiler_no_library(
     source.write_text(ONE)
     monkeypatch.setenv("CXX", str(tmp_path / "missing"))
     assert compiled(source) is None
-    assert "plain PyTorch instead" in caplog.text
+    assert "so plain PyTorch computes" in caplog.text
 
 
 def test_says_why_the_compiler_refuses(source: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -94,7 +95,12 @@ def test_a_library_is_built_once_for_each_version_of_its_files(source: Path) -> 
     first = files()
     assert len(first) == 1 and files() == first
     header.write_text("#define ONE 2\n")
+    # What a killed process was building goes with the next build; what is being built stays.
+    for name, age in (("building-old", 9999), ("building-new", 9)):
+        (folder / name).mkdir()
+        os.utime(folder / name, (time.time() - age,) * 2)
     second = files()
+    assert second.pop(folder / "building-new") and folder / "building-old" not in second
     assert len(second) == 2 and second.items() > first.items()
 
 

@@ -6,12 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from dst_cases import rigl
 from layers.layer_cases import linear, sparse_layer
 from layers.reference import run
 from padst_exp.dst import Algorithm, Change, Signals, Topology
+from padst_exp.errors import UserError
 from padst_exp.layers import SparseLinear, SparseWeight
 from padst_exp.structures import random_units
 from structure_cases import STRUCTURES, shapes
@@ -115,6 +117,38 @@ def test_an_explicit_source_moves_units_and_single_entries_anywhere() -> None:
             # Frames that reach over the edge stay empty there.
             inside = weight.entries() < weight.shape[0] * weight.shape[1]
             assert torch.equal(weight.packed(), wanted * inside), where
+
+
+def test_a_topology_is_derived_once_until_anybody_writes_to_it() -> None:
+    for name, _, weight in weights():
+        known = weight.topology()
+        assert (weight.topology() is known) == (weight.geometry.unit_size >= 8), name
+        copied = copy.deepcopy(weight)
+        change = drawn(weight, 0.5)
+        weight.adopt(change)
+        assert torch.equal(weight.topology().active, change.active), name
+        assert torch.equal(copied.topology().active, known.active), name
+        assert copied.topology().active is not known.active
+
+
+def test_units_that_a_stranger_writes_in_place_are_refused_before_they_compute() -> None:
+    for name, layer, weight in weights():
+        model = nn.Sequential(layer, nn.Linear(weight.shape[0], 4))
+        averaged = AveragedModel(model)
+        averaged.update_parameters(model)
+        x = torch.randn(3, weight.shape[1])
+        torch.testing.assert_close(averaged(x), model(x))  # the same units, written again
+        change = decided(weight)
+        if torch.equal(change.active, weight.topology().active):
+            continue
+        weight.adopt(change)
+        averaged.update_parameters(model)
+        with pytest.raises(UserError, match=r"overwritten in place[^\n]*load_state_dict"):
+            averaged(x)
+        copied = copy.deepcopy(model)
+        weight.adopt(reordered(weight))
+        copied.load_state_dict(model.state_dict())
+        torch.testing.assert_close(copied(x), model(x), msg=name)
 
 
 def test_units_carry_one_number_each_along() -> None:

@@ -11,7 +11,10 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from dst_cases import rigl
 from from_yaml import from_yaml
 from layers.layer_cases import SoftHalf
+from padst_exp.config import options
 from padst_exp.errors import UserError
+from padst_exp.inference import pack
+from padst_exp.inference.linear import PackedLinear
 from padst_exp.layers import SparseLinear, sparse_layers, sparse_weights
 from padst_exp.layers.surgery import Taken
 from padst_exp.permutations import PermutationLearner, RandomPermutation, is_bijection
@@ -114,6 +117,18 @@ def test_a_layer_under_several_names_is_sparse_under_all_of_them() -> None:
     model = nn.ModuleDict({"first": block, "second": block})
     sparsify(model, [Rule("second.0")], structure=Unstructured(), density=0.5)
     assert isinstance(model["first"][0], SparseLinear) and model["first"] is model["second"]
+
+
+def test_a_shared_layer_is_packed_once_for_all_its_names() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+    sparsify(model, [Rule("0")], structure=STRUCTURES["nm-16"], density=0.5)
+    x = torch.randn(3, 16)
+    expected = model(x).detach()
+    assert list(pack(model)) == ["0"]
+    assert isinstance(model[0], PackedLinear) and model[2][0] is model[0]
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_tied_weights_are_refused_and_a_shared_bias_stays_shared() -> None:
@@ -382,6 +397,51 @@ def test_a_soft_start_that_would_scramble_trained_weights_is_refused() -> None:
             learner=Scrambling(side="in"), topology="magnitude", rescale=False,
         )  # fmt: skip
     assert_untouched(model, before)
+
+
+def test_every_learner_keeps_trained_weights_or_says_that_it_cannot() -> None:
+    x, kept = torch.randn(4, 24), set()
+    for name in options("permutation"):
+        torch.manual_seed(0)
+        model = plain(nn.Linear(24, 40), nn.Linear(40, 24))
+        expected = model(x)
+        changes = {} if name == "none" else {"side": "both"}
+        arguments = {"density": 1.0, "topology": "magnitude", "rescale": False}
+        learner = from_yaml(f"permutation/{name}", **changes)
+        try:
+            sparsify(model, [Rule("?")], structure=Unstructured(), learner=learner, **arguments)
+        except UserError as error:
+            assert str(error).startswith("permutation: expected one that trained weights"), name
+            continue
+        torch.testing.assert_close(model.eval()(x), expected, atol=1e-4, rtol=1e-4, msg=name)
+        kept.add(name)
+    assert {"none", "random", "doubly_stochastic"} <= kept
+
+
+def test_fitted_permutations_keep_more_of_trained_weights_on_either_side() -> None:
+    structures = {"nm": STRUCTURES["nm-16"], "block": STRUCTURES["block-8"]}
+    for structure in structures.values():
+        for side in ("in", "out", "both"):
+            kept, at = {}, {"side": side}
+            for name in ("none", "random", "greedy", "search"):
+                torch.manual_seed(0)
+                model = plain(nn.Linear(64, 96))
+                # Rows and columns of hidden groups, some of which matter.
+                rows, columns = torch.randperm(96) % 6, torch.randperm(64) % 8
+                matters = (torch.rand(6, 8) > 0.7).float()[rows][:, columns]
+                with torch.no_grad():
+                    model[0].weight.mul_(0.2 + 2 * matters)
+                dense = model[0].weight.detach().clone()
+                sparsify(
+                    model, [Rule("0")], structure=structure, density=0.25, topology="magnitude",
+                    learner=from_yaml(f"permutation/{name}", **({} if name == "none" else at)),
+                    rescale=False,
+                )  # fmt: skip
+                found = model[0].weight.detach()
+                assert torch.equal(found[found != 0], dense[found != 0])
+                kept[name] = float(found.square().sum() / dense.square().sum())
+            assert kept["greedy"] > max(kept["none"], kept["random"]) + 0.01, (side, kept)
+            assert kept["search"] > kept["greedy"] - 0.02, (side, kept)
 
 
 def test_importance_decides_where_it_is_given() -> None:

@@ -201,6 +201,56 @@ def test_attention_and_encoder_layers_train_and_evaluate_with_sparse_projections
         torch.testing.assert_close(outputs(loaded, x)["evaluated"], ours["evaluated"])
 
 
+def test_rows_without_inputs_are_silent_on_every_path() -> None:
+    x, sparse = torch.randn(2, 7, 32), encoder()
+    sparsify(sparse, RULES, structure=STRUCTURES["fan-in-1"], density=0.5)
+    with torch.no_grad():
+        for layer in sparse_layers(sparse).values():
+            layer.silences_rows = True
+            for weight in layer.parts():
+                rows = weight.topology().active // weight.shape[1]
+                weight.adopt(Change(weight.topology().active[rows % 4 > 0]))
+            assert layer.bias is not None
+            layer._parameters["bias"].uniform_(1, 2)
+            assert layer.bias.count_nonzero() < len(layer.bias)
+    ours, theirs = outputs(sparse, x), outputs(dense_twin(sparse), x)
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key], atol=2e-5, rtol=1e-4, msg=key)
+    layer = sparse.linear1
+    layer(x).sum().backward()
+    assert not layer._parameters["bias"].grad[layer.bias == 0].any()
+    assert torch.equal(layer.state_dict()["bias"], layer._parameters["bias"])
+
+
+def test_a_dense_weight_is_built_once_for_a_forward_pass_and_until_it_changes() -> None:
+    x, sparse = torch.randn(2, 7, 32), encoder()
+    learner = learned()
+    sparsify(sparse, RULES, structure=STRUCTURES["nm-16"], density=0.5, learner=learner)
+    layers = [sparse.self_attn.in_proj, sparse.self_attn.out_proj, sparse.linear1, sparse.linear2]
+    with mock.patch.object(SparseLinear, "_matrix", autospec=True, side_effect=_matrix) as built:
+        sparse.train()(x).sum().backward()
+        assert [call.args[0] for call in built.call_args_list] == layers[:2]
+        built.reset_mock()
+        sparse.eval()
+        with torch.no_grad():
+            before = sparse(x), sparse(x)
+            assert built.call_count == 4 and torch.equal(*before)
+            # Each of what a matrix is made of, in place or anew.
+            weight = layers[2].parts()[0]
+            weight.values[0] += 1
+            weight.adopt(Change(weight.topology().active[1:]))
+            for permutation in layers[3].permutations().values():
+                permutation.harden()
+            after = sparse(x)
+            assert built.call_count == 6
+            torch.testing.assert_close(after, copy.deepcopy(sparse)(x))
+        sparse.train()
+        assert all(layer._shown is None for layer in layers)
+
+
+_matrix = SparseLinear._matrix
+
+
 def test_attention_without_a_bias_and_over_other_keys_works() -> None:
     torch.manual_seed(1)
     attention = nn.MultiheadAttention(32, 4, bias=False, batch_first=True)

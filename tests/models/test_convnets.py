@@ -92,7 +92,9 @@ def test_llama_is_causal_and_has_projections_of_its_own() -> None:
 def test_what_does_not_fit_is_one_line() -> None:
     mistakes: dict[str, dict[str, Any]] = {
         "model.stem: expected cifar for images of 28 pixels, at least 8, got imagenet": {},
-        "model.depths: expected at least one block in each stage, got": {"depths": [1, 0, 1, 1]},
+        "model.depths: expected at least one block in each stage, and at most 1000 in all, got": {
+            "depths": [1, 0, 1, 1]
+        },
         "model.width: expected a factor that leaves a channel, got 0.0": {"width": 0.0},
         "model.checkpoint: expected an existing file, got /no": {"checkpoint": "/no"},
         "model.heads: expected one whose double divides model.dim=20, got 3": {"dim": 20},

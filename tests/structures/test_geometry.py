@@ -100,6 +100,18 @@ def test_units_are_scored_by_the_root_mean_square_of_their_entries() -> None:
         torch.testing.assert_close(geometry.frame_rms(frames, active), table[active])
 
 
+def test_scores_of_tiny_and_of_huge_entries_are_told_apart() -> None:
+    for name, structure in STRUCTURES.items():
+        geometry = structure.geometry(*shapes(name)[-1], 0.25)
+        for dtype, exponents in ((torch.float32, (-80, 70)), (torch.float64, (-600, 550))):
+            dense = torch.randn(geometry.shape, dtype=dtype)
+            for exponent in exponents:  # a power of two rounds nothing
+                scaled = geometry.unit_rms(dense * 2.0**exponent)
+                assert torch.equal(scaled, geometry.unit_rms(dense) * 2.0**exponent), name
+        nothing = geometry.unit_rms(torch.zeros(geometry.shape))
+        assert not nothing.any() and len(geometry.unit_rms(torch.ones(geometry.shape)).unique()) < 3
+
+
 def test_coordinates_are_those_of_each_units_first_cell() -> None:
     for name, geometry, _ in cases():
         table, units = geometry.coordinates(), geometry.unit_ids()

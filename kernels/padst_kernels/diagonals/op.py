@@ -15,6 +15,7 @@ from torch import Tensor
 
 from padst_kernels import Backend
 from padst_kernels.calls import operator
+from padst_kernels.checks import Part, require_index
 from padst_kernels.devices import MIN_RUN, pays_to_transpose, readable, runs_on_triton
 from padst_kernels.scatter import scatter_matmul
 
@@ -30,6 +31,7 @@ def diagonal_matmul(
     columns: Tensor | None = None,
     rows: Tensor | None = None,
     backend: Backend = "torch",
+    trusted: bool = False,
 ) -> Tensor:
     """y[..., rows[r]] = sum over cells (r, c) of the diagonals of their value * x[..., columns[c]].
 
@@ -42,12 +44,14 @@ def diagonal_matmul(
         rows: int32 `[O]`, a permutation of the outputs; None for the identity.
         backend: `"torch"`: a dense weight that lives only during a pass. `"triton"`: the Triton
             kernels, for tensors on a GPU; float64 goes to `"torch"` all the same.
+        trusted: offsets, columns and rows are as promised, so that no call looks at their numbers.
 
     Returns:
         `[..., O]`, dtype of x. Differentiable in `x` and `values`, once and in reverse mode.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or there is no such backend for `x`.
+        IndexError: an offset, a column or a row is out of range.
     """
     in_features = x.shape[-1]
     if backend not in BACKENDS:
@@ -68,9 +72,21 @@ def diagonal_matmul(
             raise ValueError(f"diagonal_matmul: {name} is {tuple(tensor.shape)}, expected {shape}")
         if tensor.device != x.device:
             raise ValueError(f"diagonal_matmul: {name} is on {tensor.device}, x on {x.device}")
+    if not trusted:
+        number, longest = offsets.numel(), max(in_features, out_features)
+        parts: list[Part] = [
+            ("offsets", _contiguous(offsets), (number,), longest - 1, False),
+            ("columns", _contiguous(columns), (in_features,), in_features - 1, False),
+            ("rows", _contiguous(rows), (out_features,), out_features - 1, False),
+        ]
+        require_index("diagonal_matmul", parts, x.device)
     flat, by_row = x.reshape(-1, in_features), out_features < in_features
     y = _product(flat, values, offsets, columns, rows, out_features, by_row, backend)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _contiguous(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.contiguous()
 
 
 def product(
@@ -86,7 +102,7 @@ def product(
     """`[T, O]` of x `[T, I]`; with O and I, rows and columns, and `by_row` exchanged, dX."""
     if not runs_on_triton(x, backend):
         entries = _entries(offsets, out_features, x.shape[1], columns, rows, by_row)
-        return scatter_matmul(x, values, entries, out_features)
+        return scatter_matmul(x, values, entries, out_features, trusted=True)
     from padst_kernels.diagonals.kernels import launch_diagonals
 
     transposes = (columns is not None or rows is not None) and pays_to_transpose(x)

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from padst_kernels import Backend
 from padst_kernels.calls import operator
+from padst_kernels.checks import Part, require_index
 from padst_kernels.entries import passes
 from padst_kernels.entries.index import Condensed, EntryIndex
 
 BACKENDS = ("native", "torch")
+_FEATURES = (torch.uint16, torch.int32)
 CONDENSED_BACKENDS = ("native", "torch", "triton")
 
 
@@ -31,6 +33,7 @@ def entry_matmul(
     out_features: int,
     *,
     backend: Backend = "torch",
+    trusted: bool = False,
 ) -> Tensor:
     """y = x @ W^T, where W `[O, I]` holds `values` at the entries of `index`, zeros elsewhere.
 
@@ -43,6 +46,7 @@ def entry_matmul(
             alone, with float32 sums. `"torch"`: plain PyTorch, through a dense weight that lives
             only during a pass. float64, more than 65,536 features, and machines without a compiler
             go to `"torch"` all the same.
+        trusted: `index` is as `entry_index` made it, so that no call looks at its numbers.
 
     Returns:
         `[..., O]`, contiguous, dtype of x. Differentiable in `x` and `values` (zero at padding),
@@ -50,7 +54,7 @@ def entry_matmul(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or there is no such backend for `x`.
-        IndexError: on a CPU, a feature in `index` does not exist.
+        IndexError: a number in `index` is out of range.
     """
     if backend not in BACKENDS:
         raise ValueError(f"entry_matmul: backend is {backend!r}, expected one of {BACKENDS}")
@@ -61,12 +65,16 @@ def entry_matmul(
             "elements, as many as entries"
         )
     _check("entry_matmul", x, values, columns, index.in_features)
+    if not trusted:
+        _require_entries(index, out_features)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = _product(flat, values, index, out_features, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
-def condensed_matmul(x: Tensor, weight: Condensed, *, backend: Backend = "torch") -> Tensor:
+def condensed_matmul(
+    x: Tensor, weight: Condensed, *, backend: Backend = "torch", trusted: bool = False
+) -> Tensor:
     """y = x @ W^T, zero where W has no entries.
 
     Args:
@@ -74,6 +82,7 @@ def condensed_matmul(x: Tensor, weight: Condensed, *, backend: Backend = "torch"
         weight: made by `condense`.
         backend: `"native"` and `"torch"`: as in `entry_matmul`. `"triton"`: the Triton kernel for
             up to 64 tokens on a GPU; more tokens, and float64, go to `"torch"` all the same.
+        trusted: `weight` is as `condense` made it, so that no call looks at its numbers.
 
     Returns:
         `[..., O]`, contiguous. Not differentiable.
@@ -81,7 +90,7 @@ def condensed_matmul(x: Tensor, weight: Condensed, *, backend: Backend = "torch"
     Raises:
         ValueError: shapes, dtypes or devices disagree, x needs a gradient, or there is no such
             backend for `x`.
-        IndexError: on a CPU, a feature in `weight` does not exist.
+        IndexError: a number in `weight` is out of range.
     """
     values, columns, row_pointer, rows, in_features, out_features = weight
     _check("condensed_matmul", x, values, columns, in_features)
@@ -95,11 +104,34 @@ def condensed_matmul(x: Tensor, weight: Condensed, *, backend: Backend = "torch"
             f"rows and {row_pointer.numel()} pointers, expected as many columns as values, one "
             "pointer more than rows"
         )
+    if not trusted:
+        size, last, device = columns.numel(), out_features - 1, x.device
+        pointers: list[Part] = [("row_pointer", row_pointer, (rows.numel() + 1,), size, True)]
+        pointers.append(("rows", rows, (rows.numel(),), last, True))
+        require_index("condensed_matmul", pointers, device)
+        features: Part = ("columns", columns, (size,), in_features - 1, False)
+        require_index("condensed_matmul", [features], device, _FEATURES)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("condensed_matmul: x requires a gradient, but this is for inference only")
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = _condensed_product(flat, values, columns, row_pointer, rows, out_features, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+
+
+def _require_entries(index: EntryIndex, out_features: int) -> None:
+    size, in_features = index.columns.numel(), index.in_features
+    pointers: list[Part] = [
+        ("row_pointer", index.row_pointer, (out_features + 1,), size, True),
+        ("order", index.order, (size,), size - 1, False),
+        ("column_pointer", index.column_pointer, (in_features + 1,), size, True),
+        ("slots", index.slots, (size,), size - 1, False),
+    ]
+    features: list[Part] = [
+        ("columns", index.columns, (size,), in_features - 1, False),
+        ("rows", index.rows, (size,), out_features - 1, False),
+    ]
+    require_index("entry_matmul", pointers, index.columns.device)
+    require_index("entry_matmul", features, index.columns.device, _FEATURES)
 
 
 def _check(name: str, x: Tensor, values: Tensor, columns: Tensor, in_features: int) -> None:

@@ -28,7 +28,9 @@ def product(
     """`[T, O]`, contiguous."""
     y = native.product(x, values, index, out_features) if backend == "native" else None
     if y is None:
-        y = scatter_matmul(x, values.flatten(), _entries(*index[:3], x.shape[1]), out_features)
+        y = scatter_matmul(
+            x, values.flatten(), _entries(*index[:3], x.shape[1]), out_features, trusted=True
+        )
     return y
 
 
@@ -37,7 +39,7 @@ def input_gradient(dy: Tensor, values: Tensor, index: EntryIndex, backend: Backe
     dx = native.input_gradient(dy, values, index) if backend == "native" else None
     if dx is None:
         transposed = _entries(*index[3:], dy.shape[1])
-        dx = scatter_matmul(dy, values.flatten(), transposed, index.in_features)
+        dx = scatter_matmul(dy, values.flatten(), transposed, index.in_features, trusted=True)
     return dx
 
 

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from padst_kernels.checks import Part, require_index
 
-def scatter_matmul(x: Tensor, values: Tensor, entries: Tensor, out_features: int) -> Tensor:
+
+def scatter_matmul(
+    x: Tensor, values: Tensor, entries: Tensor, out_features: int, *, trusted: bool = False
+) -> Tensor:
     """y = x @ W^T, where W `[O, I]` holds `values` at flat `entries` and zeros elsewhere.
 
     Args:
@@ -21,10 +25,20 @@ def scatter_matmul(x: Tensor, values: Tensor, entries: Tensor, out_features: int
         entries: int32 or int64, shape of `values`; row * I + column, distinct, or O * I for
             padding. Half the memory in int32; a pass widens it for as long as it needs it.
         out_features: O.
+        trusted: `entries` are as promised, so that no call looks at its numbers.
 
     Returns:
         `[..., O]`, dtype of x. Differentiable in `x` and `values` (zero at padding).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        IndexError: an entry is out of range.
     """
+    if not trusted:
+        entries = entries.contiguous()
+        shape, largest = (values.numel(),), out_features * x.shape[-1]
+        part: Part = ("entries", entries.flatten(), shape, largest, False)
+        require_index("scatter_matmul", [part], x.device, (torch.int32, torch.int64))
     y: Tensor = _ScatterMatmul.apply(x.reshape(-1, x.shape[-1]), values, entries, out_features)
     return y.view(*x.shape[:-1], out_features)
 

@@ -29,6 +29,7 @@ def tile_matmul_fused(
     residual: Tensor | None = None,
     norm: Norm | None = None,
     feature_major: bool = True,
+    trusted: bool = False,
 ) -> Tensor:
     """y = residual + gelu(bias + W x), W being the weight that `tile_matmul` multiplies with.
 
@@ -48,6 +49,7 @@ def tile_matmul_fused(
             rstd * (W x - mean * row_sums): mean `[T]` and rstd `[T]` of the tokens and sums `[O]`
             of the rows of W, float32, or float64 like x. Without gradients only.
         feature_major: layout of y.
+        trusted: as in `tile_matmul`.
 
     Returns:
         `[O, T]`, dtype of x, feature-major and aligned or token-major. Differentiable in `x`,
@@ -57,9 +59,10 @@ def tile_matmul_fused(
         ValueError: shapes, dtypes or devices disagree, an activation is neither aligned nor
             token-major, there is no such backend for `x`, or a gradient is asked for together with
             `norm`.
+        IndexError: a number in `index` is out of range.
     """
     name = "tile_matmul_fused"
-    check(name, x, x.shape[0], weight, index, out_features, backend)
+    check(name, x, x.shape[0], weight, index, out_features, backend, trusted)
     num_tokens = x.shape[1]
     mean, rstd, row_sums = norm or (None, None, None)
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from padst_kernels import Backend
 from padst_kernels.activations import empty_features
 from padst_kernels.calls import operator
+from padst_kernels.checks import Part, require_index
 from padst_kernels.devices import shared
 from padst_kernels.tiles import passes
 from padst_kernels.tiles.index import TileIndex
@@ -28,6 +30,7 @@ def tile_matmul(
     out_features: int,
     *,
     backend: Backend = "torch",
+    trusted: bool = False,
 ) -> Tensor:
     """y[..., o] = sum over tiles g of o's row group of weight[g, :, v] . x[..., columns[g]].
 
@@ -42,15 +45,16 @@ def tile_matmul(
             `"triton"`: the Triton kernels, for tensors on a GPU. `"cuda"`: the same, but for dX of
             vector N:M in half precision where the index has slices. float64, and machines without
             a compiler, go to `"torch"` all the same.
+        trusted: `index` is as `tile_index` made it, so that no call looks at its numbers.
 
     Returns:
         `[..., O]`, dtype of x. Differentiable in `x` and `weight`, once and in reverse mode.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or there is no such backend for `x`.
-        IndexError: on a CPU, a number in `index` is out of range.
+        IndexError: a number in `index` is out of range.
     """
-    check("tile_matmul", x, x.shape[-1], weight, index, out_features, backend)
+    check("tile_matmul", x, x.shape[-1], weight, index, out_features, backend, trusted)
     # Of few tokens a view takes longer than the product.
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = product(
@@ -68,8 +72,12 @@ def check(
     index: TileIndex,
     out_features: int,
     backend: str,
+    trusted: bool,
 ) -> None:
-    """Raise a ValueError where the arguments of an operation `name` disagree."""
+    """Raise a ValueError where the arguments of an operation `name` disagree.
+
+    Unless `trusted`, an IndexError where a number in `index` is out of range.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"{name}: backend is {backend!r}, expected one of {BACKENDS}")
     columns, pointer = index.columns, index.row_pointer
@@ -90,6 +98,38 @@ def check(
         raise ValueError(
             f"{name}: x is on {x.device}, weight on {weight.device}, the index on {columns.device}"
         )
+    if not trusted:
+        require_index(name, _parts(weight.shape, index, out_features), x.device)
+
+
+def _parts(shape: torch.Size, index: TileIndex, out_features: int) -> list[Part]:
+    """The fields of an index, with the shapes and ranges that `TileIndex` gives."""
+    (num_tiles, width, height), in_features = shape, index.in_features
+    num_groups = num_tiles if index.row_pointer is None else index.row_pointer.numel() - 1
+    pointer, slices = index.transposed_pointer, index.slice_entries
+    num_column_groups = 0 if pointer is None else pointer.numel() - 1
+    outputs = (num_tiles, height)
+    sliced = () if slices is None else (*slices.shape[:1], num_tiles, width)
+    return [
+        ("columns", index.columns, (num_tiles, width), in_features, False),
+        ("rows", index.rows, (num_groups * height,), out_features, False),
+        ("row_pointer", index.row_pointer, (num_groups + 1,), num_tiles, True),
+        ("order", index.order, (num_tiles,), num_tiles - 1, False),
+        ("column_pointer", index.column_pointer, (in_features + 1,), num_tiles * width, True),
+        ("slots", index.slots, (num_tiles * width,), num_tiles * width - 1, False),
+        ("tile_rows", index.tile_rows, outputs, out_features, False),
+        ("transposed_columns", index.transposed_columns, outputs, out_features, False),
+        (
+            "transposed_rows",
+            index.transposed_rows,
+            (num_column_groups * width,),
+            in_features,
+            False,
+        ),
+        ("transposed_pointer", pointer, (num_column_groups + 1,), num_tiles, True),
+        ("transposed_order", index.transposed_order, (num_tiles,), num_tiles - 1, False),
+        ("slice_entries", slices, sliced, 2**31 - 1, False),
+    ]
 
 
 def _gradients(

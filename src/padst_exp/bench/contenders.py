@@ -12,8 +12,7 @@ from torch.nn.functional import linear
 
 from padst_exp.bench.choices import Layer, Model, Sparsity
 from padst_exp.bench.onednn import has_onednn, use_onednn
-from padst_exp.bench.session import Contender, Session
-from padst_exp.bench.timing import rotation
+from padst_exp.bench.session import Contender, Session, rotation
 from padst_exp.dispatch import agrees
 from padst_exp.engine.step import compile_blocks
 from padst_exp.inference import PackedLinear, graphed, pack, tune
@@ -25,17 +24,15 @@ from padst_kernels import Backend
 MAX_CAPTURED = 16
 
 
-def dense(
-    session: Session, subject: Layer | Model, dtype: torch.dtype, packed: int | None = None
-) -> list[Contender]:
+def dense(session: Session, subject: Layer | Model, packed: int | None = None) -> list[Contender]:
     """Eager, compiled, and by oneDNN where it is there; see `onednn` for `packed`."""
-    module = subject.build().to(session.device, dtype)
+    module = subject.build().to(session.device, session.dtype)
     eager = Contender(form="eager", kind="dense", modules=[module])
     if isinstance(subject, Layer):
         eager = several(session, eager)
     # PyTorch convolves by oneDNN anyway.
     linear = all(isinstance(v.module, nn.Linear) for v, _ in match(module, subject.rules("all")))
-    known = has_onednn(session.device, session.dtype) and linear
+    known = has_onednn(session.device, session.dtype) and session.autocast is None and linear
     return [eager, compiled(eager), *([onednn(eager, packed)] if known else [])]
 
 
@@ -79,14 +76,9 @@ class Turns(nn.Module):
 
 
 def sparse(
-    session: Session,
-    subject: Layer | Model,
-    kind: Sparsity,
-    density: float,
-    scope: str = "all",
-    dtype: torch.dtype | None = None,
+    session: Session, subject: Layer | Model, kind: Sparsity, density: float, scope: str = "all"
 ) -> Contender:
-    """What `sparsify` makes of a layer or a model, with weights in the dtype of the session.
+    """What `sparsify` makes of a layer or a model.
 
     Raises:
         UserError: the structure cannot hold that density in a layer.
@@ -95,7 +87,7 @@ def sparse(
     report = sparsify(
         module, subject.rules(scope), structure=kind.structure, density=density, learner=learner
     )
-    module.to(session.device, dtype or session.dtype)
+    module.to(session.device, session.dtype)
     return Contender(
         structure=kind.label, form="eager", modules=[module], scope=scope, learner=learner,
         permutation=kind.permutation, density_asked=density, density=report.density("layers"),

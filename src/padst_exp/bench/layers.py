@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from padst_exp.bench import choices, contenders
-from padst_exp.bench.choices import Layer, Sparsity
-from padst_exp.bench.keys import Keys
-from padst_exp.bench.session import Contender, Row, Session
-from padst_exp.bench.timing import Call
+from padst_exp.bench.choices import Keys, Layer, Sparsity
+from padst_exp.bench.session import Call, Contender, Row, Session
 from padst_exp.inference.packing import packed_layer
 from padst_kernels import Backend
 
@@ -52,7 +50,7 @@ def _contenders(
     session: Session, layer: Layer, kinds: Sequence[Sparsity], density: float
 ) -> list[Contender]:
     """All contenders of a layer; peers where a structure has no permutations."""
-    made = contenders.dense(session, layer, session.dtype)
+    made = contenders.dense(session, layer)
     # A dense convolution needs no patches, so that it can be the fastest way to a sparse one.
     plain: list[Backend] = ["torch"] if layer.kernel else ["torch", "scatter"]
     x = layer.example(5).to(session.device, session.dtype)

@@ -13,15 +13,13 @@ from functools import partial
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from padst_exp import dispatch
 from padst_exp.bench import choices, contenders
-from padst_exp.bench.choices import Model, Sparsity
-from padst_exp.bench.keys import Keys
-from padst_exp.bench.session import Contender, Row, Session
-from padst_exp.bench.timing import Call
+from padst_exp.bench.choices import Keys, Model, Sparsity
+from padst_exp.bench.session import Call, Contender, Row, Session
 from padst_exp.engine.backends import describe
 from padst_exp.soft import soft_choices
 
@@ -59,17 +57,17 @@ def run(keys: Keys, session: Session) -> Iterator[pd.DataFrame]:
         session.say(f"{keys.suite}: {model.label} at batch {batch}")
 
 
-def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.dtype) -> Contender:
+def sparse(session: Session, model: Model, batch: int, kind: Kind) -> Contender:
     """A sparse model with the backends that the dispatcher takes for `batch` samples.
 
     Raises:
         UserError: the structure cannot hold that density in a layer of the model.
     """
-    one = contenders.sparse(session, model, *kind, dtype)
-    module, sample = one.modules[0].eval(), _to(session, model.example(1)[0], dtype)
+    one = contenders.sparse(session, model, *kind)
+    module, sample = one.modules[0].eval(), session.inputs(model.example(1)[0])
 
     def forward() -> None:
-        with torch.no_grad(), _autocast(session, dtype):
+        with torch.no_grad(), session.precision():
             module(sample)
 
     picks = dispatch.choose(module, forward, samples=batch, device=session.device, compiled=False)
@@ -79,12 +77,11 @@ def sparse(session: Session, model: Model, batch: int, kind: Kind, dtype: torch.
 def _inference(session: Session, model: Model, kinds: Sequence[Kind], about: Row) -> pd.DataFrame:
     """Dense, sparse and exported models, eager and compiled, and on a GPU captured."""
     torch.compiler.reset()
-    batch, dtype = about["tokens"], session.dtype
-    inputs = _to(session, model.example(batch)[0], dtype)
-    sides = contenders.dense(session, model, dtype, PACKED_TOKENS)
+    inputs = session.inputs(model.example(about["tokens"])[0])
+    sides = contenders.dense(session, model, PACKED_TOKENS)
     for kind in kinds:
         name = f"{kind[0].label} in {model.label}"
-        made = session.tried(name, partial(sparse, session, model, batch, kind, dtype))
+        made = session.tried(name, partial(sparse, session, model, about["tokens"], kind))
         for one in tuple(made):
             made += session.tried(name, partial(contenders.exported_model, one, inputs))
         sides += [form for one in made for form in (one, contenders.compiled(one))]
@@ -100,9 +97,9 @@ def _inference(session: Session, model: Model, kinds: Sequence[Kind], about: Row
 def _training(session: Session, model: Model, kinds: Sequence[Kind], about: Row) -> pd.DataFrame:
     """Steps of dense and sparse models, eager and compiled."""
     torch.compiler.reset()
-    batch, sides = about["tokens"], contenders.dense(session, model, torch.float32)
+    batch, sides = about["tokens"], contenders.dense(session, model)
     for kind in kinds:
-        make = partial(sparse, session, model, batch, kind, torch.float32)
+        make = partial(sparse, session, model, batch, kind)
         for one in session.tried(f"{kind[0].label} in {model.label}", make):
             sides += [one, contenders.compiled(one)]
     calls = [(one, step(session, model, one, batch)[0]) for one in sides]
@@ -113,24 +110,21 @@ def step(
     session: Session, model: Model, one: Contender, batch: int
 ) -> tuple[Call, torch.optim.Optimizer]:
     """One training step on random data as a call, and the optimizer of all but soft choices."""
-    module, learner, soft = one.modules[0].train(), one.learner, soft_choices(one.modules[0])
+    module, soft = one.modules[0].train(), soft_choices(one.modules[0])
     own = {id(choice.logits) for choice in soft.values()}
     weights = [parameter for parameter in module.parameters() if id(parameter) not in own]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
-    if learner is not None:
-        learner.start(soft)
-    inputs, targets = (_to(session, tensor, torch.float32) for tensor in model.example(batch))
+    one.learner.start(soft)
+    inputs, targets = map(session.inputs, model.example(batch))
 
     def call() -> None:
         optimizer.zero_grad(set_to_none=True)
-        if learner is not None:
-            learner.zero_grad()
-        with _autocast(session, torch.float32):
+        one.learner.zero_grad()
+        with session.precision():
             output = module(inputs)
             loss = nn.functional.cross_entropy(output.flatten(0, -2), targets.flatten())
         loss.backward()
-        if learner is not None:
-            learner.step(PROGRESS)
+        one.learner.step(PROGRESS)
         optimizer.step()
 
     return call, optimizer
@@ -144,7 +138,7 @@ def _memory(session: Session, model: Model, kinds: Sequence[Kind], about: Row) -
         if kind is None:
             one = Contender(form="eager", modules=[model.build().to(session.device)])
         else:
-            one = sparse(session, model, batch, kind, torch.float32)
+            one = sparse(session, model, batch, kind)
         call, optimizer = step(session, model, one, batch)
         return {**about, **one.columns(), **tensor_bytes(one.modules[0], optimizer, call)}
 
@@ -174,14 +168,3 @@ def tensor_bytes(module: nn.Module, optimizer: torch.optim.Optimizer, step: Call
     kinds = {str(kind).rpartition(".")[2]: size for kind, size in kept.items()}
     parts = {column: kinds[kind] for kind, column in KEPT.items()}
     return {**parts, "kept_bytes": sum(parts.values()), "peak_bytes": peak["Total"]}
-
-
-def _autocast(session: Session, dtype: torch.dtype) -> torch.autocast:
-    """Autocast to the dtype of the session where weights are wider."""
-    lower = session.dtype != torch.float32 and dtype == torch.float32
-    return torch.autocast(session.device.type, session.dtype, enabled=lower)
-
-
-def _to(session: Session, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inputs or targets where the model is, in the dtype of its weights."""
-    return tensor.to(session.device, dtype if tensor.is_floating_point() else tensor.dtype)

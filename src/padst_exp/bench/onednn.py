@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 
 def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
@@ -48,38 +47,29 @@ _linear.register_autograd(
 
 
 class OneDNNLinear(nn.Module):
-    """A linear layer, or transformers' `Conv1D`, by oneDNN.
+    """A linear layer by oneDNN, `[..., I]` to `[..., O]`, that shares the parameters of `linear`.
 
-    Args:
-        linear: shares its parameters.
-        num_tokens: pack the weight, for inference with so many tokens; None: do not pack.
+    `num_tokens`: pack the weight, for inference with so many tokens; None: do not pack.
     """
 
-    def __init__(self, linear: nn.Module, num_tokens: int | None = None) -> None:
+    def __init__(self, linear: nn.Linear, num_tokens: int | None = None) -> None:
         super().__init__()
-        weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-        self.transposed = isinstance(linear, Conv1D)
-        self.weight, self.bias, self.packed = weight, bias, None
+        self.weight, self.bias, self.packed = linear.weight, linear.bias, None
         if num_tokens is not None:
-            plain = weight.detach().t().contiguous() if self.transposed else weight.detach()
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(plain, num_tokens)
+            pack = torch.ops.mkldnn._reorder_linear_weight
+            self.packed = pack(linear.weight.detach(), num_tokens)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., I]` to `[..., O]`, in the dtype of x or of autocast."""
-        cast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
-        flat, weight = x.reshape(-1, x.shape[-1]).to(dtype), self.packed
-        if weight is None:
-            weight = (self.weight.t().contiguous() if self.transposed else self.weight).to(dtype)
         # An operator of our own costs some microseconds more.
         plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        y = (_product if plain else _linear)(flat, weight).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.to(dtype)
+        weight = self.weight if self.packed is None else self.packed
+        y = (_product if plain else _linear)(x.reshape(-1, x.shape[-1]), weight)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def use_onednn(model: nn.Module, num_tokens: int | None) -> None:
     """Replace every linear layer of `model`, in place."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear):
             model.set_submodule(name, OneDNNLinear(module, num_tokens))

@@ -27,10 +27,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from padst_exp.bench import layers, models, tables, timing
-from padst_exp.bench.keys import Keys, keys_of
-from padst_exp.bench.session import Session, columns
-from padst_exp.bench.timing import Timer
+from padst_exp.bench import layers, models, tables
+from padst_exp.bench.choices import Keys, keys_of
+from padst_exp.bench.session import Session, Timer, columns, measure_ceilings
 from padst_exp.config import config_dir
 from padst_exp.errors import UserError, require
 
@@ -101,9 +100,12 @@ def start(keys: Keys, say: Callable[[str], None]) -> Session:
     torch.manual_seed(0)
     dtype = getattr(torch, keys.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device.type])
     say("measuring what the device can reach")
-    ceilings = timing.ceilings(timer, dtype)
+    ceilings = measure_ceilings(timer, dtype)
     about = columns(timer, dtype, ceilings)
-    return Session(timer, dtype, ceilings, about, keys.rounds, say)
+    # Weights that are trained have single precision.
+    lower = keys.measure in ("training", "memory") and dtype != torch.float32
+    own, autocast = (torch.float32, dtype) if lower else (dtype, None)
+    return Session(timer, own, autocast, ceilings, about, keys.rounds, say)
 
 
 def label(columns: Mapping[str, Any]) -> str:

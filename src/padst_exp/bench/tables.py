@@ -1,7 +1,8 @@
-"""From rows to CSV files, a README of two screens, and a figure for each suite."""
+"""From rows to CSV files, a README of two screens, and a figure for each of its tables."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,23 +33,35 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]] | pd.DataFrame, **column
 
 
 def publish(folder: Path, tables: Path) -> list[Path]:
-    """Write README.md, from its mark on, and a figure for each suite, from the CSV files there.
+    """Write README.md, from its mark on, and a figure for each table, from the CSV files there.
 
     `tables` is the folder of accuracies, results/tables; it need not exist.
     """
     readme, written = folder / "README.md", []
     old = readme.read_text() if readme.exists() else ""
     text = [old.partition(MARK)[0] + MARK]
+    suites: dict[str, list[str]] = defaultdict(list)
     for suite, keys in OmegaConf.load(config_dir() / "bench.yaml").suites.items():
-        frames = {path.name: read(path) for path in sorted(folder.glob(f"{suite}-*.csv"))}
-        if not frames:
+        suites[keys.table].append(suite)
+    for title, names in suites.items():
+        # Files by where they were measured: what follows the suite in their names.
+        files: dict[str, list[Path]] = defaultdict(list)
+        for suite in names:
+            for path in sorted(folder.glob(f"{suite}-*.csv")):
+                files[path.stem.removeprefix(f"{suite}-")].append(path)
+        if not files:
             continue
-        written.append(folder / f"{suite}.png")
+        frames = {
+            where: pd.concat(map(read, paths), ignore_index=True) for where, paths in files.items()
+        }
+        written.append(folder / f"{names[0]}.png")
         draw(frames, written[-1])
-        text.append(f"## {keys.title}\n\n![{keys.title}]({suite}.png)\n")
-        for name, frame in frames.items():
-            text.append(f"[{name}]({name}): {WHERE.format(**frame.iloc[0])}.\n")
-            text.append(summary(frame, tables))
+        text.append(f"## {title}\n![{title}]({written[-1].name})")
+        for where, frame in frames.items():
+            for path in files[where]:
+                row = pd.read_csv(path, keep_default_na=False).iloc[0]
+                text.append(f"- [{path.name}]({path.name}): {WHERE.format(**row)}")
+            text += [folding(frame), summary(frame, tables)]
     readme.write_text("\n".join(text).rstrip() + "\n")
     return [*written, readme]
 
@@ -59,20 +72,24 @@ def read(path: Path) -> pd.DataFrame:
     Kernels of one structure share its name. `final` are timed rows of dense ones and peers, and of
     ours those with the permutations that training has.
     """
-    frame = pd.read_csv(path, keep_default_na=False, na_values={"ratio": [""]})
+    frame = pd.read_csv(path, keep_default_na=False)
     if "kept_share" in frame:
         ratios = {"ratio": 1 / frame.kept_share, "ratio_strongest": 1 / frame.peak_share}
-        frame = frame.assign(**ratios, form="", **{"pass": "kept / peak"})
+        form = frame.structure.map({"dense": "eager"}).fillna("")
+        frame = frame.assign(**ratios, form=form, **{"pass": "kept / peak"})
     for name in ("ratio", "ratio_strongest", "p50_ms", "floor_share"):
         frame[name] = pd.to_numeric(frame.get(name, np.nan), errors="coerce")
-    ours = (frame.structure != "dense") & ~frame.form.str.startswith(("torch", "masked"))
-    parts = {"structure": frame.structure, "form": frame.form.where(~ours, ""),
+    peers = frame.form.str.startswith(("torch", "masked"))
+    ours = (frame.structure != "dense") & ~peers
+    parts = {"structure": frame.structure.where(~peers, ""), "form": frame.form.where(~ours, ""),
              "scope": frame.scope.where(frame.scope != "all", ""),
              "permutation": frame.permutation.where(frame.permutation == "soft", "")}  # fmt: skip
     name = pd.DataFrame(parts).apply(lambda row: ", ".join(filter(None, row)), axis=1)
     hard = frame.structure.isin(frame.structure[frame.permutation == "hard"])
     final = frame.ratio.notna() & ~(ours & hard & (frame.permutation == "none"))
-    cell = frame["pass"] + " " + frame.tokens.astype(str)
+    # Layers are summed up, models stand side by side.
+    case = "" if (frame.tokens == 0).any() else frame["case"].str.partition(",")[0] + ", "
+    cell = case + frame["pass"] + " " + frame.tokens.astype(str)
     return frame.assign(ours=ours, name=name, cell=cell, final=final)
 
 
@@ -86,37 +103,37 @@ def fastest(frame: pd.DataFrame) -> pd.DataFrame:
 
 def summary(frame: pd.DataFrame, tables: Path) -> str:
     """A line for each contender, with a column for each cell: from the slowest to the fastest."""
-    best, single = fastest(frame), (frame.tokens == 0).any()
-    if single:  # whose figure shows the dense ones
-        best = best[best.structure != "dense"]
+    best, layers = fastest(frame), (frame.tokens == 0).any()
     density = best.density_asked.min()
     groups = best.assign(seconds=best.p50_ms / 1e3).groupby(["name", "cell"], sort=False)
     usual, strongest, seconds = (
         groups[column].agg(span) for column in ("ratio", "ratio_strongest", "seconds")
     )
     cells = usual.where(usual == strongest, usual + " / " + strongest)
-    if not single:
+    if not layers:
         cells += (" (" + seconds + " s)").where(seconds != "", "")
     table = cells.unstack().reindex(frame.name.unique()).dropna(how="all")
     table = table[list(best.cell.unique())]
     ours = frame[frame.ours & frame.final].groupby("name")
     slower = ours.ratio.agg(lambda ratios: f"{(ratios < 1).sum()} of {len(ratios)}")
     table["slower than dense"] = slower.where(~slower.str.startswith("0 "), "0")
-    if best.floor_share.notna().any():
+    if layers:
+        table = table[~table.index.str.startswith("dense")]  # the figure has them
         table["floor / time"] = best.groupby("name").floor_share.agg(span)
-    made = frame[(frame["pass"] == "conversion") & (frame.density_asked == density)]
-    for form, rows in made.groupby("form", sort=False):
-        table[f"{form}, ms"] = rows.groupby("structure").p50_ms.agg(span)
-    table = table.join(accuracies(tables, density)) if single else table
-    text = markdown(table.rename_axis(f"density {density:g}").reset_index().fillna(""))
+        made = frame[(frame["pass"] == "conversion") & (frame.density_asked == density)]
+        for form, rows in made.groupby("form", sort=False):
+            table[f"{form}, ms"] = rows.groupby("structure").p50_ms.agg(span)
+        table = table.join(accuracies(tables, density))
+    return markdown(table.rename_axis(f"density {density:g}").reset_index().fillna(""))
+
+
+def folding(frame: pd.DataFrame) -> str:
+    """What a hard permutation costs, in one line."""
     keys = ["case", "cell", "structure", "form", "density_asked"]
     both = frame[frame.ours].pivot_table(index=keys, columns="permutation", values="p50_ms")
-    if not {"hard", "none"} <= set(both):
-        return text
+    both = both.reindex(columns=["hard", "none"]).dropna()
     cost = (both.hard / both.none).median() - 1
-    return text + (
-        f"\nFolding a permutation in costs {cost:+.1%} (median).\n" if cost == cost else ""
-    )
+    return "" if both.empty else f"- Folding a permutation in costs {cost:+.1%} (median).\n"
 
 
 def span(values: pd.Series[Any]) -> str:
@@ -157,7 +174,8 @@ def draw(frames: Mapping[str, pd.DataFrame], path: Path) -> None:
             axis.imshow(np.log2(panel), cmap="RdBu", vmin=-4, vmax=4, aspect="auto")
             for (row, column), value in np.ndenumerate(panel):
                 color = "white" if abs(np.log2(value)) > 2.5 else "black"
-                axis.text(column, row, f"{value:.3g}", ha="center", va="center", color=color)
+                known = "" if np.isnan(value) else f"{value:.3g}"
+                axis.text(column, row, known, ha="center", va="center", color=color)
             axis.set_xticks(range(len(panel.columns)), panel.columns.str.wrap(16))
             axis.set_yticks(range(len(panel)), panel.index)
             axis.set_title(name.removesuffix(".csv"))

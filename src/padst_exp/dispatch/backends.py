@@ -244,7 +244,8 @@ def _example_of(
 ) -> SparseLinear:
     """A copy of `layer` with random values and permutations that are hard already."""
     example = copy.deepcopy(layer)
-    example.bias, example.companion = None, None
+    example.register_parameter("bias", None)
+    example.companion = None
     example.to(dtype)
     for weight in example.parts():
         weight.select(None)

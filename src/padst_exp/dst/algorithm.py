@@ -181,11 +181,12 @@ class DropGrow(Periodic):
         # Few active units would round to zero drops for ever without the carry.
         wanted = self.drop_fraction(step, total) * len(survivors) + carry
         num_drop = max(0, min(math.floor(wanted), len(survivors)))
-        leaving = best_of_each(-scores[None], torch.tensor([num_drop], device=scores.device))[0]
+        leaving = best_of_each(-scores[None], num_drop)[0]
         left = topology.with_active(survivors[~leaving])
 
-        open_slots = topology.exists()
-        open_slots.view(-1)[left.active] = False
-        candidates = self.grow(left, signals).masked_fill(~open_slots, -torch.inf)
-        coming = best_of_each(candidates, counts - left.counts()).flatten().nonzero().squeeze(1)
-        return Change(torch.cat([left.active, coming]).sort().values), wanted - num_drop
+        taken = ~topology.exists()
+        taken.view(-1).index_fill_(0, left.active, True)
+        candidates = self.grow(left, signals).masked_fill(taken, -torch.inf)
+        active = best_of_each(candidates, counts - left.counts()).view(-1)
+        active.index_fill_(0, left.active, True)
+        return Change(active.nonzero().squeeze(1)), wanted - num_drop

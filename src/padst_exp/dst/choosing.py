@@ -31,7 +31,8 @@ class Choosing(Algorithm):
         """What chooses among the units of a fresh `topology`."""
 
     def can_change(self, topology: Topology) -> bool:
-        return len(topology.active) > int(topology.target.sum())
+        # Whether or not its gate has chosen already.
+        return int(topology.target.sum()) < int(topology.candidates.sum())
 
     def is_due(self, step: int, total: int) -> bool:
         return False

@@ -43,6 +43,9 @@ class Constant(Counts):
     def __call__(self, topology: Topology, progress: float) -> Tensor:
         return topology.counts()
 
+    def kept(self, topology: Topology, progress: float) -> Tensor:
+        return topology.counts()
+
 
 class Shrinking(Counts):
     """From `start` down to the density asked; what sets subclasses apart is `remaining`.

@@ -68,7 +68,6 @@ class DynaDiag(Choosing):
         require(0 < freeze <= 1, "dst.freeze", freeze, "a share of training in (0, 1]")
         require(l1 >= 0, "dst.l1", l1, "at least 0")
         require(lr > 0, "dst.lr", lr, "positive")
-        require(interval >= 1, "dst.interval", interval, "at least 1 step")
         self.temperature = temperature
         self.final_temperature = final_temperature
         self.schedule = schedule
@@ -94,6 +93,7 @@ class ImportanceLearner(Learner):
     """Trains the importances of `algorithm`, cools its soft top-k, and freezes it in time."""
 
     kind = Selection
+    section = "dst"
 
     def __init__(self, algorithm: DynaDiag, *, l1: float, lr: float, interval: int) -> None:
         super().__init__(interval=interval)

@@ -92,10 +92,10 @@ class GateLearner(Learner):
     """Lets gates be until `freeze`, a share of training, when the units that count then stay."""
 
     kind = MagnitudeGate
+    section = "dst"
 
     def __init__(self, *, freeze: float, interval: int) -> None:
         require(0 < freeze <= 1, "dst.freeze", freeze, "a share of training in (0, 1]")
-        require(interval >= 1, "dst.interval", interval, "at least 1 step")
         super().__init__(interval=interval)
         self.freeze = freeze
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -45,12 +45,12 @@ class Topology:
         """P."""
         return len(self.candidates)
 
-    @property
+    @cached_property
     def pools(self) -> Tensor:
         """The pool of each active unit, int64 `[N]`."""
         return self.active // self.pool_size
 
-    @property
+    @cached_property
     def num_entries(self) -> int:
         """Entries of all active units."""
         return int((self.counts() * self.unit_sizes).sum())
@@ -69,13 +69,26 @@ class Topology:
         return torch.bincount(self.pools, minlength=self.num_pools)
 
     def exists(self) -> Tensor:
-        """Bool `[P, Q]`, the slots that hold a unit."""
+        """Bool `[P, Q]`, the slots that hold a unit; not to be written to."""
+        return self._exists
+
+    @cached_property
+    def _exists(self) -> Tensor:
+        # Lives as long as this topology does: from a decision until it is adopted.
         slots = torch.arange(self.pool_size, device=self.active.device)
         return slots < self.candidates[:, None]
 
     def with_active(self, active: Tensor) -> Topology:
         """The same weight with other active units, int64 `[N']`, sorted."""
-        return replace(self, active=active)
+        return Topology(
+            active,
+            self.candidates,
+            self.unit_sizes,
+            self.pool_size,
+            self.shape,
+            self.target,
+            self.is_output,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

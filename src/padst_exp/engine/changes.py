@@ -13,6 +13,7 @@ from padst_exp.dst import Change
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.optimizers import birth_dtype, lr_scale
 from padst_exp.engine.state import TrainingState
+from padst_exp.errors import require
 from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
 from padst_exp.permutations import Permutation
 from padst_exp.seeds import stream
@@ -49,9 +50,26 @@ class Moments:
         self.optimizer = optimizer
         self.rule = rule
 
+    def check(self, weight: SparseWeight) -> None:
+        """Refuse a state that no map of entries can move, before anything is moved.
+
+        Raises:
+            UserError: a tensor of the state of `weight` has another shape than its values.
+        """
+        shape = weight.values.shape
+        for key, tensor in self.optimizer.state.get(weight.values, {}).items():
+            if not isinstance(tensor, Tensor) or tensor.ndim == 0 or key in ("birth", "births"):
+                continue
+            kind = type(self.optimizer).__name__
+            wanted = f"one whose state has the shape of its weight, {tuple(shape)}, to move along"
+            require(tensor.shape == shape, "optimizer", f"{kind} ({key})", wanted)
+
     def follow(self, name: str, weight: SparseWeight, move: Move, step: int) -> None:
         """Move the moments and births of one weight."""
         for group in self.optimizer.param_groups:
+            # A rewiring that keeps the number of entries changes neither.
+            if move.new is move.old and "lr_scale" not in group:
+                continue
             if any(parameter is move.old for parameter in group["params"]):
                 group["params"] = [move.new if p is move.old else p for p in group["params"]]
                 if "lr_scale" in group:
@@ -178,6 +196,9 @@ def adopt(
     name: str, weight: SparseWeight, change: Change, following: Iterable[Follower], step: int
 ) -> Move:
     """Let one weight take a new topology, and all that follows it go along."""
+    for follower in following:
+        if isinstance(follower, Moments):
+            follower.check(weight)
     move = weight.adopt(change)
     for follower in following:
         follower.follow(name, weight, move, step)

@@ -159,6 +159,7 @@ class _Training:
                 self.apart = self.differing(saved)
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
         self.interruption = Interruption()
+        self.left = False
         self.watched: float | None = None
         self.baselines: dict[str, float] = {}
         self.started = self.mark = time.perf_counter()
@@ -186,19 +187,20 @@ class _Training:
             self.save(self.evaluate())
         with closing(iter(loader)) as batches:
             while state.step < self.total:
-                self.step(batches)
+                try:
+                    self.step(batches)
+                except DivergedError:
+                    raise
+                except Exception as error:
+                    # Ranks that wait for this one cannot save with it.
+                    if self.left or not self.stepper.sound or self.world.size > 1:
+                        raise
+                    self.leave(error)
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One step, and what is due after it."""
         state, trainer = self.state, self.trainer
-        parts = self.fetch(batches)
-        try:
-            self.stepper.step(iter(parts))
-        except Exception as error:
-            # Ranks that wait for this one's gradients cannot save with it.
-            if self.stepper.sound and self.world.size == 1:
-                self.leave(error)
-            raise
+        self.stepper.step(iter(self.fetch(batches)))
         self.progress.advance()
         at_end = state.step == self.total
         if at_end or _due(state.step, trainer.log_interval):
@@ -227,6 +229,7 @@ class _Training:
             Interrupted: a rank was asked to end.
             Exception: else `error`, or that of another rank.
         """
+        self.left = True
         signum = max(self.world.gather(self.interruption.signum or 0))
         if not signum and not self.state.step:  # there is nothing to lose
             self.world.agree(error)
@@ -265,6 +268,8 @@ class _Training:
         self.logger.start(self.directory.path, self.directory.config)
         if step:
             self.say(f"resumed at step {step} from {self.directory.checkpoints.last}")
+        elif not self.directory.new:
+            self.say(f"{self.directory.checkpoints.last} is not there: starting from the beginning")
         if self.apart:
             self.say(
                 f"resumed with {self.apart}: the rest is no longer bitwise equal to a straight run"

@@ -17,6 +17,9 @@ Fall = Literal["cosine", "linear", "constant"] | tuple[tuple[float, float], ...]
 Role = Literal["packed", "weight", "bias", "norm", "embedding"]
 DECAYED: tuple[Role, ...] = ("packed", "weight")
 
+# Of torch's optimizers, those in which entries of one row or column share something.
+_BY_MATRIX = ("Adafactor", "Muon")
+
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -48,16 +51,17 @@ def parameter_roles(model: nn.Module) -> dict[str, tuple[Role, nn.Parameter]]:
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                roles[name] = (_role(module, name.rpartition(".")[2]), parameter)
+                roles[name] = (_role(module, name.rpartition(".")[2], parameter), parameter)
     return roles
 
 
-def _role(module: nn.Module, name: str) -> Role:
+def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> Role:
     if isinstance(module, SparseWeight):
         return "packed"
     if name.endswith("bias"):
         return "bias"
-    if isinstance(module, _NORMS):
+    # One number for each feature is a scale, whoever wrote its layer (`LlamaRMSNorm`).
+    if isinstance(module, _NORMS) or (name.endswith("weight") and parameter.ndim < 2):
         return "norm"
     if isinstance(module, nn.Embedding) or not name.endswith("weight"):
         return "embedding"
@@ -90,6 +94,21 @@ def _parameter_groups(
 def lr_scale(weight: SparseWeight) -> float:
     """The factor of the learning rate of a weight of this density, 1 / density (SMET)."""
     return 1 / weight.topology().density
+
+
+def require_entrywise(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that takes packed values, `[N, E]`, for the rows of a matrix.
+
+    Raises:
+        UserError: it is one of torch's that do, and has packed values of `model`.
+    """
+    packed = {weight.values for weight in sparse_weights(model).values()}
+    matrix = tuple(getattr(torch.optim, name) for name in _BY_MATRIX if hasattr(torch.optim, name))
+    mixes = isinstance(optimizer, matrix) and any(
+        parameter in packed for group in optimizer.param_groups for parameter in group["params"]
+    )
+    wanted = "one that updates entry by entry, since packed values are no matrix"
+    require(not mixes, "optimizer", type(optimizer).__name__, wanted)
 
 
 class AgeAwareAdamW(torch.optim.AdamW):
@@ -271,6 +290,7 @@ class OptimizerBuilder(abc.ABC):
         """
         groups = _parameter_groups(model, self.weight_decay, lr_by_density=self.lr_by_density)
         optimizer = self._optimizer(groups)
+        require_entrywise(optimizer, model)
         return optimizer, self._schedule(optimizer, total_steps)
 
     @abc.abstractmethod

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from padst_exp.files import reading
+
 Rows = list[dict[str, Any]]
 
 
@@ -20,19 +22,20 @@ def to_json(value: object, *, indent: int | None = None) -> str:
 
 
 def read_metrics(path: Path) -> Rows:
-    """The rows of a `metrics.jsonl`, nulls as NaN.
+    """The rows of a `metrics.jsonl`, nulls as NaN; none where there is no such file.
 
     Lines that are no rows are left out: a kill cuts the last one short.
+
+    Raises:
+        UserError: it is no file, or cannot be read.
     """
-    rows = []
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
+    rows: Rows = []
+    with reading("run", path, "the metrics of a run"):
+        content = path.read_bytes() if path.exists() else b""
     for line in content.splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and type(row.get("step")) is int:
             rows.append(_numbers(row))
@@ -42,6 +45,8 @@ def read_metrics(path: Path) -> Rows:
 def read_summary(path: Path) -> dict[str, Any] | None:
     """The contents of a `summary.json`; None where it is missing or damaged."""
     try:
+        if not path.is_file():
+            return None
         summary = json.loads(path.read_bytes())
         final = summary["final"][summary["monitor"]]
     except (OSError, ValueError, KeyError, TypeError):

@@ -59,6 +59,7 @@ class RunDirectory:
         config: the part of the configuration that determines results, as plain containers.
         config_text: the whole of it, as YAML.
         checkpoints: of this run.
+        new: whether this process made the folder.
     """
 
     def __init__(self, path: Path, *, config: Mapping[str, object], config_text: str) -> None:
@@ -68,7 +69,7 @@ class RunDirectory:
         self.checkpoints = Checkpoints(path / "checkpoints")
         self._metrics: TextIO | None = None
         self._lock: Lock | None = None
-        self._new = False
+        self.new = False
         self._made: list[Path] = []  # folders above it that were not there, the innermost first
 
     @classmethod
@@ -131,7 +132,7 @@ class RunDirectory:
 
     def _enter(self, lock: Lock | None, device: str) -> None:
         """Take hold of the folder; of one that was there, see whether it is this run's."""
-        self._new = lock is not None
+        self.new = lock is not None
         if lock is None and self.finished:
             self._require_same()
             return
@@ -142,7 +143,7 @@ class RunDirectory:
         try:
             for left in (*self.path.glob(".*.tmp"), *self.checkpoints.folder.glob(".*.tmp")):
                 left.unlink()  # by a process that was killed
-            if not self._new:
+            if not self.new:
                 self._require_same()
                 self.checkpoints.folder.mkdir(exist_ok=True)
                 number = len(list(self.path.glob("env-resume-*.json"))) + 1
@@ -157,7 +158,7 @@ class RunDirectory:
         """Raise a `UserError` where the folder is of another run; mend its damaged config."""
         path = self.path / "config.yaml"
         try:
-            stored = yaml.safe_load(path.read_text())
+            stored = yaml.safe_load(path.read_text()) if path.is_file() else None
             if not isinstance(stored, dict):
                 raise TypeError("it is no mapping")
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -237,7 +238,7 @@ class RunDirectory:
 
     def discard(self) -> None:
         """Remove the folder of a run that was refused before its first step, if it is new."""
-        if self._new and not self.checkpoints.last.exists():
+        if self.new and not self.checkpoints.last.exists():
             self.close()
             shutil.rmtree(self.path, ignore_errors=True)
             with contextlib.suppress(OSError):  # another run may have come there
@@ -262,7 +263,7 @@ class _Draft:
             None if, unless `anew`, another process was faster.
         """
         root.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(root / name)
+        remove_leftovers(root)
         draft = temporary_name(root / name)
         draft.mkdir()
         try:

@@ -69,7 +69,7 @@ class Stepper:
         Nothing here waits for the device, but for steps that change topologies or harden.
 
         Raises:
-            DivergedError: before a change, a loss is not finite.
+            DivergedError: before a change, a loss, a gradient or a weight is not finite.
         """
         step, parts = self.state.step + 1, self.parts(batches)
         changing = self._changing(step)
@@ -137,13 +137,39 @@ class Stepper:
             if learner.choices and (step % learner.interval == 0 or step == total)
         ]
         if changing or due or looking:
-            self.settle()  # nothing is chosen by a gradient that is not finite
+            self.settle()
+            self._require_finite(changing, due, looking)
         if changing:
             self._change(changing)
         if due:
             self.record("exchange", exchanges.exchange(self.experiment, state, due))
         if looking:
             self._harden(looking, seen)
+
+    def _require_finite(
+        self,
+        changing: Sequence[SparseWeight],
+        due: Mapping[str, Permutation],
+        looking: Sequence[Learner],
+    ) -> None:
+        """Nothing is chosen by what is no finite number, on no rank."""
+        weights = dict.fromkeys([*changing, *exchanges.weights_of(self.state, due)])
+        found = [
+            tensor
+            for weight in weights
+            for tensor in (
+                weight.values.detach(),
+                weight.dense_gradient,
+                weight.part_gradients,
+                weight.weight_gradient,
+            )
+        ]
+        found += [c.logits for learner in looking for c in learner.choices.values()]
+        tensors = [tensor.detach() for tensor in found if tensor is not None]
+        norms = [torch.linalg.vector_norm(tensor).double() for tensor in tensors]
+        finite = not norms or bool(torch.stack(norms).isfinite().all())
+        if self.world.largest(int(not finite)):
+            raise DivergedError("a gradient or a weight is not finite", self.state.step)
 
     def _passing(self) -> tuple[dict[str, Any], list[Tensor]]:
         """All but gradients that a pass through the model changes: generators and statistics."""

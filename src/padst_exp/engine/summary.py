@@ -4,12 +4,13 @@ import math
 import resource
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from padst_exp.dst import Gate
 from padst_exp.engine.distributed import World
 from padst_exp.engine.tracker import TopologyTracker
 from padst_exp.layers import sparse_layers, sparse_weights
@@ -47,6 +48,8 @@ def summarize(
     name, direction = monitor
     # Where there is an average of the weights, it is what is watched.
     watched = f"ema_{name}" if f"ema_{name}" in evaluations[-1] else name
+    soft = soft_choices(model).keys()
+    gates = {name for name in soft if isinstance(model.get_submodule(name), Gate)}
     choose = max if direction == "max" else min
     sound = [row for row in evaluations if not math.isnan(row[watched])]
     best = choose(sound or evaluations, key=lambda row: row[watched])
@@ -62,7 +65,10 @@ def summarize(
         "density_of_model": report.density("model"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "topology": _topology(rows, model, tracker),
-        "permutations": _permutations(rows, model),
+        # Modulo what the structure cannot tell apart; a distance of 0 is the identity.
+        "permutations": _choices(rows, "permutation", soft - gates)
+        | {"distance_to_identity": distances(model)},
+        "selections": _choices(rows, "selection", gates),
         "sparsification": report.to_dict(),
         "timing": _timing(rows, world, seconds),
     }
@@ -87,33 +93,38 @@ def _topology(rows: Sequence[Row], model: nn.Module, tracker: TopologyTracker) -
     }
 
 
-def _permutations(rows: Sequence[Row], model: nn.Module) -> dict[str, object]:
-    hardened = [_values(row) for row in _of(rows, "harden")]
+def _choices(
+    rows: Sequence[Row], of: Literal["permutation", "selection"], soft: Set[str]
+) -> dict[str, object]:
+    """What became of the choices of one kind, `soft` the names of those that still are."""
+    hardened = [_values(row) for row in _of(rows, "harden") if row["of"] == of]
     jumps = [row["loss_after"] - row["loss_before"] for row in hardened]
     return {
         "hardened": len(hardened),
         "forced": sum(row["reason"] == "deadline" for row in hardened),
-        "still_soft": sorted(soft_choices(model)),
+        "still_soft": sorted(soft),
         "median_loss_jump": statistics.median(jumps) if jumps else None,
         "largest_loss_jump": max(jumps) if jumps else None,
-        # Modulo what the structure cannot tell apart; 0 is the identity.
-        "distance_to_identity": distances(model),
-        "penalty_curve": _penalty_curve(rows),
+        "penalty_curve": _penalty_curve(rows, {*soft, *(row["choice"] for row in hardened)}),
         "events": hardened,
     }
 
 
-def _penalty_curve(rows: Sequence[Row]) -> list[dict[str, float]]:
-    """Least, mean and largest penalty of the soft choices, at no more than 100 steps."""
-    logged = list(_of(rows, "soft"))
+def _penalty_curve(rows: Sequence[Row], names: Set[str]) -> list[dict[str, float]]:
+    """Least, mean and largest penalty of these soft choices, at no more than 100 steps."""
+    logged = [
+        (row["step"], [value for name, value in row["penalty"].items() if name in names])
+        for row in _of(rows, "soft")
+    ]
+    logged = [(step, penalties) for step, penalties in logged if penalties]
     return [
         {
-            "step": row["step"],
-            "least": min(row["penalty"].values()),
-            "mean": statistics.fmean(row["penalty"].values()),
-            "largest": max(row["penalty"].values()),
+            "step": step,
+            "least": min(penalties),
+            "mean": statistics.fmean(penalties),
+            "largest": max(penalties),
         }
-        for row in logged[:: max(1, -(-len(logged) // 100))]
+        for step, penalties in logged[:: max(1, -(-len(logged) // 100))]
     ]
 
 

@@ -29,7 +29,7 @@ class TopologyTracker:
 
     def follow(self, name: str, weight: SparseWeight, move: Move, step: int) -> None:
         """Count one change of one weight."""
-        self.seen[name][move.change.active.long().cpu()] = True
+        self.seen[name].index_fill_(0, move.change.active.long().cpu(), True)
         self.replaced[name] += move.num_grown
 
     def explored(self, name: str, weight: SparseWeight) -> float:

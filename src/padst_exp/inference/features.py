@@ -118,6 +118,7 @@ class TiledFeatureLinear(FeatureLinear):
             residual=None if residual is None else residual.t(),
             norm=norm,
             feature_major=self.feature_major,
+            trusted=True,
         ).t()
         return self._activate(y) if self.gelu == "tanh" else y
 

@@ -58,7 +58,7 @@ def packed_layer(layer: SparseLinear) -> PackedLinear:
     """The inference form of one layer: topology and hard permutations folded into its indices."""
     weights, folding = layer.parts(), layer.folding()
     parts = [_packed(folding[part], weights[part]) for part in runs(folding, "packed")]
-    rest = layer.live_bias(), copy.deepcopy(layer.companion)
+    rest = layer.bias, copy.deepcopy(layer.companion)
     if isinstance(layer, SparseConv2d):
         return PackedConv2d(layer.window, parts, *rest)
     return PackedLinear(parts, *rest)

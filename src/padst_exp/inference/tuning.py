@@ -18,6 +18,7 @@ from padst_exp.inference.features import DenseFeatureLinear, FeatureLinear, Fusi
 from padst_exp.inference.graphs import graphed
 from padst_exp.inference.linear import PackedLinear
 from padst_exp.inference.measuring import fastest_feature_layer, fastest_layers
+from padst_exp.layers.views import replace_module
 from padst_kernels import Backend
 
 
@@ -113,7 +114,7 @@ def tune(
     for name, twin in twins.items():
         backend = picks[name].backend if name in picks else "dense"
         if backend == "dense":
-            model.set_submodule(name, twin)
+            replace_module(model, model.get_submodule(name), twin)
         else:
             packed[name].backend = backend
 
@@ -141,7 +142,7 @@ def tune(
     fastest = min(seconds, key=seconds.__getitem__)
     if fastest == "dense":
         for name, twin in twins.items():
-            model.set_submodule(name, twin)
+            replace_module(model, model.get_submodule(name), twin)
     elif stack is not None and fastest == "feature-major":
         model.set_submodule(stack_name(model), stack)
     return TuningReport(
@@ -161,7 +162,7 @@ def with_modules(model: nn.Module, changes: Mapping[str, nn.Module]) -> nn.Modul
     shared = [*model.parameters(), *model.buffers()]
     changed = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     for name, module in changes.items():
-        changed.set_submodule(name, module)
+        replace_module(changed, changed.get_submodule(name), module)
     return changed
 
 

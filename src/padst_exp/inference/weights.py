@@ -90,7 +90,8 @@ class PackedTiles(PackedWeight):
     def product(self, x: Tensor, backend: Backend) -> Tensor:
         values: Any = self._parameters["values"]
         index, out_features = self.index(), self.out_features
-        return tile_matmul(x, values.to(x.dtype), index, out_features, backend=backend)
+        values = values.to(x.dtype)
+        return tile_matmul(x, values, index, out_features, backend=backend, trusted=True)
 
     def scaled(self, columns: Tensor | None, rows: Tensor | None) -> PackedTiles:
         """The same for W[o, i] * columns[i] * rows[o]; None scales nothing."""
@@ -201,7 +202,7 @@ class PackedEntries(PackedWeight):
         index = own["columns"], own["row_pointer"], own["rows"]
         values = own["values"].to(x.dtype)
         condensed = Condensed(values, *index, self.in_features, self.out_features)
-        return condensed_matmul(x, condensed, backend=backend)
+        return condensed_matmul(x, condensed, backend=backend, trusted=True)
 
     def matrix(self) -> Tensor:
         rows = self.rows.long().repeat_interleave(self.row_pointer.diff().long())

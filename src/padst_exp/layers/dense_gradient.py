@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,25 +11,25 @@ from torch import Tensor
 from padst_exp.layers.sparse_weight import SparseWeight
 
 
-def collect_dense_gradient(
+def collect_dense_gradients(
     y: Tensor,
     x: Tensor,
-    weight: SparseWeight,
+    weights: Sequence[SparseWeight],
     input_index: Tensor | None,
-    output_index: Tensor | None,
+    output_indices: Sequence[Tensor | None],
 ) -> Tensor:
-    """`y` itself; its backward also adds dy^T x, as seen from S, to `weight.dense_gradient`.
+    """`y` itself; its backward also adds dy^T x, as seen from each S, to its `dense_gradient`.
 
     With `weight.gradient_parts`, that of each run of so many equal runs of samples is kept too.
 
     Args:
-        y: `[..., O]`, P_out S P_in x.
+        y: `[..., sum of O]`, the concatenated P_out S P_in x.
         x: `[..., I]`.
-        weight: S.
+        weights: of each part of `y`; those that `collect_dense_gradient`.
         input_index: int64 `[I]`, P_in where it is not in x already; None for the identity.
-        output_index: int64 `[O]`, P_out; None for the identity.
+        output_indices: int64 `[O]` of each weight, P_out; None for the identity.
     """
-    tapped: Tensor = _Tap.apply(y, x, weight, input_index, output_index)
+    tapped: Tensor = _Tap.apply(y, x, weights, input_index, output_indices)
     return tapped
 
 
@@ -42,34 +43,43 @@ class _Tap(torch.autograd.Function):
         ctx: Any,
         y: Tensor,
         x: Tensor,
-        weight: SparseWeight,
+        weights: Sequence[SparseWeight],
         input_index: Tensor | None,
-        output_index: Tensor | None,
+        output_indices: Sequence[Tensor | None],
     ) -> Tensor:
-        ctx.save_for_backward(x, input_index, output_index)
-        ctx.weight = weight
+        ctx.save_for_backward(x, input_index, *output_indices)
+        # As it is asked for in this forward pass, whatever the flags are in the backward one.
+        ctx.parts = [(weight, weight.collect_dense_gradient) for weight in weights]
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (dy,) = grads
-        x, input_index, output_index = ctx.saved_tensors
-        weight: SparseWeight = ctx.weight
+        x, input_index, *output_indices = ctx.saved_tensors
         # Rows of S stand before P_out, its inputs behind P_in.
-        rows, inputs = dy.flatten(0, -2), x.flatten(0, -2)
-        if output_index is not None:
-            rows = torch.zeros_like(rows).index_copy_(1, output_index, rows)
+        inputs = x.flatten(0, -2)
         if input_index is not None:
             inputs = inputs[:, input_index]
-        dtype = torch.promote_types(weight.values.dtype, torch.float32)
-        rows, inputs = rows.to(dtype), inputs.to(dtype)
-        if weight.gradient_parts:
-            number = weight.gradient_parts
-            pairs = zip(rows.tensor_split(number), inputs.tensor_split(number), strict=True)
-            parts = torch.stack([some.t() @ others for some, others in pairs])
-            gradient = parts.sum(0)
-            weight.part_gradients = _sum(weight.part_gradients, parts)
-        else:
-            gradient = rows.t() @ inputs
-        weight.dense_gradient = _sum(weight.dense_gradient, gradient)
+        heights = [weight.shape[0] for weight, _ in ctx.parts]
+        outputs = dy.flatten(0, -2).split(heights, dim=1)
+        for rows, (weight, wanted), index in zip(outputs, ctx.parts, output_indices, strict=True):
+            if not wanted:
+                continue
+            if index is not None:
+                rows = torch.zeros_like(rows).index_copy_(1, index, rows)
+            dtype = torch.promote_types(weight.values.dtype, torch.float32)
+            _add(weight, rows.to(dtype), inputs.to(dtype))
         return dy, None, None, None, None
+
+
+def _add(weight: SparseWeight, rows: Tensor, inputs: Tensor) -> None:
+    """Add rows^T inputs, `[T, O]` and `[T, I]`, to what `weight` has collected."""
+    if weight.gradient_parts:
+        number = weight.gradient_parts
+        pairs = zip(rows.tensor_split(number), inputs.tensor_split(number), strict=True)
+        parts = torch.stack([some.t() @ others for some, others in pairs])
+        gradient = parts.sum(0)
+        weight.part_gradients = _sum(weight.part_gradients, parts)
+    else:
+        gradient = rows.t() @ inputs
+    weight.dense_gradient = _sum(weight.dense_gradient, gradient)

@@ -52,16 +52,26 @@ class Move:
     @cached_property
     def num_grown(self) -> int:
         """How many units start at zero, wholly or in part."""
-        grown = self.source < 0
+        grown = self._new
         if grown.dim() == 2:
             inside = self.geometry.entries(self.change.active) < self._outside
             grown = (grown & inside).any(1)
         return int(grown.sum())
 
+    @cached_property
+    def _new(self) -> Tensor:
+        """What starts at zero, bool, shaped like `source`."""
+        return self.source < 0
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Where everything is taken from, int64 and flat; anywhere for what is new."""
+        return self.source.clamp(min=0).flatten()
+
     @property
     def num_new(self) -> int:
         """How many entries start at zero."""
-        new = self.source < 0 if self.source.dim() == 2 else (self.source < 0)[:, None]
+        new = self._new if self.source.dim() == 2 else self._new[:, None]
         inside = self.geometry.entries(self.change.active) < self._outside
         return int((new & inside).sum())
 
@@ -94,13 +104,13 @@ class Move:
 
     def _packed(self, tensor: Tensor, fill: float, signed: bool) -> Tensor:
         if self.source.dim() == 1:
-            moved = tensor.index_select(0, self.source.clamp(min=0))
-            moved = moved.masked_fill_((self.source < 0)[:, None], fill)
+            moved = tensor.index_select(0, self._places)
+            moved = moved.masked_fill_(self._new[:, None], fill)
         else:
             # One number for a whole unit becomes one for each entry.
             flat = tensor.expand(-1, self.source.shape[1]).flatten()
-            moved = flat.index_select(0, self.source.clamp(min=0).flatten())
-            moved = moved.view(self.source.shape).masked_fill_(self.source < 0, fill)
+            moved = flat.index_select(0, self._places).view(self.source.shape)
+            moved = moved.masked_fill_(self._new, fill)
         if signed and self.change.signs is not None:
             moved = moved * self.change.signs.to(moved.dtype)
         return moved
@@ -113,14 +123,15 @@ def plan(weight: SparseWeight, change: Change) -> Move:
         ValueError: the change does not fit the weight.
     """
     geometry, active = weight.geometry, change.active
-    check_active(geometry, active)
+    topology = weight.topology()
+    check_active(geometry, active, topology.exists())
     if change.row_order is not None:
         order = change.row_order
         if order.shape != geometry.shape[:1] or not is_bijection(order):
             raise ValueError(f"row_order is no permutation of {geometry.shape[0]} rows")
         if weight.row_order is not order:
             geometry = geometry.with_row_order(order.to(weight.active.device, copy=True))
-    before = weight.active.long()
+    before = topology.active
     masked = weight.storage == "masked"
     old_entries = weight.entries() if masked or geometry is not weight.geometry else None
     if change.source is not None:
@@ -135,16 +146,20 @@ def plan(weight: SparseWeight, change: Change) -> Move:
     return Move(change, geometry, weight.storage, source, old_entries, weight.values)
 
 
-def check_active(geometry: Geometry, active: Tensor) -> None:
-    """Raise a ValueError unless `active` are sorted ids, int64 `[N]`, of units of `geometry`."""
+def check_active(geometry: Geometry, active: Tensor, exists: Tensor | None = None) -> None:
+    """Raise a ValueError unless `active` are sorted ids, int64 `[N]`, of units of `geometry`.
+
+    `exists` is what `geometry.exists` returns, where that is known already.
+    """
     if active.dim() != 1 or active.is_floating_point() or not len(active):
         raise ValueError(f"active units are {tuple(active.shape)}, expected one list of ids")
-    if not bool((active.diff() > 0).all()):
+    if not bool((active[1:] > active[:-1]).all()):
         raise ValueError("active units are not sorted, or not distinct")
-    if int(active[0]) < 0 or int(active[-1]) >= geometry.num_pools * geometry.pool_size:
-        raise ValueError(f"there is no unit {int(active[-1] if active[0] >= 0 else active[0])}")
-    pools = active // geometry.pool_size
-    legal = active - pools * geometry.pool_size < geometry.candidates.to(active.device)[pools]
+    first, last = int(active[0]), int(active[-1])
+    if first < 0 or last >= geometry.num_pools * geometry.pool_size:
+        raise ValueError(f"there is no unit {first if first < 0 else last}")
+    exists = geometry.exists(active.device) if exists is None else exists
+    legal = exists.view(-1).index_select(0, active)
     if not bool(legal.all()):
         raise ValueError(f"there is no unit {int(active[~legal][0])}")
 

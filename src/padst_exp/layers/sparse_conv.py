@@ -111,7 +111,9 @@ class SparseConv2d(SparseLinear):
     @property
     def weight(self) -> Tensor:
         """The dense weight `[O, C, kh, kw]`, permutations applied. Differentiable."""
-        matrix = super().weight
+        return self._kernel(super().weight)
+
+    def _kernel(self, matrix: Tensor) -> Tensor:
         return matrix.unflatten(1, (*self.window.kernel_size, -1)).permute(0, 3, 1, 2)
 
     def dense_forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -119,6 +121,6 @@ class SparseConv2d(SparseLinear):
 
     def _convolve(self, x: Tensor) -> Tensor:
         dtype = _autocast_dtype(x) or x.dtype
-        y = self.dense_forward(x.to(dtype), self.weight.to(dtype))
-        bias = self.live_bias()
+        y = self.dense_forward(x.to(dtype), self._kernel(self._matrix()).to(dtype))
+        bias = self.bias
         return y if bias is None else y + bias.to(dtype)[:, None, None]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from padst_exp.layers.dense_gradient import collect_dense_gradient
+from padst_exp.layers.dense_gradient import collect_dense_gradients
 from padst_exp.layers.low_rank import LowRank
 from padst_exp.layers.sparse_weight import SparseWeight
 from padst_exp.permutations import Permutation
@@ -34,7 +36,6 @@ class SparseLinear(nn.Module):
             Forward then calls `index` by itself, once for all weights.
     """
 
-    bias: nn.Parameter | None
     live: Tensor | None
     products: nn.ModuleList
     # How many neighbouring inputs of a weight belong to one position of a convolution's kernel.
@@ -52,7 +53,7 @@ class SparseLinear(nn.Module):
         self.weights = nn.ModuleList(weights)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach().clone())
-        self.bias = bias
+        self._parameters["bias"] = bias  # read through a property
         self.input_permutation = input_permutation
         # Empty modules stand for "no permutation here", which a ModuleList cannot hold.
         self.output_permutations = nn.ModuleList(
@@ -67,6 +68,8 @@ class SparseLinear(nn.Module):
         self.backend: Backend = self.backends(weights[0].values.device)[0]
         self.products = nn.ModuleList()
         self._parts: list[slice] = []
+        # The matrix that `weight` shows, and of which tensors in which versions.
+        self._shown: tuple[Tensor, list[Tensor], list[int]] | None = None
         self.stale = True
         self.register_buffer("live", None, persistent=False)
         for weight in weights:
@@ -96,7 +99,7 @@ class SparseLinear(nn.Module):
         weights = self.parts()
         return Folding(
             [weight.geometry for weight in weights],
-            [weight.active.long() for weight in weights],
+            [weight.topology().active for weight in weights],
             self._input_index(),
             [_hard_index(permutation) for permutation in self.output_permutations],
         )
@@ -130,9 +133,11 @@ class SparseLinear(nn.Module):
 
     def _live_rows(self, folding: Folding) -> Tensor | None:
         """Which outputs have a bias, bool `[O]`; None: all."""
+        if not self.silences_rows or self._parameters["bias"] is None:
+            return None
         # A companion, or a soft permutation of the outputs, leaves no output without inputs.
         mixed = any(p.soft for (side, _), p in self.permutations().items() if side == "out")
-        if not self.silences_rows or self.bias is None or self.companion is not None or mixed:
+        if self.companion is not None or mixed:
             return None
         live = folding.live_rows()
         return None if bool(live.all()) else live
@@ -149,19 +154,35 @@ class SparseLinear(nn.Module):
         return (steps[:, None] + index).flatten()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`, in the dtype of x or of autocast."""
+        """`[..., in_features]` to `[..., out_features]`, in the dtype of x or of autocast.
+
+        Raises:
+            UserError: somebody wrote to a topology in place, see `SparseWeight.topology`.
+        """
         if self.stale:
             self.index()
+        elif not torch.compiler.is_compiling():
+            for weight in self.parts():
+                weight.check_written()
         dtype = _autocast_dtype(x)
         y = self._multiply(x, dtype)
         if self.companion is not None:
             y = y + self.companion(x.to(y.dtype))
-        bias = self.live_bias()
+        bias = self.bias
         return y if bias is None else y + bias.to(y.dtype)
 
-    def live_bias(self) -> Tensor | None:
-        """The bias `[O]`, zero at silent rows; None without one."""
-        return self.bias if self.live is None or self.bias is None else self.bias * self.live
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias `[O]`, zero at silent rows; None without one. Differentiable.
+
+        The parameter itself, where no row is silent.
+        """
+        bias = self._parameters["bias"]
+        if bias is None or not self.silences_rows:
+            return bias
+        if self.stale:
+            self.index()
+        return bias if self.live is None else bias * self.live
 
     def _multiply(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """P_out S P_in x."""
@@ -173,14 +194,12 @@ class SparseLinear(nn.Module):
             weights = self.parts()[part]
             permutations = list(self.output_permutations)[part]
             y = multiply(x, [weight.effective().to(dtype) for weight in weights])
-            if _needs_parts(weights, permutations):
-                sizes = [weight.shape[0] for weight in weights]
-                outputs += [
-                    self._finish(part_y, x, weight, permutation)
-                    for part_y, weight, permutation in zip(
-                        y.split(sizes, dim=-1), weights, permutations, strict=True
-                    )
-                ]
+            if torch.is_grad_enabled() and any(w.collect_dense_gradient for w in weights):
+                indices = [_hard_index(permutation) for permutation in permutations]
+                y = collect_dense_gradients(y, x, weights, self._input_index(), indices)
+            if any(isinstance(p, Permutation) and p.soft for p in permutations):
+                parts = y.split([weight.shape[0] for weight in weights], dim=-1)
+                outputs += [p(part_y) for p, part_y in zip(permutations, parts, strict=True)]
             else:
                 outputs.append(y)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -194,20 +213,33 @@ class SparseLinear(nn.Module):
         permuted = self.input_permutation(x.unflatten(-1, (self.taps, -1)))
         return permuted.flatten(-2)
 
-    def _finish(self, y: Tensor, x: Tensor, weight: SparseWeight, permutation: nn.Module) -> Tensor:
-        """What is done to the output of one weight alone."""
-        if weight.collect_dense_gradient and torch.is_grad_enabled():
-            y = collect_dense_gradient(y, x, weight, self._input_index(), _hard_index(permutation))
-        finished: Tensor = permutation(y)
-        return finished
-
     @property
     def weight(self) -> Tensor:
         """The whole layer as one dense `[O, I]` matrix, permutations applied. Differentiable.
 
         For parents that read `weight` instead of calling the layer; `F.linear(x, weight, bias)` is
-        the layer's output.
+        the layer's output. In evaluation without gradients it is kept until something changes.
         """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._matrix()
+        parts = [*self.parameters(), *self.buffers()]
+        if any(tensor.is_inference() for tensor in parts):  # such a tensor counts no versions
+            return self._matrix()
+        versions = [tensor._version for tensor in parts]
+        if self._shown is None or not _same(self._shown[1], parts) or self._shown[2] != versions:
+            self._shown = self._matrix(), parts, versions
+        return self._shown[0]
+
+    def train(self, mode: bool = True) -> Self:
+        self._shown = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy counts the versions of its own tensors.
+        return {**self.__dict__, "_shown": None}
+
+    def _matrix(self) -> Tensor:
+        """`[O, I]`, what `weight` shows."""
         matrices = [weight.matrix() for weight in self.parts()]
         for i, permutation in enumerate(self.output_permutations):
             if isinstance(permutation, Permutation):
@@ -239,16 +271,14 @@ def _index(layer: nn.Module, _: object) -> None:
     layer.index()
 
 
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return None
-
-
-def _needs_parts(weights: Sequence[SparseWeight], permutations: Sequence[nn.Module]) -> bool:
-    collecting = any(weight.collect_dense_gradient for weight in weights)
-    soft = any(isinstance(p, Permutation) and p.soft for p in permutations)
-    return soft or (collecting and torch.is_grad_enabled())
 
 
 def _hard_index(permutation: nn.Module | None) -> Tensor | None:

@@ -13,6 +13,9 @@ from padst_exp.errors import UserError
 from padst_exp.layers.move import Move, plan
 from padst_exp.structures import Geometry, Storage, gather_entries, scatter_entries
 
+# Entries of a unit from which on a weight keeps its topology as tables.
+KEPT_UNIT = 8
+
 
 class SparseWeight(nn.Module):
     """What a sparse `[O, I]` weight keeps; `SparseLinear` multiplies with it.
@@ -61,6 +64,8 @@ class SparseWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry = geometry
+        self._known: tuple[Topology, Tensor, Geometry] | None = None
+        self._seal: tuple[Tensor, int, Tensor] | None = None
         self.storage = storage
         self.collect_dense_gradient = False
         self.gradient_parts = 0
@@ -80,6 +85,7 @@ class SparseWeight(nn.Module):
         counts = torch.bincount(active.cpu() // geometry.pool_size, minlength=geometry.num_pools)
         self.target = counts if target is None else target
         self.is_output = is_output
+        self.check_written()
         self.register_load_state_dict_post_hook(_check_loaded)
 
     @property
@@ -93,10 +99,17 @@ class SparseWeight(nn.Module):
         return not self.values.requires_grad
 
     def topology(self) -> Topology:
-        """The active units as tables."""
-        device, geometry = self.active.device, self.geometry
-        return Topology(
-            self.active.long(),
+        """The active units as tables; the same object until they are other ones.
+
+        Raises:
+            UserError: somebody wrote other units to the buffer, whose values these are not.
+        """
+        self.check_written()
+        active, geometry, device = self.active, self.geometry, self.active.device
+        if self._known is not None and self._known[1] is active and self._known[2] is geometry:
+            return self._known[0]
+        topology = Topology(
+            active.long(),
             geometry.candidates.to(device),
             geometry.unit_sizes.to(device),
             geometry.pool_size,
@@ -104,10 +117,46 @@ class SparseWeight(nn.Module):
             self.target.to(device),
             self.is_output,
         )
+        # Beside the values of single entries, ids of eight bytes would be no small thing to keep.
+        if geometry.unit_size >= KEPT_UNIT:
+            self._known = topology, active, geometry
+        return topology
+
+    def check_written(self) -> None:
+        """What `topology` raises; waits for the device only where somebody did write."""
+        active = self.active
+        if active.is_inference():  # such a tensor counts no versions
+            return
+        if self._seal is None or self._seal[0] is not active:
+            self._seal = active, active._version, _checksum(active)
+            return
+        _, version, seal = self._seal
+        if version != active._version:
+            # Ranks may broadcast to each other what they hold already.
+            if not torch.equal(_checksum(active), seal):
+                raise UserError(
+                    "sparse weight: its active units were overwritten in place, as averages of "
+                    "torch's swa_utils and copies of single tensors do; its values would be those "
+                    "of other units: take states over by load_state_dict, average by "
+                    "trainer.ema_decay"
+                )
+            self._seal = active, active._version, seal
+
+    def _forget(self) -> None:
+        """The buffer of active units holds other ones, and rightly so."""
+        self._known = self._seal = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy counts the versions of its own buffer.
+        return {**self.__dict__, "_known": None, "_seal": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.check_written()
 
     def entries(self) -> Tensor:
         """Flat positions of all active frames, int64 `[N, E]`; O * I outside the weight."""
-        return self.geometry.entries(self.active.long())
+        return self.geometry.entries(self.topology().active)
 
     def select(self, selection: Gate | None) -> None:
         """Let a soft selection weigh the active units from now on."""
@@ -139,7 +188,7 @@ class SparseWeight(nn.Module):
 
     def magnitudes(self) -> Tensor:
         """Root mean square of the values of each active unit, `[N]`, before any weighing."""
-        return self.geometry.frame_rms(self.unweighed(), self.active.long())
+        return self.geometry.frame_rms(self.unweighed(), self.topology().active)
 
     def unweighed(self) -> Tensor:
         """Values of the active units, `[N, E]`, without the factors of a selection. Detached."""
@@ -183,7 +232,7 @@ class SparseWeight(nn.Module):
         dense_gradient = weight_gradient = None
         if "dense_gradient" in algorithm.needs:
             assert self.dense_gradient is not None, "no backward pass collected this gradient"
-            dense_gradient = geometry.unit_rms(self.dense_gradient)
+            dense_gradient = geometry.unit_rms(self.dense_gradient, topology.exists())
         if "weight_gradient" in algorithm.needs:
             gradient = self.weight_gradient
             assert gradient is not None, "no backward pass reached these values"
@@ -256,12 +305,15 @@ class SparseWeight(nn.Module):
         return move
 
     def _set_topology(self, active: Tensor, geometry: Geometry) -> None:
+        self._forget()
         if active.shape == self.active.shape:
             self.active.copy_(active)
         else:
             self.active = active.clone()
-        self.geometry = geometry
-        self.row_order = geometry.row_order
+        if geometry is not self.geometry:
+            self.geometry = geometry
+            self.row_order = geometry.row_order
+        self.check_written()
 
     def _changed(self) -> None:
         for tell in self.on_change:
@@ -290,11 +342,18 @@ class SparseWeight(nn.Module):
         return f"{rows}x{columns}, density={self.topology().density:.4f}, storage={self.storage}"
 
 
+def _checksum(active: Tensor) -> Tensor:
+    """Of a set of units, a scalar; other sets have another one, but for bad luck."""
+    return active.long().square_().sum()
+
+
 def _check_loaded(weight: nn.Module, _: object) -> None:
     """After a checkpoint is loaded: check its topology, and tell whoever derives from it."""
     assert isinstance(weight, SparseWeight)
+    weight._forget()
     try:
-        plan(weight, Change(weight.active.long(), row_order=weight.row_order))
+        plan(weight, Change(weight.topology().active, row_order=weight.row_order))
+        weight.geometry = weight.geometry.with_row_order(weight.row_order)
         if weight.storage == "packed" and len(weight.values) != len(weight.active):
             raise ValueError(f"{len(weight.active)} of them for {len(weight.values)} values")
         if weight.storage == "masked":
@@ -310,5 +369,4 @@ def _check_loaded(weight: nn.Module, _: object) -> None:
             f"checkpoint: its active units do not fit this structure ({error}); "
             "use the configuration the checkpoint was made with"
         ) from error
-    weight.geometry = weight.geometry.with_row_order(weight.row_order)
     weight._changed()

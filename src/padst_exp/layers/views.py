@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -21,10 +22,13 @@ class SparseAttention(nn.MultiheadAttention):
     """
 
     in_proj: nn.Module
+    _built: Tensor | None = None
 
     @property
     def in_proj_weight(self) -> Tensor:  # type: ignore[override]
         """`[3 * E, E]`, differentiable."""
+        if self._built is not None:
+            return self._built
         weight = self.in_proj.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -32,10 +36,17 @@ class SparseAttention(nn.MultiheadAttention):
     @property
     def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
         """`[3 * E]`, or None."""
-        layer = self.in_proj
-        bias = layer.live_bias() if isinstance(layer, SparseLinear) else layer.bias
+        bias = self.in_proj.bias
         assert bias is None or isinstance(bias, Tensor)
         return bias
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As of `nn.MultiheadAttention`, which reads its weight several times: built once."""
+        self._built = self.in_proj_weight
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._built = None
 
 
 # Move along with a layer that takes the place of another; handles of the user remain valid.

@@ -16,6 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
 from padst_exp.errors import require
+from padst_exp.models.sizes import DEEPEST, require_rate
 from padst_exp.models.weights import load
 
 Stem = Literal["imagenet", "cifar"]
@@ -59,7 +60,10 @@ def resnet(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     base = _width(width)
-    require(min(depths) > 0, "model.depths", list(depths), "at least one block in each stage")
+    wanted = f"at least one block in each stage, and at most {DEEPEST} in all"
+    fits = min(depths) > 0 and sum(depths) <= DEEPEST
+    require(fits, "model.depths", list(depths), wanted)
+    require_rate("drop_path", drop_path)
     _require_size(image_size, stem)
     kind: Any = BasicBlock if block == "basic" else Bottleneck
     model: Any = ResNet(
@@ -104,6 +108,7 @@ def mobilenet_v2(
         UserError: sizes that do not fit each other, unknown names, or unavailable weights.
     """
     _width(width)
+    require_rate("drop_path", drop_path)
     _require_size(image_size, stem)
     second = 2 if stem == "imagenet" else 1
     blocks = [

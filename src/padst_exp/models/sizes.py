@@ -2,8 +2,8 @@
 
 from padst_exp.errors import require
 
-# Far beyond what anybody has trained; more would only take for ever to build.
-DEEPEST = 10_000
+# As deep as anything that was ever trained; more would only take for ever to build.
+DEEPEST = 1000
 
 
 def require_depth(depth: int) -> None:

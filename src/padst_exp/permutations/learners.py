@@ -284,9 +284,12 @@ def initial_logits(
 
 def require_start(iterations: int, init: str, scale: float) -> None:
     """Refuse settings of `initial_logits` and Sinkhorn that make no sense."""
-    _require(iterations >= 1, "iterations", iterations, "at least 1")
+    # Each is a step of autograd; 3 to 30 end alike.
+    _require(1 <= iterations <= 1000, "iterations", iterations, "from 1 to 1000")
     _require(init in get_args(Init), "init", init, "lognormal, noise or width")
-    _require(scale > 0, "scale", scale, "positive (equal rows would never part)")
+    # Of exp(scale * randn), which must be finite.
+    wanted = "positive (equal rows would never part), and at most 10"
+    _require(0 < scale <= 10, "scale", scale, wanted)
     _require(
         init != "width" or scale < 1, "scale", scale, "a gain below 1 with permutation.init=width"
     )

@@ -94,6 +94,7 @@ class Geometry(abc.ABC):
         self.row_order: Tensor | None = None
         # Where this is False, part of some frames lies outside the weight and must stay zero.
         self.exact_frames = bool((unit_sizes == self.unit_size).all())
+        self.full_pools = bool((candidates == self.pool_size).all())
         entries = int(candidates.sum()) * self.unit_size
         self.tiles_whole_weight = self.exact_frames and entries == shape[0] * shape[1]
 
@@ -155,11 +156,13 @@ class Geometry(abc.ABC):
         at = self.row_order.argsort()
         return at if positions is None else positions.to(at.device)[at]
 
+    def exists(self, device: torch.device | None = None) -> Tensor:
+        """Which slots of the pools hold a unit, bool `[P, Q]`."""
+        return torch.arange(self.pool_size, device=device) < self.candidates.to(device)[:, None]
+
     def unit_ids(self, device: torch.device | None = None) -> Tensor:
         """Ids of all existing units, sorted, int64."""
-        slots = torch.arange(self.pool_size, device=device)
-        exists = slots < self.candidates.to(device)[:, None]
-        return exists.flatten().nonzero().squeeze(1)
+        return self.exists(device).flatten().nonzero().squeeze(1)
 
     def coordinates(self, device: torch.device | None = None) -> Tensor:
         """Row and column of the first cell of every unit, int64 `[P * Q, 2]`; -1 where none is."""
@@ -186,17 +189,41 @@ class Geometry(abc.ABC):
     def _gathered(self, dense: Tensor) -> Tensor:
         return gather_entries(dense, self.entries(self.unit_ids(dense.device)))
 
-    def unit_rms(self, dense: Tensor) -> Tensor:
-        """Root mean square of `dense` `[O, I]` over every unit: `[P, Q]`, 0 where none exists."""
-        units = self.unit_ids(dense.device)
-        table = dense.new_zeros(self.num_pools * self.pool_size)
-        table[units] = self.frame_rms(self.frames(dense), units)
-        return table.view(self.num_pools, self.pool_size)
+    def unit_rms(self, dense: Tensor, exists: Tensor | None = None) -> Tensor:
+        """Root mean square of `dense` `[O, I]` over every unit: `[P, Q]`, 0 where none exists.
+
+        Args:
+            dense: floating point.
+            exists: what `exists` returns, where that is known already.
+        """
+        frames = self.frames(dense)
+        if self.full_pools and self.exact_frames:
+            return _rms(frames, self.unit_size).view(self.num_pools, self.pool_size)
+        exists = self.exists(dense.device) if exists is None else exists
+        sizes: Tensor | int = self.unit_size
+        if not self.exact_frames:
+            sizes = self.unit_sizes.to(dense.device)[:, None].expand_as(exists)[exists]
+        return dense.new_zeros(exists.shape).masked_scatter_(exists, _rms(frames, sizes))
 
     def frame_rms(self, values: Tensor, units: Tensor) -> Tensor:
         """Root mean square `[N]` of unit frames `values` `[N, E]` (zero outside the weight)."""
-        sizes = self.unit_sizes.to(values.device)[units // self.pool_size]
-        return (values.square().sum(1) / sizes).sqrt()
+        sizes: Tensor | int = self.unit_size
+        if not self.exact_frames:
+            sizes = self.unit_sizes.to(values.device)[units // self.pool_size]
+        return _rms(values, sizes)
+
+
+def _rms(values: Tensor, sizes: Tensor | int) -> Tensor:
+    """Root mean square `[N]` of `values` `[N, E]`, of which `sizes` (`[N]`) count in each row."""
+    if values.shape[1] == 1:
+        return values.abs().squeeze(1)
+    top, scale = max(abs(float(end)) for end in values.aminmax()), 1.0
+    if not 1e-9 < top < 1e9:
+        # Squares would vanish, or overflow; a power of two rounds nothing.
+        scale = 2.0 ** math.frexp(max(top, torch.finfo(values.dtype).tiny))[1]
+        values = values / scale
+    rms = (values.square().sum(1) / sizes).sqrt_()
+    return rms if scale == 1.0 else rms.mul_(scale)
 
 
 def gather_entries(dense: Tensor, entries: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def _merge(tiling: Tiling, groups: Tensor) -> int:
     if not tiling.ascending:
         return 1
     counts = torch.bincount(groups, minlength=tiling.num_row_groups)
-    return max(1, math.gcd(*counts.unique().tolist()))
+    return max(1, math.gcd(*counts.tolist()))
 
 
 def permuted_tiles(folding: Folding, *, num_slices: int | None = None) -> tuple[TileIndex, int]:

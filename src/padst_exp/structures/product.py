@@ -42,7 +42,9 @@ class Product(nn.Module, abc.ABC):
 
     def _set(self, name: str, new: Tensor | None) -> None:
         """Keep a derived tensor, in place where its size is the same."""
-        old = getattr(self, name, None)
+        old = self._buffers.get(name)
+        if old is None and new is None and name in self._buffers:
+            return
         if old is None or new is None or (old.shape, old.device) != (new.shape, new.device):
             self.register_buffer(name, new, persistent=False)
         else:
@@ -84,7 +86,7 @@ class ScatterProduct(Product):
 
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
         flat = _join([value.flatten() for value in values])
-        return scatter_matmul(x, flat, self.entries, self.out_features)
+        return scatter_matmul(x, flat, self.entries, self.out_features, trusted=True)
 
 
 class TileProduct(Product):
@@ -112,7 +114,8 @@ class TileProduct(Product):
         # Attributes of a module are found slowly; with few tokens that shows.
         buffers = self._buffers
         index = TileIndex._make([buffers[name] for name in TileIndex._fields])
-        return tile_matmul(x, tiles, index, self.out_features, backend=self.backend)
+        size, backend = self.out_features, self.backend
+        return tile_matmul(x, tiles, index, size, backend=backend, trusted=True)
 
 
 class EntryProduct(Product):
@@ -135,7 +138,8 @@ class EntryProduct(Product):
         buffers = self._buffers
         index = EntryIndex._make([buffers[name] for name in EntryIndex._fields])
         flat = _join([value.flatten() for value in values])
-        return entry_matmul(x, flat, index, self.out_features, backend=self.backend)
+        size, backend = self.out_features, self.backend
+        return entry_matmul(x, flat, index, size, backend=backend, trusted=True)
 
 
 class DiagonalProduct(Product):
@@ -166,7 +170,9 @@ class DiagonalProduct(Product):
         none = [None] * len(self.heights)
         rows = none if self.rows is None else self.rows.split(self.heights)
         parts = [
-            diagonal_matmul(x, value, at, height, columns=self.columns, rows=to, backend="triton")
+            diagonal_matmul(
+                x, value, at, height, columns=self.columns, rows=to, backend="triton", trusted=True
+            )
             for value, at, height, to in zip(values, offsets, self.heights, rows, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
