@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from padst_exp.permutations.learners import (
     require_span,
     single,
 )
+from padst_exp.permutations.pairs import disjoint_pairs
 from padst_exp.permutations.permutation import Permutation
 from padst_exp.soft import Readiness, Soft
 
@@ -203,19 +205,10 @@ class Givens(PermutationLearner):
         shared = active.float().T @ active.float()
         counts = shared.diagonal()
         alike = (shared == counts) & (shared == counts[:, None])
-        gains = total.masked_fill(~agreed | alike, 0).triu(1)
         partner = torch.arange(size, device=active.device)
-        order = gains.flatten().sort(descending=True, stable=True)
-        number = int((order.values > 0).sum())
-        left, free = max(1, int(self.pairs * size / 2)), [True] * size
-        for place in order.indices[:number].tolist():
-            one, other = divmod(place, size)
-            if free[one] and free[other]:
-                partner[one], partner[other] = other, one
-                free[one] = free[other] = False
-                left -= 1
-                if left == 0:
-                    break
+        pairs = disjoint_pairs(total.masked_fill(~agreed | alike, 0))
+        for one, other in islice(pairs, max(1, int(self.pairs * size / 2))):
+            partner[one], partner[other] = other, one
         return partner
 
     def ready(self, choice: Soft, progress: float) -> Readiness:

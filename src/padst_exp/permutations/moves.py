@@ -9,6 +9,7 @@ from torch import Tensor
 from padst_exp.errors import require
 from padst_exp.permutations.exchange import Evidence, Exchange
 from padst_exp.permutations.learners import PermutationLearner, Side
+from padst_exp.permutations.pairs import disjoint_pairs
 from padst_exp.permutations.permutation import Permutation
 from padst_exp.soft import Soft
 
@@ -146,20 +147,11 @@ def _swaps(gains: Tensor, allowed: Tensor, cost: Tensor, budget: float) -> Tenso
     They are paired by `gains` alone, or whoever fails one test would try the next; then those that
     are not allowed drop out. All together cost no more than the budget.
     """
-    size = len(gains)
+    slots = torch.arange(len(gains), device=gains.device)
     # Where nothing is lost the same rows read both, and what seems gained is rounding.
-    order = gains.masked_fill(cost == 0, 0).triu(1).flatten().sort(descending=True, stable=True)
-    pairs = order.indices[: int((order.values > 0).sum())]
-    columns = (pairs, allowed.flatten()[pairs], cost.flatten()[pairs])
-    table = zip(*(column.tolist() for column in columns), strict=True)
-    slots, free, swapped = torch.arange(size, device=gains.device), [True] * size, False
-    for place, significant, price in table:
-        one, other = divmod(place, size)
-        if not (free[one] and free[other]):
-            continue
-        free[one] = free[other] = False
-        if significant and price <= budget:
+    for one, other in disjoint_pairs(gains.masked_fill(cost == 0, 0)):
+        price = float(cost[one, other])
+        if allowed[one, other] and price <= budget:
             slots[one], slots[other] = other, one
             budget -= price
-            swapped = True
-    return slots if swapped else None
+    return None if bool((slots.diff() == 1).all()) else slots
