@@ -16,7 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
 from padst_exp.errors import require
-from padst_exp.models.sizes import DEEPEST, require_rate
+from padst_exp.models.sizes import DEEPEST, WIDEST, require_rate
 from padst_exp.models.weights import load
 
 Stem = Literal["imagenet", "cifar"]
@@ -160,7 +160,7 @@ def _width(width: float) -> int:
     """Channels of the first stage of a ResNet."""
     # 64 * sqrt(4) is a little less than 128.
     base = int(64 * width + 1e-9)
-    require(base >= 1, "model.width", width, "a factor that leaves a channel")
+    require(1 <= base <= WIDEST, "model.width", width, "a factor that leaves a channel")
     return base
 
 

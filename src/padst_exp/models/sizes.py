@@ -4,6 +4,8 @@ from padst_exp.errors import require
 
 # As deep as anything that was ever trained; more would only take for ever to build.
 DEEPEST = 1000
+# Whether so much fits is for the memory to say; PyTorch counts in 64 bits.
+WIDEST = 10**9
 
 
 def require_depth(depth: int) -> None:
@@ -20,4 +22,5 @@ def require_hidden(dim: int, ratio: float) -> None:
     """Raise a `UserError` unless MLPs of `ratio` times `dim` have a hidden unit."""
     wanted = f"a width over model.dim={dim} that makes at least one hidden unit"
     require(dim >= 1, "model.dim", dim, "at least 1")
-    require(ratio > 0 and int(dim * ratio) >= 1, "model.mlp_ratio", ratio, wanted)
+    fits = ratio > 0 and 1 <= int(dim * ratio) <= WIDEST
+    require(fits, "model.mlp_ratio", ratio, f"{wanted}, and at most {WIDEST:.0e}")
