@@ -166,8 +166,9 @@ class Stepper:
         ]
         found += [c.logits for learner in looking for c in learner.choices.values()]
         tensors = [tensor.detach() for tensor in found if tensor is not None]
-        norms = [torch.linalg.vector_norm(tensor).double() for tensor in tensors]
-        finite = not norms or bool(torch.stack(norms).isfinite().all())
+        # A sum is finite only if all of it is, and takes a fraction of the time of a norm.
+        sums = [tensor.sum().double() for tensor in tensors]
+        finite = not sums or bool(torch.stack(sums).isfinite().all())
         if self.world.largest(int(not finite)):
             raise DivergedError("a gradient or a weight is not finite", self.state.step)
 
