@@ -276,7 +276,7 @@ def test_a_model_can_be_made_again_from_plain_data(name: str) -> None:
         k: v.shape for k, v in made.state_dict().items()
     }
     calls["model"]["_target_"] = "os.system"
-    with pytest.raises(UserError, match=r"'os\.system' is none of padst_exp\.models\."):
+    with pytest.raises(ValueError, match=r"'os\.system' is none of padst_exp\.models\."):
         rebuild(**calls)
 
 

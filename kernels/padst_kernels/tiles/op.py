@@ -14,7 +14,7 @@ from torch import Tensor
 
 from padst_kernels import Backend
 from padst_kernels.activations import empty_features
-from padst_kernels.calls import operator
+from padst_kernels.calls import is_recorded, operator
 from padst_kernels.checks import Part, require_index
 from padst_kernels.devices import shared
 from padst_kernels.tiles import passes
@@ -100,16 +100,28 @@ def check(
         )
     if not trusted:
         require_index(name, _parts(weight.shape, index, out_features), x.device)
+        _require_slices(name, index)
+
+
+def _require_slices(name: str, index: TileIndex) -> None:
+    """Refuse slices of other columns; they are made of them alone."""
+    found = index.slice_entries
+    if found is None or is_recorded(found):
+        return
+    from padst_kernels.tiles.cuda import slice_entries
+
+    made = slice_entries(index.columns, index.in_features, len(found) if found.dim() else 1)
+    if found.dtype != made.dtype or not found.is_contiguous() or not torch.equal(found, made):
+        raise ValueError(f"{name}: slice_entries is not what `slice_entries` makes of columns")
 
 
 def _parts(shape: torch.Size, index: TileIndex, out_features: int) -> list[Part]:
     """The fields of an index, with the shapes and ranges that `TileIndex` gives."""
     (num_tiles, width, height), in_features = shape, index.in_features
     num_groups = num_tiles if index.row_pointer is None else index.row_pointer.numel() - 1
-    pointer, slices = index.transposed_pointer, index.slice_entries
+    pointer = index.transposed_pointer
     num_column_groups = 0 if pointer is None else pointer.numel() - 1
     outputs = (num_tiles, height)
-    sliced = () if slices is None else (*slices.shape[:1], num_tiles, width)
     return [
         ("columns", index.columns, (num_tiles, width), in_features, False),
         ("rows", index.rows, (num_groups * height,), out_features, False),
@@ -128,7 +140,6 @@ def _parts(shape: torch.Size, index: TileIndex, out_features: int) -> list[Part]
         ),
         ("transposed_pointer", pointer, (num_column_groups + 1,), num_tiles, True),
         ("transposed_order", index.transposed_order, (num_tiles,), num_tiles - 1, False),
-        ("slice_entries", slices, sliced, 2**31 - 1, False),
     ]
 
 
