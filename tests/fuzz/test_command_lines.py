@@ -17,7 +17,7 @@ from fuzz.program import Reached, contents, fault
 from padst_exp import train
 from padst_exp.engine import loop
 
-DRAWS = int(os.environ.get("FUZZ_DRAWS", "40"))
+DRAWS = int(os.environ.get("FUZZ_DRAWS", "15"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 MEMORY = 16 << 30
 

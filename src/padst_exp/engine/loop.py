@@ -60,18 +60,11 @@ def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[s
 
 
 def _run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[str, Any]:
-    data = require_same_task(experiment, directory, world)
-    if world.main:
-        report = experiment.report
-        say(
-            f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
-            f"entries, {report.density('model'):.2%} of the model's parameters remain; "
-            f"{experiment.total_steps} steps on {world.device}, in {directory.path}"
-        )
-        if (flops := report.flops()) is not None:
-            say(f"a forward pass takes {flops:.4f} of the FLOPs of the model before its transform")
     training: _Training | None = None
     try:
+        data = require_same_task(experiment, directory, world)
+        if world.main:
+            announce(experiment, directory, world)
         training = _Training(experiment, directory, world, data)
         with Interruption() as interruption:
             training.train(interruption)
@@ -88,6 +81,18 @@ def _run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[
                 f"training diverged: {error}; {kept}; lower optimizer.lr or set trainer.clip_norm"
             ) from error
         raise
+
+
+def announce(experiment: Experiment, directory: RunDirectory, world: World) -> None:
+    """Say what is about to be trained, and where."""
+    report = experiment.report
+    say(
+        f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
+        f"entries, {report.density('model'):.2%} of the model's parameters remain; "
+        f"{experiment.total_steps} steps on {world.device}, in {directory.path}"
+    )
+    if (flops := report.flops()) is not None:
+        say(f"a forward pass takes {flops:.4f} of the FLOPs of the model before its transform")
 
 
 def require_same_task(
