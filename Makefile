@@ -42,10 +42,10 @@ types: $(STAMP)  ## mypy --strict
 	$(PYTHON) -m mypy
 
 test: $(STAMP)  ## fast tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(STAMP)  ## slow tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 3 --dist worksteal -m "slow and not gpu"
 
 kills: $(STAMP)  ## kill 60 trainings, at writes and at first use of caches too, and resume them
 	KILLS=60 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/engine/test_kills.py

@@ -22,7 +22,7 @@ from padst_exp.cache import cached, cached_array
 from padst_exp.engine.distributed import World
 from padst_exp.engine.records import read_metrics
 
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 WRITES = ("replace", "fsync", "link", "rename", "unlink", "mkdir")
 PIECES = 6
 
