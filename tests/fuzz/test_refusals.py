@@ -15,11 +15,8 @@ def test_a_refused_run_leaves_no_directory(tmp_path: Path) -> None:
         "trainer.batch_size=63 trainer.micro_batches=2": "trainer.batch_size: ",
         "trainer.batch_size=3 dataset=fashion_mnist dataset.mixup=0.5 dataset.root=x": "dataset.",
         "trainer.epochs=1e30 trainer.steps=null": "trainer.epochs: ",
-        "trainer.workers=100000": "trainer.workers: ",
-        "optimizer.lr=inf": "optimizer.lr: ",
         "permutation=doubly_stochastic permutation.iterations=1000000000": "permutation.iteration",
         "model.dim=100000000 model.heads=1": "model: expected what fits into ",
-        "model.depth=1000000000": "model.depth: ",
         "sparse=[]": "sparse: ",
         "runs=/dev/null/x": "runs: expected a folder that can be written",
     }

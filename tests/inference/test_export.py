@@ -364,7 +364,6 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'kernels'}",
-        "PADST_CACHE": str(cwd / "cache"),
     }
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, text=True, capture_output=True,
