@@ -20,11 +20,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from runs import FASHION, compose, training
+from runs import FASHION, compose, measured_where, training
 from tqdm import tqdm
 
 from padst_exp.config import build, options
-from padst_exp.engine.run_directory import environment
 from padst_exp.errors import UserError
 
 TABLE = Path(__file__).parents[1] / "results" / "tables" / "methods_demo.csv"
@@ -88,11 +87,6 @@ def grid(dataset_of_images: str, seeds: int, steps: int) -> Iterator[Row]:
 def run(row: Row) -> Row:
     """Train one; its row with what came of it."""
     groups = [f"{key}={row[key]}" for key in ("structure", "dst", "seed", "sparsity")]
-    here = environment("cpu")
-    where = {
-        "commit": here["git_commit"], "dirty": here["git_dirty"], "device": here["device"],
-        "threads": torch.get_num_threads(), "torch": torch.__version__.partition("+")[0],
-    }  # fmt: skip
     empty = {"metric": "", "value": "", "density": "", "seconds": "", "refused": ""}
     try:
         cfg = compose(
@@ -108,7 +102,7 @@ def run(row: Row) -> Row:
         }
     except UserError as error:
         found = {"refused": str(error)}
-    return {**row, **empty, **found, **where}
+    return {**row, **empty, **found, **measured_where()}
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from runs import compose
+from runs import compose, measured_where
 from torch import nn
 
 from padst_exp.analysis.planted import learn_planted, mean_error
 from padst_exp.bench import tables
 from padst_exp.config import build, options
-from padst_exp.engine.run_directory import environment
 from padst_exp.layers import evidence, permutations, places, sparse_layers
 from padst_exp.permutations import Permutation, PermutationLearner, Site
 from padst_exp.soft import choices, soft_choices
@@ -58,10 +57,8 @@ def fill(name: str, parts: Iterator[tuple[str, Callable[[], dict[str, Any]]]]) -
             rows = list(csv.DictReader(file))
     for key, measure in parts:
         if all(row["key"] != key for row in rows):
-            run = environment("cpu")  # rows may come from several commits
-            where = {"commit": run["git_commit"], "dirty": run["git_dirty"], "device": "cpu"}
-            where |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-            rows.append({"key": key, **measure(), **where})
+            # Rows may come from several commits.
+            rows.append({"key": key, **measure(), **measured_where()})
             print(*rows[-1].values())
             tables.write(path, rows)
 

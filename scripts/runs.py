@@ -61,7 +61,14 @@ def training(
 
 def write(name: str, rows: list[Row]) -> None:
     """Write a table of results/tables, with where it was measured."""
+    path = Path(__file__).parents[1] / "results" / "tables" / f"{name}.csv"
+    tables.write(path, rows, **measured_where())
+
+
+def measured_where() -> Row:
+    """The columns that say by which code, and on what, a row was measured."""
     run = environment("cpu")
     where = {"commit": run["git_commit"], "dirty": run["git_dirty"], "device": run["device"]}
-    where |= {"threads": torch.get_num_threads(), "torch": torch.__version__.partition("+")[0]}
-    tables.write(Path(__file__).parents[1] / "results" / "tables" / f"{name}.csv", rows, **where)
+    return where | {
+        "threads": torch.get_num_threads(), "torch": torch.__version__.partition("+")[0]
+    }  # fmt: skip
