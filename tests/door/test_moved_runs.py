@@ -148,7 +148,7 @@ def test_the_products_of_an_evaluation_may_be_others(
     assert forced == ["scatter"]
     exported(real_run, "backend=scatter", out=str(tmp_path / "packed"))
     assert evaluated(tmp_path / "packed", "backend=torch") == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(UserError, match="^backend: expected one for this device"):
+    with pytest.raises(UserError, match=r"^backend: expected one for this device"):
         evaluated(tmp_path / "packed", "backend=triton")
 
 
