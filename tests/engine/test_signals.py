@@ -298,9 +298,7 @@ def test_an_error_in_a_pass_of_one_rank(tmp_path: Path, start: Start) -> None:
         last = root / "toy" / "checkpoints" / "last.pt"
         line = (root / "said").read_text().splitlines()[-1]
         if where == "after":
-            assert (
-                line == f"failed, the last step saved in {last} is 4; resume=auto continues there"
-            )
+            assert line == f"failed; {last} holds step 4, where resume=auto continues"
             continue
         assert line == f"failed at step {saved}, saved in {last}; resume=auto continues"
         assert (root / "error1").read_text() == "power cut"
@@ -329,9 +327,7 @@ def test_an_error_amid_a_change_says_where_the_run_goes_on(
             assert line == "failed before anything was saved; resume=auto starts from the beginning"
         else:
             assert saved_step(root) == 4
-            assert (
-                line == f"failed, the last step saved in {last} is 4; resume=auto continues there"
-            )
+            assert line == f"failed; {last} holds step 4, where resume=auto continues"
 
 
 def test_an_error_after_a_step_saves_that_step(
