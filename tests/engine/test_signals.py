@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
@@ -19,6 +21,7 @@ from engine.toy import (
     STEPS,
     Samples,
     ToyTask,
+    assert_equal,
     assert_same_run,
     start_ranks,
     toy_layers,
@@ -169,6 +172,33 @@ def test_a_killed_worker_is_told_in_one_line_and_loses_nothing(
     line = (tmp_path / "error0").read_text()
     assert line.startswith("trainer.workers: ") and "SIGKILL" in line and "\n" not in line
     assert saved_step(tmp_path) >= 4
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_the_same_under_each_start_method(tmp_path: Path) -> None:
+    """As a command, whose own module its workers import again."""
+    small = "model.dim=16 model.depth=1 model.heads=2 trainer.epochs=null trainer.steps=3"
+    rest = f"backend=torch logger=none device=cpu runs={tmp_path}"
+    found = []
+    for method in ("fork", "spawn", "forkserver"):
+        program = tmp_path / "program.py"
+        program.write_text(
+            "import multiprocessing\n"
+            "if __name__ == '__main__':\n"
+            f"    multiprocessing.set_start_method('{method}')\n"
+            "    from padst_exp.train import main\n"
+            "    main()\n"
+        )
+        arguments = [*small.split(), *rest.split(), f"name={method}", "trainer.workers=2"]
+        done = subprocess.run(
+            [sys.executable, str(program), *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        found.append(checkpoint.read(tmp_path / method / "checkpoints" / "last.pt")["model"])
+    for other in found[1:]:
+        assert_equal(other, found[0], "model")
 
 
 @pytest.mark.slow
