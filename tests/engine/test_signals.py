@@ -154,24 +154,38 @@ def test_workers_do_not_heed_signals_and_die_with_the_run(tmp_path: Path, start:
     wait_for(lambda: not any(alive(pid) for pid in pids), seconds=3)
 
 
-def failing(world: World, root: Path, workers: int) -> None:
+def failing(world: World, root: Path, workers: int, method: str) -> None:
     try:
-        endless(world, root, workers)
+        endless(world, root, workers, method)
     except UserError as error:
         (root / f"error{world.rank}").write_text(str(error))
 
 
+def workers_of(pid: int, method: str) -> list[int]:
+    """What loads data for a run; neither a fork server nor what tracks resources does."""
+    found = [
+        child
+        for child in children(pid)
+        if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text()
+    ]
+    return [of for child in found for of in children(child)] if method == "forkserver" else found
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_killed_worker_is_told_in_one_line_and_loses_nothing(
-    tmp_path: Path, start: Start
+    method: str, tmp_path: Path, start: Start
 ) -> None:
-    (process,) = start(failing, tmp_path, 2)
+    (process,) = start(failing, tmp_path, 2, method)
     wait_for(lambda: training(tmp_path))
-    os.kill(children(process.pid)[0], signal.SIGKILL)
+    workers = workers_of(process.pid, method)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
     process.join(60)
     line = (tmp_path / "error0").read_text()
     assert line.startswith("trainer.workers: ") and "SIGKILL" in line and "\n" not in line
     assert saved_step(tmp_path) >= 4
+    assert not any(alive(pid) for pid in workers)
 
 
 @pytest.mark.slow
