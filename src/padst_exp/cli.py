@@ -25,6 +25,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from padst_exp import end_quietly
 from padst_exp.config import GROUPS, closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
+from padst_exp.files import reading
 from padst_exp.messages import say
 from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
 
@@ -238,10 +239,11 @@ def _require_keys() -> None:
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     for group, option in runtime.choices.items():
         for path in (folder / group / f"{option}.yaml" for folder in folders):
-            if path.is_file() and not isinstance(
-                yaml.compose(path.read_text("utf-8")), yaml.MappingNode
-            ):
-                raise UserError(f"{path}: expected a mapping of keys")
+            if not path.is_file():
+                continue
+            with reading(group, path, "a mapping of keys"):
+                if not isinstance(yaml.compose(path.read_text("utf-8")), yaml.MappingNode):
+                    raise UserError(f"{path}: expected a mapping of keys")
 
 
 def _help(config_name: str) -> str:
