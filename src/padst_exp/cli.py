@@ -26,7 +26,7 @@ from padst_exp import end_quietly
 from padst_exp.config import GROUPS, closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
 from padst_exp.files import reading
-from padst_exp.messages import say
+from padst_exp.messages import printable, say
 from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -143,7 +143,7 @@ def _without(arguments: list[str]) -> Iterator[None]:
 
 class _Said(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"warning: {record.getMessage()}")
+        say(f"warning: {printable(record.getMessage())}")
 
 
 def _hear(package: str) -> None:
@@ -276,6 +276,4 @@ def _exit_with(error: Exception) -> NoReturn:
 
 
 def _say(message: str) -> None:
-    # What a user typed may hold line breaks, or what would speak to the terminal.
-    shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
-    sys.stderr.write(f"padst_exp: {shown}\n")
+    sys.stderr.write(f"padst_exp: {printable(message)}\n")
