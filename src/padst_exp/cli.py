@@ -27,7 +27,7 @@ from padst_exp.config import GROUPS, closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
 from padst_exp.files import reading
 from padst_exp.messages import printable, say
-from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
+from padst_exp.overrides import ambiguous, check_hydra, check_overrides, not_letters, unreadable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -190,6 +190,8 @@ def explain(error: BaseException) -> str:
         return f"{mark.name}, line {mark.line + 1}: {error.problem}"
     if isinstance(error, yaml.reader.ReaderError):
         return f"{error.name}: {error.reason} (character {error.position})"
+    if isinstance(error, UnicodeEncodeError):
+        return not_letters(error.object)
     if isinstance(error, UnicodeDecodeError):
         return f"{_undecodable() or config_dir()}: not UTF-8 ({error.reason})"
     if isinstance(error, OSError) and error.strerror:
@@ -211,6 +213,8 @@ def _is_expected(error: Exception) -> bool:
         # What names a file is about a file of the user: missing, read-only, of too long a name.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return full or error.filename is not None
+    if isinstance(error, UnicodeEncodeError):  # the name of a file, in letters this process has not
+        return error.encoding == sys.getfilesystemencoding() != "utf-8"
     return isinstance(error, UserError | HydraException | OmegaConfBaseException | yaml.YAMLError)
 
 
