@@ -69,7 +69,7 @@ class FolderImages:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return read_image(path, path, "RGB"), label
+        return read_image(path, Path(path), "RGB"), label
 
     def fingerprint(self) -> str:
         start = len(str(self.folder))
