@@ -2,8 +2,19 @@
 
 from typing import Literal
 
+from padst_kernels.compiled import has_native
+
 # What multiplies. native: C++ compiled for this CPU. torch: plain PyTorch, on any device. triton,
 # cuda: kernels of a GPU. scatter: a dense product with a weight that lives only during a pass.
 Backend = Literal["native", "torch", "triton", "cuda", "scatter"]
 
-__all__ = ["Backend"]
+
+def is_here(backend: Backend) -> bool:
+    """Whether a backend computes by itself: plain PyTorch stands in for kernels without a compiler.
+
+    Compiles the native kernels at the first use on a machine.
+    """
+    return backend != "native" or has_native()
+
+
+__all__ = ["Backend", "is_here"]

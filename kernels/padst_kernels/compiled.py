@@ -46,6 +46,17 @@ def compiled(source: Path) -> ctypes.CDLL | None:
 
 
 @functools.cache
+def sources() -> tuple[Path, ...]:
+    """All files that are compiled, each to a library."""
+    return tuple(sorted(HEADERS.rglob("*.cpp")))
+
+
+def has_native() -> bool:
+    """Whether the library of every source can be had."""
+    return None not in map(compiled, sources())
+
+
+@functools.cache
 def _warn(reason: str) -> None:
     # Measured on layers of 768x3072 at 90% sparsity, forward and backward.
     logging.getLogger(__name__).warning(
@@ -122,5 +133,8 @@ def _is_whole(library: Path) -> bool:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    # What a compiler says may be in any encoding.
+    done = subprocess.run(
+        command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=120
+    )
     return done.stdout

@@ -88,7 +88,8 @@ def analyze(keys: AnalyzeSchema, world: World) -> tuple[Path, Results]:
         The folder, which holds `analysis.json` and a picture of each part, and the results.
 
     Raises:
-        UserError: there is no such run, it is damaged, or nothing in it is sparse.
+        UserError: there is no such run, it is damaged, nothing in it is sparse, or the folder
+            cannot be written.
     """
     from padst_exp.analysis import figures
     from padst_exp.restore import restore_run
@@ -103,7 +104,6 @@ def analyze(keys: AnalyzeSchema, world: World) -> tuple[Path, Results]:
         require_no_link("out", folder)
     else:
         folder = Path(keys.out)
-    folder.mkdir(parents=True, exist_ok=True)
     results: Results = {"run": str(restored.path), "step": restored.step}
     if "cost" in keys.parts:
         results["cost"] = _cost(restored)
@@ -118,9 +118,13 @@ def analyze(keys: AnalyzeSchema, world: World) -> tuple[Path, Results]:
     results.update(history)
     if "topology" in keys.parts:
         results["topology"] = {"explored": explored, "changes": _changes(restored)}
-    replace_text(folder / "analysis.json", to_json(results, indent=1))
-    for part in keys.parts:
-        figures.DRAW[part](results[part], folder / f"{part}.png")
+    try:
+        replace_text(folder / "analysis.json", to_json(results, indent=1))
+        for part in keys.parts:
+            figures.DRAW[part](results[part], folder / f"{part}.png")
+    except OSError as error:
+        what = f"{folder} ({error.strerror})"
+        raise UserError(f"out: expected a folder that can be written, got {what}") from error
     return folder, results
 
 

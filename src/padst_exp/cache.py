@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from padst_exp.atomic import replacing
+from padst_exp.errors import UserError
+from padst_exp.files import reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +43,8 @@ def cached(name: str, make: Callable[[], str], parse: Callable[[str], T]) -> T:
     path = cache_folder() / name
     # Libraries raise almost anything.
     with contextlib.suppress(Exception):
-        digest, _, text = path.read_bytes().partition(b"\n")
+        with reading("PADST_CACHE", path, "what was kept"):
+            digest, _, text = path.read_bytes().partition(b"\n")
         if _digest(name, text).hexdigest().encode() == digest:
             return parse(text.decode())
     made = make()
@@ -86,7 +89,7 @@ def cached_array(
 def _mapped(path: Path, name: str, below: int) -> "NDArray[np.int32] | None":
     import numpy as np
 
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(UserError), reading("PADST_CACHE", path, "what was kept"):
         size = path.stat().st_size - DIGEST_SIZE
         if size < 0 or size % 4:
             return None

@@ -25,8 +25,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from padst_exp import end_quietly
 from padst_exp.config import closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
-from padst_exp.messages import say
-from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
+from padst_exp.files import reading
+from padst_exp.messages import printable, say
+from padst_exp.overrides import ambiguous, check_hydra, check_overrides, not_letters, unreadable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -146,7 +147,7 @@ def _without(arguments: list[str]) -> Iterator[None]:
 
 class _Said(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"warning: {record.getMessage()}")
+        say(f"warning: {printable(record.getMessage())}")
 
 
 def _hear(package: str) -> None:
@@ -193,6 +194,8 @@ def explain(error: BaseException) -> str:
         return f"{mark.name}, line {mark.line + 1}: {error.problem}"
     if isinstance(error, yaml.reader.ReaderError):
         return f"{error.name}: {error.reason} (character {error.position})"
+    if isinstance(error, UnicodeEncodeError):
+        return not_letters(error.object)
     if isinstance(error, UnicodeDecodeError):
         return f"{_undecodable() or config_dir()}: not UTF-8 ({error.reason})"
     if isinstance(error, OSError) and error.strerror:
@@ -214,6 +217,8 @@ def _is_expected(error: Exception) -> bool:
         # What names a file is about a file of the user: missing, read-only, of too long a name.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return full or error.filename is not None
+    if isinstance(error, UnicodeEncodeError):  # the name of a file, in letters this process has not
+        return error.encoding == sys.getfilesystemencoding() != "utf-8"
     return isinstance(error, UserError | HydraException | OmegaConfBaseException | yaml.YAMLError)
 
 
@@ -242,10 +247,11 @@ def _require_keys() -> None:
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     for group, option in runtime.choices.items():
         for path in (folder / group / f"{option}.yaml" for folder in folders):
-            if path.is_file() and not isinstance(
-                yaml.compose(path.read_text("utf-8")), yaml.MappingNode
-            ):
-                raise UserError(f"{path}: expected a mapping of keys")
+            if not path.is_file():
+                continue
+            with reading(group, path, "a mapping of keys"):
+                if not isinstance(yaml.compose(path.read_text("utf-8")), yaml.MappingNode):
+                    raise UserError(f"{path}: expected a mapping of keys")
 
 
 def _help(config_name: str) -> str:
@@ -278,6 +284,4 @@ def _exit_with(error: Exception) -> NoReturn:
 
 
 def _say(message: str) -> None:
-    # What a user typed may hold line breaks, or what would speak to the terminal.
-    shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
-    sys.stderr.write(f"padst_exp: {shown}\n")
+    sys.stderr.write(f"padst_exp: {printable(message)}\n")

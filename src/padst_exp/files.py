@@ -8,11 +8,17 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from padst_exp.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+TRAINING_CONFIG = "a training config"
 LONGEST_REASON = 200
+MOST_YAML, DEEPEST_YAML = 1 << 20, 20
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @contextmanager
@@ -61,6 +67,37 @@ def read_text(key: str, path: Path, wanted: str, *, most: int | None = None) -> 
         if most is not None and size > most:
             raise ValueError(f"it has {size} bytes, {most} at most are one")
         return path.read_text("utf-8")
+
+
+def read_mapping(key: str, path: Path, wanted: str) -> dict[Any, Any]:
+    """The mapping in a YAML file, in plain containers; nothing is built or resolved.
+
+    Raises:
+        UserError: as in `reading`; it is none, or stands for more than its text shows.
+    """
+    with reading(key, path, wanted):
+        text = read_text(key, path, wanted, most=MOST_YAML)
+        require_modest_yaml(text)
+        found = yaml.load(text, _LOADER)
+        if not isinstance(found, dict):
+            raise ValueError("it is no mapping")
+        return found
+
+
+def require_modest_yaml(text: str) -> None:
+    """Refuse YAML of which a little text stands for any amount of memory or time.
+
+    Raises:
+        ValueError, YAMLError: says what it has.
+    """
+    depth = 0
+    for event in yaml.parse(text, _LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_YAML:
+            raise ValueError(f"it is nested more than {DEEPEST_YAML} deep")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has an alias, *{event.anchor}")
 
 
 def require_no_link(key: str, path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,10 @@ from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Task
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import to_device
+from padst_exp.engine.run_directory import is_run
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError, require
+from padst_exp.files import reading
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.inference.packing import dense_state, harden, pack
@@ -308,12 +309,13 @@ def _called(key: str) -> Iterator[None]:
 def _is_ours(path: Path) -> bool:
     """Whether `path` is a run directory, one of our checkpoints, or an export of ours."""
     if path.is_dir():
-        return any((path / name).is_file() for name in (DESCRIPTION, "config.yaml"))
+        return (path / DESCRIPTION).is_file() or is_run(path)
     if not path.is_file() or not zipfile.is_zipfile(path):
         return False
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError, KeyError):
+        with reading("init_from", path, ANY_WEIGHTS):
+            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
         return False  # whoever reads it as something else says what is wrong with it
     return isinstance(payload, dict) and "config_text" in payload
 

@@ -24,6 +24,11 @@ def say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
+def printable(text: str) -> str:
+    """`text` without line breaks, and without what would speak to the terminal."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
 def outlive_readers() -> None:
     """Let what cannot be written to stdout and stderr be dropped, from here on.
 

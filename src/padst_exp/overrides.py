@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -26,10 +27,11 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
     Raises:
         OverrideParseException: an argument cannot be read.
-        UserError: in one line that names the group.
+        UserError: in one line that names the group, or says that the letters cannot be read.
     """
     parser = OverridesParser.create()
     for argument in arguments:
+        _require_letters(argument)
         if argument.startswith("-") or not ("=" in argument or argument[:1] in ("+", "~")):
             continue
         (override,) = parser.parse_overrides([argument])
@@ -38,6 +40,22 @@ def check_overrides(arguments: Sequence[str]) -> None:
         if not override.is_delete() and _is_group(override.key_or_group):
             for choice in _choices(override):
                 _require_option(override.key_or_group, choice)
+
+
+def _require_letters(argument: str) -> None:
+    """Refuse bytes that are no letters where this process reads them."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(not_letters(argument)) from None
+
+
+def not_letters(text: str) -> str:
+    """One line about text that cannot be the name of a file for this process."""
+    known = sys.getfilesystemencoding()
+    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    hint = "" if known == "utf-8" else "; with PYTHONUTF8=1 Python reads UTF-8"
+    return f"{shown}: expected letters in {known}{hint}"
 
 
 def _is_group(key: str) -> bool:

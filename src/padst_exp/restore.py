@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from padst_exp import dispatch, stored
@@ -17,16 +17,16 @@ from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.backends import choose_backends
 from padst_exp.engine.distributed import World
+from padst_exp.engine.run_directory import is_run
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError
-from padst_exp.files import one_line, read_text, reading
+from padst_exp.files import MOST_YAML, TRAINING_CONFIG, one_line, read_text, reading
+from padst_exp.identity import differences, flat, results_part
 from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.messages import say
 from padst_exp.sparsify import Report
 from padst_exp.train import AnyBackend, build_experiment, build_task, original, run_settings
-
-TRAINING_CONFIG = "a training config"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,10 @@ def restore(
         raise UserError(f"run: {path} is one file of an export, give its folder {path.parent}")
     if not (path / DESCRIPTION).is_file():
         return restore_run(path, world, trust=trust, changes=changes)
-    text = read_description(path)["config"]
-    cfg, backend = _config(text, path / DESCRIPTION, trust, changes)
+    file = path / DESCRIPTION
+    cfg = _ours(_parsed(read_description(path)["config"], file), file, trust)
+    cfg = _complete(cfg, file)
+    backend = _changed(cfg, changes)
     dispatch.require_device(backend or "auto", world.device)
     task = build_task(cfg, world)
     trainer = build(cfg.trainer, "trainer")
@@ -149,6 +151,9 @@ def open_run(
 ) -> OpenedRun:
     """Read the best checkpoint of a run (the last one where none is the best yet).
 
+    Its `config.yaml` says where the data are; of a config that is damaged, or of another model than
+    the checkpoint's, a line says that the checkpoint's is taken instead.
+
     Args:
         path: run directory, or one checkpoint file.
         trust, changes: as in `restore_run`.
@@ -161,16 +166,14 @@ def open_run(
         folder = path.resolve().parent.parent
         run = folder if (folder / "config.yaml").is_file() else None
         saved = checkpoint.read(path)
-    elif not (path / "config.yaml").exists():
+    elif not is_run(path):
         raise UserError(f"run: {path} is no run directory, it has no config.yaml")
     else:
         path, saved = checkpoint.read_best(path / "checkpoints")
-    if run is None:
-        cfg, backend = _config(saved["config_text"], path, trust, changes)
-    else:
-        file = run / "config.yaml"
-        text = read_text("run", file, TRAINING_CONFIG, most=stored.MOST_BYTES)
-        cfg, backend = _config(text, file, trust, changes)
+    cfg = _parsed(saved["config_text"], path)
+    own = None if run is None else _own_config(run / "config.yaml", cfg, path, trust)
+    cfg = _complete(_ours(cfg, path, trust) if own is None else own, path)
+    backend = _changed(cfg, changes)
     return OpenedRun(config=cfg, run=run, path=path, saved=saved, backend=backend)
 
 
@@ -233,21 +236,57 @@ def restore_run(
     )
 
 
-def _config(
-    text: object, where: Path, trust: str | Sequence[str], changes: Sequence[str]
-) -> tuple[DictConfig, AnyBackend | None]:
-    """The training config `text`, which a user knows as `where`, and the backend they ask for."""
+def _parsed(text: str, where: Path) -> DictConfig:
+    """The training config `text`, which a user knows as `where`."""
     with reading("run", where, TRAINING_CONFIG):
-        if not isinstance(text, str):
-            raise TypeError("its config is no text")
-        cfg = stored.parse(text)
-    # Before anything else: even the keys of a run are built where they name a constructor.
+        return stored.parse(text)
+
+
+def _ours(cfg: DictConfig, where: Path, trust: str | Sequence[str]) -> DictConfig:
+    """`cfg`, which names nothing but our own constructors, or what is trusted."""
     stored.require_ours(cfg, where, [trust] if isinstance(trust, str) else trust)
+    return cfg
+
+
+def _own_config(
+    file: Path, saved: DictConfig, path: Path, trust: str | Sequence[str]
+) -> DictConfig | None:
+    """The config in a run's `file`; None, and a line, where the one in its checkpoint is better."""
+    there = cast(dict[str, object], OmegaConf.to_container(saved))
+    try:
+        with reading("run", file, TRAINING_CONFIG):
+            cfg = stored.parse(read_text("run", file, TRAINING_CONFIG, most=MOST_YAML))
+            here = cast(dict[str, object], OmegaConf.to_container(cfg))
+            if missing := sorted(_keys(there) - _keys(here)):
+                raise ValueError(f"it has no {missing[0]}")
+        _complete(_ours(cfg, file, trust), file)
+        for difference in differences(results_part(there), results_part(here)):
+            what = f"got {file} ({one_line(difference)})"
+            raise UserError(f"run: expected the config of its checkpoint, {what}")
+    except stored.ForeignError:  # no damage: somebody has put that there
+        raise
+    except UserError as error:
+        say(f"warning: {error}; taking the one in {path} instead")
+        return None
+    return cfg
+
+
+def _keys(config: Mapping[str, object]) -> set[str]:
+    """The keys that no config of a run may lack; it may have had another logger, with others."""
+    return {*config, *(key for key, _ in flat(config) if not key.startswith("logger."))}
+
+
+def _complete(cfg: DictConfig, where: Path) -> DictConfig:
+    """A training config of `_ours` for a model whose weights are all there, checked."""
     cfg = alone(cfg)
     try:
         run_settings(cfg)
     except UserError as error:
         raise UserError(f"run: expected {TRAINING_CONFIG}, got {where} ({error})") from error
+    return cfg
+
+
+def _changed(cfg: DictConfig, changes: Sequence[str]) -> AnyBackend | None:
+    """Change `cfg` as a user asks; the backend that they ask for by that, if they do."""
     changed = stored.change(cfg, changes)
-    backend = run_settings(cfg).backend
-    return cfg, backend if "backend" in changed else None
+    return run_settings(cfg).backend if "backend" in changed else None

@@ -30,12 +30,12 @@ class Seal:
         if buffer is not None and not buffer.is_inference():  # such a tensor counts no writes
             self._known = buffer, buffer._version, self._mark(buffer)
 
-    def open(self) -> None:
+    def lift(self) -> None:
         """Take whatever is there at the next look for right."""
         self._known = None
 
     def intact(self, buffer: Tensor | None) -> bool:
-        """Whether `buffer` holds what it held; closes a seal that is open."""
+        """Whether `buffer` holds what it held; closes a seal that was lifted."""
         if self._known is None or self._known[0] is not buffer:
             self.close(buffer)
             return True

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -16,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from padst_exp.config import closest
 from padst_exp.errors import UserError
+from padst_exp.files import MOST_YAML, TRAINING_CONFIG, one_line, require_modest_yaml
 from padst_exp.messages import say
 from padst_exp.targets import HOMES, foreign
 
-MOST_BYTES, DEEPEST = 1 << 20, 20
 FRESH: Mapping[str, Any] = {
     "init_from": None,
     "init_score": "magnitude",
@@ -45,26 +44,29 @@ _REASONS = {
 }
 
 
+class ForeignError(UserError):
+    """A stored config asks its reader for what no config of ours needs."""
+
+
 def parse(text: str) -> DictConfig:
-    """A training config as `train` wrote it.
+    """A training config as `train` wrote it, unresolved.
 
     Raises:
-        ValueError, YAMLError, OmegaConfBaseException: it is none, or wants something resolved.
+        ValueError, YAMLError, OmegaConfBaseException: it is none.
     """
-    if len(text) > MOST_BYTES:
+    if len(text) > MOST_YAML:
         raise ValueError(f"it has {len(text)} characters")
-    _require_modest(text)
+    require_modest_yaml(text)
     cfg = OmegaConf.create(text)
-    if not isinstance(cfg, DictConfig):
+    if not isinstance(cfg, DictConfig) or not cfg:
         raise ValueError("it is no mapping")
-    for key, value in _strings(OmegaConf.to_container(cfg, resolve=False)):
-        if "${" in value:
-            raise ValueError(f"{key}: expected a value, got the interpolation {value}")
     return cfg
 
 
 def require_ours(cfg: DictConfig, where: object, trust: Sequence[str]) -> None:
     """Refuse a stored config that names anything but our own constructors, before an import.
+
+    So is one that wants something resolved, such as a variable of its reader's environment.
 
     Args:
         cfg: from `parse`.
@@ -72,17 +74,21 @@ def require_ours(cfg: DictConfig, where: object, trust: Sequence[str]) -> None:
         trust: packages that the user vouches for; a line says which of their targets are called.
 
     Raises:
-        UserError: names the key and the target.
+        ForeignError: names the key, and the target or the interpolation.
     """
     plain = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(plain, dict)
+    for key, value in _strings(plain):
+        if "${" in value:
+            found = one_line(f"{key}: expected a value, got the interpolation {value}")
+            raise ForeignError(f"run: expected {TRAINING_CONFIG}, got {where} ({found})")
     for key, target in foreign(plain, trust):
         home = HOMES.get(key.partition(".")[0])
         wanted = "no _target_" if home is None else f"a _target_ in {home}"
         package = str(target).partition(".")[0]
         other = home is not None and package.isidentifier() and package != "padst_exp"
         hint = f"; trust={package} runs it all the same" if other else ""
-        raise UserError(f"{where}: {key}: expected {wanted}, got {target!r}{hint}")
+        raise ForeignError(f"{where}: {key}: expected {wanted}, got {target!r}{hint}")
     if trust:
         for key, target in foreign(plain, ()):
             say(f"{where}: {key} is {target}, which you trust")
@@ -139,18 +145,6 @@ def _require_as_trained(cfg: DictConfig, key: str, value: object) -> None:
         f"{key}: expected {wanted}, got {'null' if value is None else value}; what may still be "
         f"changed is {', '.join(FREE)}"
     )
-
-
-def _require_modest(text: str) -> None:
-    """Refuse YAML of which a little text stands for any amount of memory or time."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} deep")
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"it has an alias, *{event.anchor}")
 
 
 def _value(override: Override) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.bench_cases import CPU, NM, keys
 from gpu.kernel_checks import checks
+from hostile import DAMAGED, undone
 from padst_exp.bench import __main__ as command
 from padst_exp.bench import choices, tables
 from padst_exp.bench.choices import Layer
@@ -113,6 +114,45 @@ def test_results_are_readable_and_what_is_slow_is_counted(tmp_path: Path) -> Non
             if form.startswith("packed") and row["permutation"] != "none":
                 soft = ", soft" * (row["permutation"] == "soft")
                 assert float(row["ratio"]) >= 1 or slower[row["structure"] + soft][0] != "0", row
+
+
+def test_damaged_tables_are_one_line_and_nothing_is_written(tmp_path: Path) -> None:
+    own, accuracies = tmp_path / "own", tmp_path / "tables"
+    own.mkdir()
+    accuracies.mkdir()
+    table, known = own / "memory-a-float32.csv", accuracies / "a_accuracy.csv"
+    (sound,) = (RESULTS / "kernels").glob("memory-*.csv")
+    table.write_bytes(sound.read_bytes())
+    known.write_text("structure,dataset,seed,density,value\nnm,digits,0,0.1,97\n")
+    readme = own / "README.md"
+    readme.write_text("By hand.\n")
+    head, first, *_ = table.read_text().splitlines(keepends=True)
+    number = head.split(",").index("tokens")
+    cells = first.split(",")
+    cells[number] = "many"
+    files = {table: set(DAMAGED) - {"flipped bytes", "a little short", "half", "missing"},
+             known: {"empty", "a pointer of Git LFS", "a folder", "a pipe", "no end"},
+             readme: {"a folder", "a pipe", "another encoding"}}  # fmt: skip
+    for path, damages in files.items():
+        whole = path.read_bytes()
+        own_ways = {"only a head": head, "dense only": head + first, "no number": ",".join(cells)}
+        for what in [*sorted(damages), *(own_ways if path is table else ())]:
+            if what in own_ways:
+                path.write_text(head + own_ways[what] if what == "no number" else own_ways[what])
+            else:
+                DAMAGED[what](path)
+            with pytest.raises(UserError) as error:
+                tables.accuracies(accuracies, 0.1)
+                tables.publish(own, accuracies)
+            line = str(error.value)
+            assert line.startswith("out: expected ") and "\n" not in line, (what, line)
+            assert str(path) in line, (what, line)
+            assert {file.name for file in own.iterdir()} == {table.name, "README.md"}, what
+            undone(path, whole)
+    assert readme.read_text() == "By hand.\n"
+    # What the next run of the same suite replaces may be anything.
+    table.write_text("x")
+    assert tables.sections(own, accuracies, without=table) == []
 
 
 def test_accuracies_are_means_at_a_density(tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_nothing_is_given_a_value_without_a_meaning(program: Program) -> None:
         "distribution={a: 1e308}": "distribution.a: expected a finite number of at most 3.4e38",
         "structure.group=99999999999999999999": "structure.group: expected an integer of at most ",
         "runs='a\tb'": "runs: expected text without control characters, got 'a\\tb'",
+        "name='\udcff'": r"name='\xff': expected letters in utf-8",
         "name='\t'": "name: expected text without control characters, got '\\t'",
         "name=-": "name: expected the name of one folder",
         "name=' a'": "name: expected the name of one folder",

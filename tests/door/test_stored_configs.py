@@ -111,8 +111,21 @@ def refused(read: Callable[[], object], what: str) -> str:
     return line
 
 
+def of_no_use(read: Callable[[], object], what: str, said: pytest.CaptureFixture[str]) -> str:
+    """The line with which a config is refused, or the checkpoint's taken instead."""
+    said.readouterr()
+    try:
+        read()
+    except UserError:
+        return refused(read, what)
+    (line,) = said.readouterr().err.splitlines()
+    assert line.startswith("warning: run: expected "), what
+    assert "config.yaml (" in line and "; taking the one in " in line and len(line) < 900, line
+    return line
+
+
 def test_only_constructors_of_ours_are_ever_called(
-    places: dict[str, Place], planted: Path, sound: Path
+    places: dict[str, Place], planted: Path, sound: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, (what, config) in enumerate(harmful_configs(config_of(sound))):
         text = yaml.safe_dump(config)
@@ -125,7 +138,8 @@ def test_only_constructors_of_ours_are_ever_called(
             some = places if number % 16 == 0 else {}
         for place, store in some.items():
             path = store(text)
-            refused(lambda path=path: evaluated(path), f"{place}: {what}")
+            take = of_no_use if place == "run" else lambda read, what, _: refused(read, what)
+            take(lambda path=path: evaluated(path), f"{place}: {what}", capsys)
             assert not planted.exists(), f"{place}: {what}"
     path = places["run"](text)
     for read in (exported, analysed):
@@ -153,27 +167,58 @@ def test_a_trusted_package_is_called_and_named(
 
 
 def test_nothing_in_a_stored_config_is_resolved(
-    places: dict[str, Place], sound: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    places: dict[str, Place], sound: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setenv("SECRET", "a value of mine")
     for number, (what, config) in enumerate(resolving_configs(config_of(sound), "SECRET")):
         with pytest.raises((ValueError, OmegaConfBaseException)):
-            stored.parse(yaml.safe_dump(config))
+            stored.require_ours(stored.parse(yaml.safe_dump(config)), "config.yaml", ())
         for place, store in places.items() if number % 9 == 0 else ():
             path = store(yaml.safe_dump(config))
-            line = refused(lambda path=path: evaluated(path), f"{place}: {what}")
+            line = of_no_use(lambda path=path: evaluated(path), f"{place}: {what}", capsys)
             assert "a value of mine" not in line
             if place != "export":
-                refused(lambda path=path: exported(path, tmp_path / "out"), what)
-    assert not (tmp_path / "out").exists()
+                of_no_use(lambda path=path: exported(path, tmp_path / "out"), what, capsys)
+    for file in (tmp_path / "out").glob("*"):
+        assert b"a value of mine" not in file.read_bytes()
 
 
-def test_text_that_is_no_config_is_one_line(places: dict[str, Place]) -> None:
+def test_text_that_is_no_config_is_one_line(
+    places: dict[str, Place], capsys: pytest.CaptureFixture[str]
+) -> None:
     for text in (*HOSTILE_YAML, "", "a: [", "x" * (1 << 20) + ": 1", "model: 5", "speed: 5"):
-        for store in places.values():
+        for place, store in places.items():
             path = store(text)
-            line = refused(lambda path=path: evaluated(path), repr(text[:50]))
-            assert line.startswith("run: expected a training config, got ")
+            line = of_no_use(lambda path=path: evaluated(path), repr(text[:50]), capsys)
+            assert "run: expected a training config, got " in line
+            assert line.startswith("warning: ") == (place == "run"), line
+
+
+def test_a_config_cut_short_is_replaced_by_its_checkpoint_s(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(sound, tmp_path / "run"))
+    file, expected = run / "config.yaml", evaluated(sound)
+    lines = file.read_text().splitlines(keepends=True)
+    whole = config_of(run)
+    without = {key: value for key, value in whole.items() if key != "sparse"}
+    shallower = {**whole, "model": {**whole["model"], "heads": 1}}
+    for what, text in {
+        "has no": "".join(lines[: len(lines) // 2]),
+        "has no sparse": yaml.safe_dump(without),
+        "has no backend": "".join(lines[: lines.index("logger:\n")]),
+        "model.heads=2 there and 1 here": yaml.safe_dump(shallower),
+    }.items():
+        file.write_text(text)
+        assert isinstance(yaml.safe_load(text), dict)
+        said = of_no_use(lambda: evaluated(run), what, capsys)
+        assert said.startswith("warning: ") and what in said and "best.pt" in said
+        assert evaluated(run) == expected
+    # Another place of the data, or another logger, is what the file is there for.
+    file.write_text(yaml.safe_dump({**whole, "runs": "elsewhere", "device": "auto"}))
+    capsys.readouterr()
+    assert evaluated(run) == expected and capsys.readouterr().err == ""
 
 
 def test_constructors_are_checked_without_asserts_too() -> None:

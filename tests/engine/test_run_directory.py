@@ -52,6 +52,7 @@ def test_auto_continues_the_folder_of_its_name(tmp_path: Path) -> None:
     first.close()
     again = create(tmp_path, "auto")
     assert again.path == first.path and not again.finished
+    again.open_metrics(0)
     assert (again.path / "env-resume-1.json").exists()
     first.finish(SUMMARY)
     assert again.finished and again.summary() == SUMMARY

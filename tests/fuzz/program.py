@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from padst_exp.files import sha256
+
 SECONDS = 300
 LONGEST = 3000
 
@@ -25,7 +27,8 @@ def fault(
     """What is wrong with how a program took `arguments`, in `folder`; None for nothing.
 
     Right is a run that ends with status 0 (or is `Reached`), or one line on stderr, another status
-    and a folder that is as it was. Where a line is `expected` to begin so, nothing else is right.
+    and a folder that is as it was, but for what a training saves that had begun. Where a line is
+    `expected` to begin so, nothing else is right.
     """
     before, said = contents(folder), io.StringIO()
     argv, here = sys.argv, Path.cwd()
@@ -58,11 +61,21 @@ def fault(
     if line.strip() in ("", "None") or not line.startswith(expected):
         return f"another line: {line}"
     after = contents(folder)
-    return None if after == before else f"left on disk: {sorted(after - before)[:4]}"
+    begun = any(one.endswith("; resume=auto continues") for one in lines) and before <= after
+    return None if after == before or begun else f"left on disk: {sorted(after ^ before)[:4]}"
 
 
 def contents(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    """What is on disk: each path with its kind, its digest or its target."""
+    return {f"{path.relative_to(folder)}: {_state(path)}" for path in folder.rglob("*")}
+
+
+def _state(path: Path) -> str:
+    if path.is_symlink():
+        return f"a link to {os.readlink(path)}"
+    if path.is_file():
+        return sha256(path) if os.access(path, os.R_OK) else "closed"
+    return "a folder" if path.is_dir() else "no file"
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def test_a_command_is_run_or_refused_in_one_line(
         train, "build_experiment", lambda cfg, world: (accepted.append(cfg), build(cfg, world))[1]
     )
 
-    @drawn(DRAWS)
+    @drawn(2 * DRAWS // 3)  # the rest are files
     def check(arguments: list[str]) -> None:
         accepted.clear()
         assert fault(train.main, arguments, folder) is None

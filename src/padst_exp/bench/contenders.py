@@ -18,7 +18,7 @@ from padst_exp.engine.step import compile_blocks
 from padst_exp.inference import PackedLinear, graphed, pack, tune
 from padst_exp.layers import SparseLinear, sparse_layers
 from padst_exp.sparsify import match, sparsify
-from padst_kernels import Backend
+from padst_kernels import Backend, is_here
 
 # Modules whose passes one CUDA graph holds at most.
 MAX_CAPTURED = 16
@@ -106,7 +106,8 @@ def by_backend(
     truth = _results(layer.dense_forward(leaf, layer.weight), leaf, *values)
 
     def timed(backends: list[Backend]) -> list[Backend]:
-        return [backend for backend in backends if backend not in plain] or backends
+        here = [backend for backend in backends if is_here(backend)]
+        return [backend for backend in here if backend not in plain] or here
 
     for backend in timed(layer.backends(session.device)):
         layer.use_backend(backend)

@@ -57,17 +57,21 @@ def run(cfg: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Path]:
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise UserError(f"out: expected a folder to write to, got {out}: {error}") from None
+    accuracies = ROOT / "results" / "tables"
     # What PyTorch says of its sparse formats, which are peers here.
     warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta state")
     session = start(keys, say)
     path, rows = out / f"{keys.suite}-{label(session.columns)}.csv", []
+    # What stands there already is read now: measuring takes hours.
+    tables.introduction(out / "README.md")
+    tables.sections(out, accuracies, without=path)
     for case in (layers if keys.measure == "layers" else models).run(keys, session):
         rows.append(case)
         tables.write(path, pd.concat(rows))  # now, since a run can be killed
     if not rows:
         raise UserError("sparsities: expected one that is legal somewhere; see the lines above")
     yield path
-    yield from tables.publish(out, ROOT / "results" / "tables")
+    yield from tables.publish(out, accuracies)
 
 
 def gpu_all(cfg: Mapping[str, Any], say: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
+from padst_exp.atomic import replace_text, replacing
 from padst_exp.config import config_dir
 from padst_exp.engine.plots import STYLE
+from padst_exp.files import read_text, reading
 
 MARK = "<!-- What follows is made. -->\n"
+A_TABLE = "a table that bench wrote"
 # Budgets round to whole units, so that densities of other shapes differ a little.
 NEAR = 0.15
 WHERE = (
@@ -27,52 +31,108 @@ WHERE = (
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]] | pd.DataFrame, **columns: object) -> None:
     """Write rows, all with the same `columns` added, as a CSV file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
-    frame.assign(**columns).to_csv(path, index=False)
+    replace_text(path, frame.assign(**columns).to_csv(index=False))
 
 
 def publish(folder: Path, tables: Path) -> list[Path]:
     """Write README.md, from its mark on, and a figure for each table, from the CSV files there.
 
     `tables` is the folder of accuracies, results/tables; it need not exist.
+
+    Raises:
+        UserError: one of them is damaged. Nothing is written then.
     """
     readme, written = folder / "README.md", []
-    old = readme.read_text() if readme.exists() else ""
-    text = [old.partition(MARK)[0] + MARK]
+    text = [introduction(readme) + MARK]
+    found = sections(folder, tables)
+    for section in found:
+        text.append(f"## {section.title}\n![{section.title}]({section.picture})")
+        text += section.text
+    for section in found:
+        written.append(folder / section.picture)
+        with replacing(written[-1]) as file:
+            section.figure.savefig(file, format="png")
+    replace_text(readme, "\n".join(text).rstrip() + "\n")
+    return [*written, readme]
+
+
+def introduction(readme: Path) -> str:
+    """What stands before the mark; nothing where there is no such file."""
+    if not readme.exists():
+        return ""
+    return read_text("out", readme, "a text").partition(MARK)[0]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the README, of one or several suites.
+
+    Args:
+        title: of the section.
+        picture: name of the file of its figure.
+        figure: ratios of all its files.
+        text: what follows the figure.
+    """
+
+    title: str
+    picture: str
+    figure: Figure
+    text: list[str]
+
+
+def sections(folder: Path, tables: Path, *, without: Path | None = None) -> list[Section]:
+    """Everything that the CSV files of a folder show, except for one of them.
+
+    Raises:
+        UserError: names the one that is damaged.
+    """
     suites: dict[str, list[str]] = defaultdict(list)
     for suite, keys in OmegaConf.load(config_dir() / "bench.yaml").suites.items():
         suites[keys.table].append(suite)
+    found = []
     for title, names in suites.items():
         # Files by where they were measured: what follows the suite in their names.
         files: dict[str, list[Path]] = defaultdict(list)
         for suite in names:
-            for path in sorted(folder.glob(f"{suite}-*.csv")):
+            for path in sorted({*folder.glob(f"{suite}-*.csv")} - {without}):
                 files[path.stem.removeprefix(f"{suite}-")].append(path)
         if not files:
             continue
         frames = {
             where: pd.concat(map(read, paths), ignore_index=True) for where, paths in files.items()
         }
-        written.append(folder / f"{names[0]}.png")
-        draw(frames, written[-1])
-        text.append(f"## {title}\n![{title}]({written[-1].name})")
+        text = []
         for where, frame in frames.items():
             for path in files[where]:
-                row = pd.read_csv(path, keep_default_na=False).iloc[0]
-                text.append(f"- [{path.name}]({path.name}): {WHERE.format(**row)}")
-            text += [folding(frame), summary(frame, tables)]
-    readme.write_text("\n".join(text).rstrip() + "\n")
-    return [*written, readme]
+                with reading("out", path, A_TABLE):
+                    row = pd.read_csv(path, keep_default_na=False).iloc[0]
+                    text.append(f"- [{path.name}]({path.name}): {WHERE.format(**row)}")
+            with reading("out", " and ".join(map(str, files[where])), "tables that bench wrote"):
+                text += [folding(frame), summary(frame, tables)]
+        with reading("out", folder, "tables that bench wrote"):
+            figure = draw(frames)
+        found.append(Section(title, f"{names[0]}.png", figure, text))
+    return found
 
 
 def read(path: Path) -> pd.DataFrame:
+    """As `columns_of`, of a file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    with reading("out", path, A_TABLE):
+        return columns_of(pd.read_csv(path, keep_default_na=False))
+
+
+def columns_of(frame: pd.DataFrame) -> pd.DataFrame:
     """A table with what all suites have in common: ratios, and names for rows and columns.
 
     Kernels of one structure share its name. `final` are timed rows of dense ones and peers, and of
     ours those with the permutations that training has.
     """
-    frame = pd.read_csv(path, keep_default_na=False)
+    frame = frame.astype({"tokens": "int64", "density_asked": float, "permutation": str})
     if "kept_share" in frame:
         ratios = {"ratio": 1 / frame.kept_share, "ratio_strongest": 1 / frame.peak_share}
         form = frame.structure.map({"dense": "eager"}).fillna("")
@@ -145,7 +205,10 @@ def span(values: pd.Series[Any]) -> str:
 def accuracies(tables: Path, density: float) -> pd.DataFrame:
     """What demo models reached, by structure and data set; mean of all seeds."""
     wanted = ["structure", "dataset", "seed", "density", "value"]
-    frames = [pd.read_csv(path)[wanted] for path in sorted(tables.glob("*_accuracy.csv"))]
+    frames = []
+    for path in sorted(tables.glob("*_accuracy.csv")):
+        with reading("out", path, "a table of accuracies"):
+            frames.append(pd.read_csv(path)[wanted])
     frame = pd.concat([pd.DataFrame(columns=wanted), *frames]).dropna()
     near = frame[(frame.density.astype(float) - density).abs() <= NEAR * density]
     # A run can stand in more than one table.
@@ -160,7 +223,7 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "\n"
 
 
-def draw(frames: Mapping[str, pd.DataFrame], path: Path) -> None:
+def draw(frames: Mapping[str, pd.DataFrame]) -> Figure:
     """Times as fast as dense (or as small), the median over layers: a panel for each table."""
     panels = {name: fastest(frame).pivot_table(index="name", columns="cell", values="ratio",
               aggfunc="median", sort=False) for name, frame in frames.items()}  # fmt: skip
@@ -179,4 +242,4 @@ def draw(frames: Mapping[str, pd.DataFrame], path: Path) -> None:
             axis.set_xticks(range(len(panel.columns)), panel.columns.str.wrap(16))
             axis.set_yticks(range(len(panel)), panel.index)
             axis.set_title(name.removesuffix(".csv"))
-        figure.savefig(path)
+    return figure

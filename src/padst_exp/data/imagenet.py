@@ -69,7 +69,7 @@ class FolderImages:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return read_image(path, path, "RGB"), label
+        return read_image(path, Path(path), "RGB"), label
 
     def fingerprint(self) -> str:
         start = len(str(self.folder))
@@ -262,8 +262,9 @@ def _source(root: str | None, split: Split) -> FolderImages | TableImages:
     if root is None:
         return TableImages(load_hub("ILSVRC/imagenet-1k", name=None, split=split))
     folder = existing(root, "root")
-    folders = [path for name in sorted(SPLIT_NAMES[split]) if (path := folder / name).is_dir()]
-    filled = [path for path in folders if _class_folders(path)]
+    with reading("dataset.root", folder, f"a folder with {split} images"):
+        folders = [path for name in sorted(SPLIT_NAMES[split]) if (path := folder / name).is_dir()]
+        filled = [path for path in folders if _class_folders(path)]
     if len(filled) > 1:
         names = ", ".join(map(str, filled))
         raise UserError(f"dataset.root: expected one folder of {split} images, got {names}")

@@ -38,8 +38,9 @@ def existing(path: str, key: str) -> Path:
     Raises:
         UserError: it does not exist.
     """
-    found = Path(path).expanduser()
-    require(found.exists(), f"dataset.{key}", path, "an existing file or folder")
+    found, wanted = Path(path).expanduser(), "an existing file or folder"
+    with reading(f"dataset.{key}", found, wanted):
+        require(found.exists(), f"dataset.{key}", path, wanted)
     return found
 
 

@@ -17,7 +17,7 @@ from padst_exp.errors import UserError, require
 from padst_exp.layers import SparseConv2d, SparseLinear, sparse_layers
 from padst_exp.soft import choices
 from padst_exp.structures import tile_shape
-from padst_kernels import Backend
+from padst_kernels import Backend, is_here
 
 # Ratios no longer change with more tokens, but measuring takes longer.
 MAX_TOKENS = {"cpu": 1024, "cuda": 1 << 16}
@@ -80,7 +80,7 @@ def choose(
     picks: dict[str, Pick] = {}
     alike: dict[str, Pick] = {}
     for name, layer in layers.items():
-        possible = [backend for backend in layer.backends(device) if backend in allowed]
+        possible = [one for one in layer.backends(device) if one in allowed and is_here(one)]
         if not possible:
             raise ValueError(f"no backend is left of {layer.backends(device)}")
         if layer.storage == "masked" or name not in inputs:
@@ -98,6 +98,8 @@ def choose(
 def forced(model: nn.Module, backend: Backend, device: torch.device) -> dict[str, Pick]:
     """Use `backend` wherever a layer has it, what it usually has where not. Measures nothing.
 
+    What no compiler makes is not picked: plain PyTorch is, which would stand in for it.
+
     Raises:
         UserError: see `require_device`.
     """
@@ -107,7 +109,8 @@ def forced(model: nn.Module, backend: Backend, device: torch.device) -> dict[str
         possible = layer.backends(device)
         # What only some layers have in CUDA, the others have in Triton.
         wanted = (backend, "triton") if backend == "cuda" else (backend,)
-        picks[name] = Pick(next((one for one in wanted if one in possible), possible[0]))
+        ranked = [*(one for one in wanted if one in possible), *possible]
+        picks[name] = Pick(next(one for one in ranked if is_here(one)))
     reuse(model, picks)
     return picks
 
@@ -150,7 +153,8 @@ def restore(saved: object, model: nn.Module, device: torch.device) -> dict[str, 
         return None
     layers = sparse_layers(model)
     fits = picks.keys() == layers.keys() and all(
-        pick.backend in layers[name].backends(device) for name, pick in picks.items()
+        any(pick.backend == one and is_here(one) for one in layers[name].backends(device))
+        for name, pick in picks.items()
     )
     return picks if fits else None
 

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 import padst_kernels
 from padst_exp import cache
-from padst_kernels.compiled import compiled
+from padst_kernels.compiled import compiled, sources
 
 # Rounds of one timing of every candidate, in turn; at least this long a timing, in seconds.
 ROUNDS = 5
@@ -125,8 +125,7 @@ def _machine(device: torch.device) -> dict[str, object]:
 @functools.cache
 def _libraries() -> list[str]:
     """Names the compiled CPU kernels by source, compiler and CPU; not those that there are not."""
-    sources = (path for folder in padst_kernels.__path__ for path in Path(folder).rglob("*.cpp"))
-    libraries = (compiled(source) for source in sorted(sources))
+    libraries = (compiled(source) for source in sources())
     return [Path(library._name).stem for library in libraries if library is not None]
 
 

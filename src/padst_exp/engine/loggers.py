@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from padst_exp.atomic import replace_text
+from padst_exp.errors import UserError
+from padst_exp.files import read_text
 from padst_exp.messages import say
 from padst_exp.signals import held
 
 T = TypeVar("T")
+LONGEST_ID = 80
 
 
 class NoLogger:
@@ -143,8 +146,8 @@ def run_id(directory: Path) -> str:
     """The name under which the service knows the run in `directory`, kept there."""
     path = directory / "wandb_id.txt"
     try:
-        known = path.read_text().strip()
-    except (OSError, ValueError):
+        known = read_text("logger", path, "the name of a run", most=LONGEST_ID).strip()
+    except UserError:
         known = ""
     if not re.fullmatch("[0-9a-f]{8}", known):
         known = secrets.token_hex(4)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from padst_exp.errors import UserError
 from padst_exp.files import reading
 
 Rows = list[dict[str, Any]]
@@ -45,11 +46,10 @@ def read_metrics(path: Path) -> Rows:
 def read_summary(path: Path) -> dict[str, Any] | None:
     """The contents of a `summary.json`; None where it is missing or damaged."""
     try:
-        if not path.is_file():
-            return None
-        summary = json.loads(path.read_bytes())
-        final = summary["final"][summary["monitor"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        with reading("run", path, "the summary of a run"):
+            summary: dict[str, Any] = json.loads(path.read_bytes())
+            final = summary["final"][summary["monitor"]]
+    except UserError:
         return None
     return summary if final is None or isinstance(final, int | float) else None
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
-import yaml
 
 from padst_exp.atomic import (
     own_descriptor,
@@ -32,7 +31,7 @@ from padst_exp.engine.environment import package_version
 from padst_exp.engine.lock import Lock
 from padst_exp.engine.records import read_metrics, read_summary, to_json
 from padst_exp.errors import UserError
-from padst_exp.files import reason
+from padst_exp.files import TRAINING_CONFIG, read_mapping
 from padst_exp.identity import differences, results_part
 from padst_exp.messages import say
 
@@ -43,7 +42,6 @@ TIME_FIELDS = frozenset({"seconds", "samples_per_second", "tokens_per_second", "
 COMPARED, FEW = 20, 3
 """Runs that a new one is compared with; keys in which one may differ to be worth a word."""
 
-_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PACKAGES = ("torch", "triton", "timm", "transformers", "datasets", "hydra-core", "numpy", "scipy")
 
 
@@ -70,6 +68,7 @@ class RunDirectory:
         self._metrics: TextIO | None = None
         self._lock: Lock | None = None
         self.new = False
+        self._device = ""
         self._made: list[Path] = []  # folders above it that were not there, the innermost first
 
     @classmethod
@@ -113,8 +112,8 @@ class RunDirectory:
                         if path is None:  # another process has just made it
                             continue
                     directory = cls(path, config=config, config_text=config_text)
-                    directory._made = made
-                    directory._enter(None if found else draft.lock, str(world.device))
+                    directory._made, directory._device = made, draft.device
+                    directory._enter(None if found else draft.lock)
                     if not found and resume == "auto":
                         say(f"resume=auto: {_nothing_to_continue(root, path, config)}")
                     return directory
@@ -130,7 +129,7 @@ class RunDirectory:
         assert path is not None
         return directory or cls(path, config=config, config_text=config_text)
 
-    def _enter(self, lock: Lock | None, device: str) -> None:
+    def _enter(self, lock: Lock | None) -> None:
         """Take hold of the folder; of one that was there, see whether it is this run's."""
         self.new = lock is not None
         if lock is None and self.finished:
@@ -145,34 +144,24 @@ class RunDirectory:
                 left.unlink()  # by a process that was killed
             if not self.new:
                 self._require_same()
-                self.checkpoints.folder.mkdir(exist_ok=True)
-                number = len(list(self.path.glob("env-resume-*.json"))) + 1
-                replace_text(
-                    self.path / f"env-resume-{number}.json", to_json(environment(device), indent=2)
-                )
         except BaseException:
             self.close()
             raise
 
     def _require_same(self) -> None:
-        """Raise a `UserError` where the folder is of another run; mend its damaged config."""
+        """Raise a `UserError` where the folder is of another run."""
         path = self.path / "config.yaml"
         try:
-            stored = yaml.safe_load(path.read_text()) if path.is_file() else None
-            if not isinstance(stored, dict):
-                raise TypeError("it is no mapping")
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            part = results_part(read_mapping("run", path, TRAINING_CONFIG))
+        except UserError as error:
             if path.is_dir() and not path.is_symlink():
                 raise UserError(f"{path}: expected a file, got a folder") from error
             # What the run is, its checkpoint tells as well.
-            say(f"warning: {path} is damaged ({reason(error)}), this command's takes its place")
+            say(f"warning: {error}; this command's takes its place")
         else:
-            part = results_part(stored)
             require_same_config(
                 {key: part[key] for key in self.config if key in part}, self.config, self.path
             )
-        if not self.finished:
-            replace_text(path, self.config_text)
 
     @property
     def finished(self) -> bool:
@@ -194,7 +183,7 @@ class RunDirectory:
         """Open `metrics.jsonl` for rows after `step`, dropping those that are there already.
 
         They stem from steps after the checkpoint that a killed run is resumed from; they
-        will be computed, and written, again.
+        will be computed, and written, again. Before, nothing changes in the folder of such a run.
 
         Returns:
             The rows that stay.
@@ -208,6 +197,12 @@ class RunDirectory:
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         if step and not kept:
             say(f"warning: {path} has no rows of the first {step} steps")
+        if not self.new:
+            self.checkpoints.folder.mkdir(exist_ok=True)
+            replace_text(self.path / "config.yaml", self.config_text)
+            number = len(list(self.path.glob("env-resume-*.json"))) + 1
+            text = to_json(environment(self._device), indent=2)
+            replace_text(self.path / f"env-resume-{number}.json", text)
         replace_text(path, "".join(to_json(row) for row in kept))
         self._metrics = open(path, "a", buffering=1, opener=own_descriptor)  # noqa: SIM115
         return kept
@@ -279,7 +274,7 @@ class _Draft:
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                         raise
-                if not anew and _is_run(path):
+                if not anew and is_run(path):
                     self.lock.release()
                     shutil.rmtree(draft)
                     return None
@@ -313,11 +308,12 @@ def _newest(root: Path, name: str) -> Path | None:
         suffix = path.name.removeprefix(f"{name}-")
         if suffix.isdigit():
             found[int(suffix)] = path
-    runs = [number for number in sorted(found) if _is_run(found[number])]
+    runs = [number for number in sorted(found) if is_run(found[number])]
     return found[runs[-1]] if runs else None
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, of which parts may be missing or damaged."""
     marks = (path / "config.yaml", path / "checkpoints" / "last.pt", path / "lock.json")
     return any(os.path.lexists(mark) for mark in marks)
 
@@ -329,10 +325,10 @@ def _nothing_to_continue(root: Path, new: Path, config: Mapping[str, object]) ->
     nearest: list[str] | None = None
     for path in sorted(others, key=lambda path: path.stat().st_mtime)[: -COMPARED - 1 : -1]:
         try:
-            stored = yaml.load((path / "config.yaml").read_text(), _YAML)
-            apart = list(differences(results_part(stored), config))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            there = read_mapping("run", path / "config.yaml", TRAINING_CONFIG)
+        except UserError:
             continue
+        apart = list(differences(results_part(there), config))
         if len(apart) <= FEW and (nearest is None or len(apart) < len(nearest)):
             nearest = apart
             what = ", ".join(apart) or "its name or where its data lie"

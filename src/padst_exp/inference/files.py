@@ -118,7 +118,7 @@ def write(
         }
         text = json.dumps(whole, indent=2) + "\n"
         for name, content in {**extra, DESCRIPTION: text}.items():
-            (temporary / name).write_text(content)
+            (temporary / name).write_text(content, "utf-8")
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         _replace(temporary, folder)

@@ -20,7 +20,7 @@ from padst_exp.inference.features import (
     TiledFeatureLinear,
 )
 from padst_exp.inference.linear import PackedLinear
-from padst_kernels import Backend
+from padst_kernels import Backend, is_here
 
 Form = Callable[[Tensor], Tensor]
 
@@ -115,7 +115,7 @@ def fastest_feature_layer(
 
 
 def _backends(layer: PackedLinear, allowed: Collection[Backend]) -> list[Backend]:
-    return [backend for backend in layer.backends() if backend in allowed]
+    return [one for one in layer.backends() if one in allowed and is_here(one)]
 
 
 def _by(backend: Backend, layer: PackedLinear) -> PackedLinear:

@@ -138,7 +138,7 @@ class SparseWeight(nn.Module):
         """The buffers of units and rows hold other ones, and rightly so."""
         self._known = None
         for seal in self._seals:
-            seal.open()
+            seal.lift()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None}
