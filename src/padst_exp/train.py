@@ -99,7 +99,7 @@ class Run:
     runs: str
     name: str | None
     device: Device
-    backend: Literal["auto", "native", "torch", "triton", "cuda", "scatter"]
+    backend: Literal["auto", "native", "torch", "triton", "cuda", "scatter", "semi_structured"]
 
     def __post_init__(self) -> None:
         require_sparsity("sparsity", self.sparsity)

@@ -57,7 +57,13 @@ class Experiment:
             warmup,
             "0 with dst.moments=zero, which keeps no births",
         )
-
+        precision = self.trainer.precision
+        require(
+            self.backend != "semi_structured" or precision == "bfloat16",
+            "trainer.precision",
+            precision,
+            "bfloat16 with backend=semi_structured",
+        )
         drops = type(self.algorithm).drop_fraction is not Algorithm.drop_fraction
         require(
             drops or not self.learner.spends_drops,
