@@ -33,7 +33,7 @@ from padst_exp import dispatch
 from padst_exp.dispatch import Pick
 from padst_exp.dst import Cubic
 from padst_exp.engine import checkpoint
-from padst_exp.engine.backends import choose_backends, describe
+from padst_exp.engine.backends import choose_backends, describe, octaves
 from padst_exp.engine.distributed import World
 from padst_exp.engine.interruption import Interrupted
 from padst_exp.engine.records import read_metrics
@@ -171,6 +171,38 @@ def test_a_resumed_run_computes_with_the_backends_it_began_with(tmp_path: Path) 
     summary, _, model = toy_run(tmp_path, backend="auto")
     assert {row["backend"] for row in summary["backends"].values()} == {"scatter"}
     assert {layer.backend for layer in sparse_layers(model).values()} == {"scatter"}
+
+
+def test_a_layer_is_measured_again_when_its_density_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[set[str]] = []
+
+    def choose(model: nn.Module, example: Any, *, kept: Any, **_: Any) -> dict[str, Pick]:
+        with torch.no_grad():
+            example()
+        torch.rand(3)  # whatever measuring draws
+        layers = sparse_layers(model)
+        found = {name: Pick("torch" if octaves(model)[name] == 0 else "scatter") for name in layers}
+        measured.append(layers.keys() - (kept or {}).keys())
+        dispatch.reuse(model, {**found, **(kept or {})})
+        return {**found, **(kept or {})}
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    settings: dict[str, Any] = {"backend": "auto", "algorithm": Moving()}
+    summary, directory, model = toy_run(tmp_path, **settings)
+    # Both start at twice their density; one falls at once, the other at every update.
+    assert measured == [{"0", "4"}, {"4"}, {"0"}]
+    assert {row["backend"] for row in summary["backends"].values()} == {"scatter"}
+    assert {layer.backend for layer in sparse_layers(model).values()} == {"scatter"}
+    # A resumed run takes the picks over, and measures what changes from there on.
+    for step, again in ((4, [{"4"}, {"0"}]), (8, [{"0"}]), (14, [])):
+        root = tmp_path / str(step)
+        cut(root, step, backend="auto", algorithm=Moving())
+        measured.clear()
+        toy_run(root, backend="auto", algorithm=Moving())
+        assert measured == again, step
+        assert_same_run(directory.path, root / "toy")
 
 
 def test_a_backend_asked_for_wins_over_the_checkpoint(tmp_path: Path) -> None:

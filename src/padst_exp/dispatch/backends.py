@@ -55,6 +55,7 @@ def choose(
     device: torch.device,
     compiled: bool,
     allowed: Collection[Backend] = get_args(Backend),
+    kept: Mapping[str, Pick] | None = None,
 ) -> dict[str, Pick]:
     """Measure every kind of sparse layer of `model` and let each use its fastest right backend.
 
@@ -68,6 +69,7 @@ def choose(
         device: of the model.
         compiled: whether `torch.compile` will compile it; part of what timings are kept under.
         allowed: backends that may be picked.
+        kept: picks of layers, by name, that keep theirs.
 
     Raises:
         ValueError: a layer has none of the `allowed` backends.
@@ -77,9 +79,11 @@ def choose(
     forced(model, "torch", device)
     layers = sparse_layers(model)
     inputs = inputs_of(example, layers)
-    picks: dict[str, Pick] = {}
+    picks: dict[str, Pick] = dict(kept or {})
     alike: dict[str, Pick] = {}
     for name, layer in layers.items():
+        if name in picks:
+            continue
         possible = [backend for backend in layer.backends(device) if backend in allowed]
         if not possible:
             raise ValueError(f"no backend is left of {layer.backends(device)}")
