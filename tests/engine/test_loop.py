@@ -36,6 +36,7 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.backends import choose_backends, describe, octaves
 from padst_exp.engine.distributed import World
 from padst_exp.engine.interruption import Interrupted
+from padst_exp.engine.loop import announce
 from padst_exp.engine.records import read_metrics
 from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.errors import UserError
@@ -222,6 +223,15 @@ def test_rank_0_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = toy_experiment(backend="auto")
     assert choose_backends(experiment, world=World(1, 2), saved=saved) == scatter
     assert {layer.backend for layer in sparse_layers(experiment.model).values()} == {"scatter"}
+
+
+def test_a_run_too_short_for_any_update_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for interval, stop, said in ((5, 0.75, False), (STEPS, 0.75, True), (5, 0.0, True)):
+        algorithm = rigl(interval=interval, stop=stop)
+        announce(toy_experiment(algorithm=algorithm), mock.Mock(path=tmp_path), World())
+        assert ("no topology ever changes" in capsys.readouterr().err) == said
 
 
 def test_layers_slower_than_dense_are_not_hidden_behind_fast_ones() -> None:

@@ -12,6 +12,7 @@ from padst_exp import dispatch
 from padst_exp.data.sampler import train_loader, validation_loader
 from padst_exp.data.task import Batch
 from padst_exp.dispatch import Pick
+from padst_exp.dst import Periodic
 from padst_exp.engine.backends import (
     choose_again,
     choose_backends,
@@ -98,6 +99,12 @@ def announce(experiment: Experiment, directory: RunDirectory, world: World) -> N
         f"entries, {report.density('model'):.2%} of the model's parameters remain; "
         f"{experiment.total_steps} steps on {world.device}, in {directory.path}"
     )
+    algorithm, total = experiment.algorithm, experiment.total_steps
+    if isinstance(algorithm, Periodic) and any(not layer.static for layer in report.layers):
+        ends = algorithm.interval, math.ceil(algorithm.stop * total)
+        if not any(algorithm.is_due(step, total) for step in ends):
+            spans = f"dst.interval={algorithm.interval}, dst.stop={algorithm.stop}"
+            say(f"no topology ever changes: no update is due in {total} steps ({spans})")
     if (flops := report.flops()) is not None:
         say(f"a forward pass takes {flops:.4f} of the FLOPs of the model before its transform")
 
