@@ -47,8 +47,9 @@ test: $(STAMP)  ## fast tests
 test-slow: $(STAMP)  ## slow tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 3 --dist worksteal -m "slow and not gpu"
 
-kills: $(STAMP)  ## kill 60 trainings, at writes and at first use of caches too, and resume them
-	KILLS=60 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/engine/test_kills.py
+kills: $(STAMP)  ## kill 60 trainings, at writes and at first use of caches too; end 40 by SIGTERM
+	KILLS=60 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/engine/test_kills.py
+	ENDINGS=20 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/test_endings.py -k survive_sigterm
 
 test-compile: $(STAMP)  ## compile every Triton kernel ahead of time for sm_80 and sm_90: 4 minutes
 	PADST_COMPILE_ALL=1 $(PYTHON) -m pytest -q -n 2 tests/kernels/test_triton_compile.py

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 from omegaconf import DictConfig
 
@@ -99,15 +99,18 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
 
 def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> None:
     """Give an export the form that is fastest for such batches, and say which."""
+    from padst_exp.dispatch import Backend
     from padst_exp.engine.evaluation import forward_context, to_device
     from padst_exp.inference import tune
     from padst_exp.messages import say
 
     precision = export.trainer.precision
+    asked = export.backend
+    backends = get_args(Backend) if asked in (None, "auto") else (cast(Backend, asked),)
     for batch in islice(batches, 1):  # a rank may have none
         inputs, _ = to_device(batch, world.device, precision)
         with forward_context(precision, world.device):
-            report = tune(export.model, inputs)
+            report = tune(export.model, inputs, backends=backends)
         if world.main:
             say(
                 f"{report.form} for batches of {len(inputs)} in {precision}: "

@@ -90,7 +90,7 @@ class ScatterProduct(Product):
 
 
 class SemiStructuredProduct(Product):
-    """2:4 by the sparse tensor cores of a GPU; by dense ones while more is active than that.
+    """2:4 by the sparse tensor cores of a GPU; densely while more is active, and in float32.
 
     Inputs and outputs are gathered, since a permuted weight would be 2:4 no more.
     """
@@ -110,7 +110,7 @@ class SemiStructuredProduct(Product):
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
         x = x if self.input_index is None else x[..., self.input_index]
         flat = _join([value.flatten() for value in values])
-        fits = self.fits and not torch.compiler.is_compiling()
+        fits = self.fits and x.element_size() == 2 and not torch.compiler.is_compiling()
         y = scatter_matmul(
             x, flat, self.entries, self.out_features, semi_structured=fits, trusted=True
         )
