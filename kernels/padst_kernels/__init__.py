@@ -6,7 +6,8 @@ from padst_kernels.compiled import has_native
 
 # What multiplies. native: C++ compiled for this CPU. torch: plain PyTorch, on any device. triton,
 # cuda: kernels of a GPU. scatter: a dense product with a weight that lives only during a pass.
-Backend = Literal["native", "torch", "triton", "cuda", "scatter"]
+# semi_structured: the same, whose forward product is that of a GPU's sparse tensor cores (2:4).
+Backend = Literal["native", "torch", "triton", "cuda", "scatter", "semi_structured"]
 
 
 def is_here(backend: Backend) -> bool:

@@ -23,8 +23,8 @@ from padst_exp.targets import HOMES, find, keyword_parameters
 # Of a training; each is one constructor call, made by `build`.
 GROUPS = tuple(HOMES)
 
-# What float32 and int64 hold, the types that things are computed in.
-LARGEST_FLOAT, LARGEST_INT = 3.4e38, 2**63 - 1
+# What things are computed in are float32, which must hold quotients of these too, and int64.
+LARGEST_FLOAT, LARGEST_INT = 1e30, 2**63 - 1
 # Besides control characters, bytes of the command line that are no letters in this locale.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -207,7 +207,7 @@ def _require_meaning(value: object, key: str) -> None:
         require(not _CONTROL.search(value), key, ascii(value), "text without control characters")
     elif isinstance(value, float):
         # NaN is none either.
-        require(abs(value) <= LARGEST_FLOAT, key, value, "a finite number of at most 3.4e38")
+        require(abs(value) <= LARGEST_FLOAT, key, value, "a finite number of at most 1e30")
     elif isinstance(value, int):
         require(abs(value) <= LARGEST_INT, key, value, "an integer of at most 2^63 - 1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,3 +90,30 @@ class Symmetry:
         widths = self.labels.bincount()[classes]
         whole = (widths == labels.bincount()[:, None]).all(1)
         return Symmetry(labels=labels, kinds=torch.where(whole, kinds, len(classes) + own))
+
+    @staticmethod
+    def of_all(each: Sequence[Symmetry]) -> Symmetry:
+        """The symmetries that all of `each` have, which are of the same features."""
+        # To which all features are alike, any permutation is one.
+        first, *others = each = [one for one in each if one.labels.any()] or each[:1]
+        if all(first.equals(other) for other in others):
+            return first
+        sizes = [int(one.labels.max()) + 1 for one in each]
+        starts = [sum(sizes[:part]) for part in range(len(each))]
+        # Cyclic ones have none in common with others but those inside classes.
+        kinds = [
+            torch.arange(size) if one.step is not None
+            else torch.zeros(size, dtype=torch.int64) if one.kinds is None
+            else one.kinds
+            for one, size in zip(each, sizes, strict=True)
+        ]  # fmt: skip
+        labels = [one.labels + start for one, start in zip(each, starts, strict=True)]
+        joined = Symmetry(labels=torch.cat(labels), kinds=torch.cat(kinds))
+        return joined.of_channels(len(each))
+
+    def equals(self, other: Symmetry) -> bool:
+        """Whether both are told by the same classes."""
+        if self.step != other.step or (self.kinds is None) != (other.kinds is None):
+            return False
+        same = self.kinds is None or other.kinds is None or torch.equal(self.kinds, other.kinds)
+        return same and torch.equal(self.labels, other.labels)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from padst_exp.transforms import Original
 
 
-AnyBackend = Literal["auto", "native", "torch", "triton", "cuda", "scatter"]
+AnyBackend = Literal["auto", "native", "torch", "triton", "cuda", "scatter", "semi_structured"]
 
 # File systems take 255; a suffix tells runs of one name apart.
 LONGEST_NAME = 200

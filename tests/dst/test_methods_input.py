@@ -27,7 +27,9 @@ SETTINGS: list[tuple[str, str, Any, str]] = [
         0.5,
         "at least dst.counts.end=0.6, so that the last update reaches the density asked",
     ),
-    ("chtss", "counts.steepness", 0.0, "positive"),
+    ("chtss", "counts.steepness", 0.0, "from 0.001 (a straight line) to 1000 (a step)"),
+    ("chtss", "counts.steepness", 1e9, "from 0.001 (a straight line) to 1000 (a step)"),
+    ("chtss", "drop.end", 1e9, "at most 1000 (the smallest leave for certain)"),
     ("chts", "drop.start", -1.0, "at least 0 (any unit may leave)"),
     ("chts", "drop.end", 0.5, "at least dst.drop.start=1.0"),
     ("srigl", "gamma", -0.1, "a share of the fan-in in [0, 1]"),
@@ -113,3 +115,19 @@ def test_a_warm_up_of_what_is_grown_needs_births() -> None:
     assert told(lambda: adamw(regrowth_warmup=-1)) == (
         "optimizer.regrowth_warmup: expected at least 0 steps, got -1"
     )
+
+
+def test_a_unit_larger_than_the_weight_names_what_makes_it_smaller() -> None:
+    for structure, wanted in (
+        (Block(size=1000, balanced=False), "use a smaller structure.size"),
+        (Diagonal(bundle="band", stride=1, width=1000), "use a smaller structure.width"),
+        (Block(size=8, balanced=False), "use sparsity <= 0.9583 or a smaller structure.size"),
+    ):
+        message = told(lambda s=structure: s.geometry(48, 32, 0.01))
+        assert message.startswith("sparsity: 0.99 leaves ") and message.endswith(wanted)
+
+
+def test_no_update_at_all_drops_nothing() -> None:
+    algorithm = from_yaml("dst/set", stop=0.0)
+    assert not any(algorithm.is_due(step, 10) for step in range(11))
+    assert algorithm.drop_fraction(5, 10) == 0.0

@@ -60,7 +60,7 @@ def states(state: TrainingState, name: str) -> dict[str, torch.Tensor]:
     return {key: dense(weight, tensor) for key, tensor in everything.items()}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw-age", "adamw-zero", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw-age", "adamw-zero", "sgd", "muon-age"])
 def test_everything_follows_the_units(optimizer: str) -> None:
     for storage in get_args(Storage):
         for shrinking in (False, True):
@@ -98,7 +98,7 @@ def check_that_everything_follows(optimizer: str, storage: Storage, shrinking: b
         now = states(state, name)
         assert {"values", "average"} < now.keys()
         birth = now.pop("birth", None)
-        assert (birth is not None) == (optimizer == "adamw-age")
+        assert (birth is not None) == (moments == "age")
         if birth is not None:
             assert (birth[kept] == 0).all() and (birth[grown] == 1).all()
             assert state.optimizer.state[weight.values]["births"].tolist() == [0, 3]

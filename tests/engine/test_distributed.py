@@ -7,6 +7,7 @@ import torch
 
 from engine.moving import Moving
 from engine.toy import double, start_ranks, toy_run
+from from_yaml import from_yaml
 from padst_exp.engine import checkpoint, distributed
 from padst_exp.engine.distributed import World
 from padst_exp.engine.records import read_metrics
@@ -14,9 +15,11 @@ from padst_exp.errors import UserError
 
 
 def both_runs(world: World, root: Path) -> None:
-    """One with updates by dense gradients, and one in which all that may move does."""
+    """Updates by dense gradients, all that may move does, and an optimizer that sees matrices."""
     toy_run(root, name="rigl", world=world, **double(world.size))
     toy_run(root, name="moving", world=world, algorithm=Moving(), **double(world.size))
+    optimizer = from_yaml("optimizer/muon", lr=0.01)
+    toy_run(root, name="muon", world=world, optimizer=optimizer, **double(world.size))
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
@@ -26,7 +29,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
-    for name in ("rigl", "moving"):
+    for name in ("rigl", "moving", "muon"):
         paths = [tmp_path / number / name for number in ("one", "two")]
         check_equal_states(*(checkpoint.read(path / "checkpoints" / "last.pt") for path in paths))
         rows = [read_metrics(path / "metrics.jsonl") for path in paths]

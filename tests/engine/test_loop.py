@@ -33,9 +33,10 @@ from padst_exp import dispatch
 from padst_exp.dispatch import Pick
 from padst_exp.dst import Cubic
 from padst_exp.engine import checkpoint
-from padst_exp.engine.backends import choose_backends, describe
+from padst_exp.engine.backends import choose_backends, describe, octaves
 from padst_exp.engine.distributed import World
 from padst_exp.engine.interruption import Interrupted
+from padst_exp.engine.loop import announce
 from padst_exp.engine.records import read_metrics
 from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.errors import UserError
@@ -173,6 +174,38 @@ def test_a_resumed_run_computes_with_the_backends_it_began_with(tmp_path: Path) 
     assert {layer.backend for layer in sparse_layers(model).values()} == {"scatter"}
 
 
+def test_a_layer_is_measured_again_when_its_density_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[set[str]] = []
+
+    def choose(model: nn.Module, example: Any, *, kept: Any, **_: Any) -> dict[str, Pick]:
+        with torch.no_grad():
+            example()
+        torch.rand(3)  # whatever measuring draws
+        layers = sparse_layers(model)
+        found = {name: Pick("torch" if octaves(model)[name] == 0 else "scatter") for name in layers}
+        measured.append(layers.keys() - (kept or {}).keys())
+        dispatch.reuse(model, {**found, **(kept or {})})
+        return {**found, **(kept or {})}
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    settings: dict[str, Any] = {"backend": "auto", "algorithm": Moving()}
+    summary, directory, model = toy_run(tmp_path, **settings)
+    # Both start at twice their density; one falls at once, the other at every update.
+    assert measured == [{"0", "4"}, {"4"}, {"0"}]
+    assert {row["backend"] for row in summary["backends"].values()} == {"scatter"}
+    assert {layer.backend for layer in sparse_layers(model).values()} == {"scatter"}
+    # A resumed run takes the picks over, and measures what changes from there on.
+    for step, again in ((4, [{"4"}, {"0"}]), (8, [{"0"}]), (14, [])):
+        root = tmp_path / str(step)
+        cut(root, step, backend="auto", algorithm=Moving())
+        measured.clear()
+        toy_run(root, backend="auto", algorithm=Moving())
+        assert measured == again, step
+        assert_same_run(directory.path, root / "toy")
+
+
 def test_a_backend_asked_for_wins_over_the_checkpoint(tmp_path: Path) -> None:
     payload = checkpoint.read(cut(tmp_path, 7, backend="scatter"))
     picks = payload["backends"]["picks"].values()
@@ -190,6 +223,15 @@ def test_rank_0_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = toy_experiment(backend="auto")
     assert choose_backends(experiment, world=World(1, 2), saved=saved) == scatter
     assert {layer.backend for layer in sparse_layers(experiment.model).values()} == {"scatter"}
+
+
+def test_a_run_too_short_for_any_update_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for interval, stop, said in ((5, 0.75, False), (STEPS, 0.75, True), (5, 0.0, True)):
+        algorithm = rigl(interval=interval, stop=stop)
+        announce(toy_experiment(algorithm=algorithm), mock.Mock(path=tmp_path), World())
+        assert ("no topology ever changes" in capsys.readouterr().err) == said
 
 
 def test_layers_slower_than_dense_are_not_hidden_behind_fast_ones() -> None:

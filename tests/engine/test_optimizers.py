@@ -8,12 +8,8 @@ from torch import nn
 from engine.moving import Moving
 from engine.toy import toy_experiment
 from from_yaml import from_yaml
-from padst_exp.engine.optimizers import (
-    AgeAwareAdamW,
-    birth_dtype,
-    parameter_roles,
-    require_entrywise,
-)
+from padst_exp.engine.adamw import AgeAwareAdamW, birth_dtype
+from padst_exp.engine.optimizers import parameter_roles, require_entrywise
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_weights
 
@@ -164,6 +160,7 @@ def test_what_takes_packed_values_for_a_matrix_is_refused_by_name(name: str) -> 
     model = toy_experiment(algorithm=Moving()).model
     packed = [weight.values for weight in sparse_weights(model).values()]
     optimizer = kind(packed)
-    with pytest.raises(UserError, match=rf"^optimizer: expected one [^\n]*, got {name}$"):
+    wanted = rf"^optimizer: expected optimizer=muon or [^\n]*, got {name}$"
+    with pytest.raises(UserError, match=wanted):
         require_entrywise(optimizer, model)
     require_entrywise(kind([nn.Parameter(torch.ones(3, 4))]), model)

@@ -89,10 +89,11 @@ def test_rates_are_over_the_density_and_do_not_compound() -> None:
         assert len(seen) > 4 and max(seen) == 1.0
 
 
-def test_schedules_scale_with_them() -> None:
+@pytest.mark.parametrize("schedule", ["cosine", [[0.5, 0.1]]])
+def test_schedules_scale_with_them(schedule: Any) -> None:
     rates = []
     for by_density in (False, True):
-        optimizer = adamw(lr_by_density=by_density, schedule="cosine", warmup=0.2)
+        optimizer = adamw(lr_by_density=by_density, schedule=schedule, warmup=0.2)
         training = start(
             from_yaml("dst/static"), FanIn(group=1), steps=10, density=0.25, optimizer=optimizer
         )

@@ -14,6 +14,7 @@ from layers.reference import assert_close, expected, run
 from padst_exp.dst import Change
 from padst_exp.errors import UserError
 from padst_exp.layers import SparseConv2d, SparseLinear, sparse_layers, sparse_weights
+from padst_exp.layers.sparse_conv import Window
 from padst_exp.permutations import RandomPermutation
 from padst_exp.sparsify import Rule, sparsify
 from padst_exp.structures import Unstructured
@@ -84,6 +85,31 @@ def test_a_full_convolution_is_the_dense_one() -> None:
         layer = sparse_layer(convolution(name), Unstructured(), density=1.0)
         torch.testing.assert_close(layer(x), dense(x), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(layer.weight, dense.weight)
+
+
+def test_patches_are_those_of_unfold_bit_by_bit() -> None:
+    for name in CONVOLUTIONS:
+        window, dense = Window.of(convolution(name)), convolution(name)
+        assert window.sides == list(dense._reversed_padding_repeated_twice)
+        x = torch.randn(2, 24, 9, 11, requires_grad=True)
+        ours, size = window.patches(x)
+        mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
+        padded = nn.functional.pad(x, window.sides, mode=mode)
+        theirs = nn.functional.unfold(
+            padded, window.kernel_size, window.dilation, 0, window.stride
+        ).unflatten(1, (24, -1))
+        theirs = theirs.permute(0, 3, 2, 1).flatten(2)
+        assert torch.equal(ours, theirs) and size == dense(x).shape[2:]
+        dy = torch.randn_like(ours)
+        gradients = [torch.autograd.grad(y, x, dy)[0] for y in (ours, theirs)]
+        assert torch.equal(*gradients), name
+
+
+def test_a_convolution_compiles_as_one_graph() -> None:
+    layer = sparse_layer(convolution("padded"), STRUCTURES["nm-16"])
+    x = torch.randn(2, 24, 9, 11)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_permutations_of_a_convolution_move_its_channels() -> None:

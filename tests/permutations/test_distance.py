@@ -125,6 +125,39 @@ def test_channels_are_alike_where_they_are_so_at_every_tap() -> None:
     assert exact > 300
 
 
+def test_what_weights_of_one_layer_share_is_seen_by_none_of_them() -> None:
+    torch.manual_seed(0)
+    exact = 0
+    pairs: list[tuple[Structure, float, float]] = [
+        (NM(n=1, m=None, group=1), 1 / 3, 1 / 2),
+        (NM(n=1, m=None, group=2), 1 / 6, 1 / 3),
+        (NM(n=2, m=None, group=1), 1 / 3, 2 / 3),
+        (Butterfly(size=1), 1 / 2, 1 / 3),
+        (Block(size=2, balanced=True), 1 / 2, 1 / 3),
+        (Diagonal(bundle=1, stride=1, width=1), 1 / 2, 1 / 3),
+    ]
+    for structure, *densities in pairs:
+        geometries = [structure.geometry(4, 6, density) for density in densities]
+        groups = [
+            set(map(tuple, symmetries(g, structure.initial_counts(g, density), "in")))
+            for g, density in zip(geometries, densities, strict=True)
+        ]
+        group = torch.tensor(sorted(groups[0] & groups[1]))
+        symmetry = Symmetry.of_all([geometry.symmetry("in") for geometry in geometries])
+        for index in [*group[torch.randint(len(group), (4,))], *map(torch.randperm, [6] * 12)]:
+            nearest = 1 - int((group == index).sum(1).max()) / 6
+            distance = distance_to_identity(index, symmetry)
+            assert distance > nearest - 1e-9, structure
+            exact += distance == pytest.approx(nearest)
+    assert exact > 85
+    # Pairs of features for one, triples for the other: to swap two pairs is seen by the second.
+    two, three = (Symmetry(labels=torch.arange(6) // width) for width in (2, 3))
+    swapped = torch.tensor([2, 3, 0, 1, 4, 5])
+    assert distance_to_identity(swapped, two) == 0
+    assert distance_to_identity(swapped, Symmetry.of_all([two, three])) > 0
+    assert Symmetry.of_all([two, two]) is two
+
+
 def test_rows_that_moved_take_their_classes_along() -> None:
     geometry = ShuffledBlock(size=2).geometry(6, 4, 0.5)
     order = torch.tensor([3, 0, 5, 1, 2, 4])

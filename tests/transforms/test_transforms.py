@@ -199,6 +199,14 @@ def test_parallel_branches_have_the_activation_inside_or_add_up_to_one_layer() -
     torch.testing.assert_close(after[1](after[0](x)), folded)
 
 
+def test_more_branches_than_a_model_can_have_are_refused_before_they_are_made() -> None:
+    message = r"^sparsity: expected at most 0\.999, which is 1000 branches, got 0\.99999 \("
+    with pytest.raises(UserError, match=message):
+        SparseParallel(scope="layers", keep=[], nonlinearity="paper")(
+            perceptron(nn.GELU), 0.99999, "uniform"
+        )
+
+
 def test_parallel_branches_of_a_convolution_have_a_norm_each() -> None:
     start = small("resnet18")
     model = SparseParallel(scope="layers", nonlinearity="paper", keep=[])(

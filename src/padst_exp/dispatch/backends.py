@@ -55,6 +55,7 @@ def choose(
     device: torch.device,
     compiled: bool,
     allowed: Collection[Backend] = get_args(Backend),
+    kept: Mapping[str, Pick] | None = None,
 ) -> dict[str, Pick]:
     """Measure every kind of sparse layer of `model` and let each use its fastest right backend.
 
@@ -68,6 +69,7 @@ def choose(
         device: of the model.
         compiled: whether `torch.compile` will compile it; part of what timings are kept under.
         allowed: backends that may be picked.
+        kept: picks of layers, by name, that keep theirs.
 
     Raises:
         ValueError: a layer has none of the `allowed` backends.
@@ -77,9 +79,11 @@ def choose(
     forced(model, "torch", device)
     layers = sparse_layers(model)
     inputs = inputs_of(example, layers)
-    picks: dict[str, Pick] = {}
+    picks: dict[str, Pick] = dict(kept or {})
     alike: dict[str, Pick] = {}
     for name, layer in layers.items():
+        if name in picks:
+            continue
         possible = [one for one in layer.backends(device) if one in allowed and is_here(one)]
         if not possible:
             raise ValueError(f"no backend is left of {layer.backends(device)}")
@@ -87,6 +91,8 @@ def choose(
             picks[name] = Pick("torch" if "torch" in possible else possible[0])
             continue
         given = _measured(layer, inputs[name][-1], samples, MAX_TOKENS[device.type])
+        if given.dtype not in (torch.bfloat16, torch.float16):
+            possible = [backend for backend in possible if backend != "semi_structured"]
         what = _description(layer, possible, given, compiled)
         if repr(what) not in alike:
             alike[repr(what)] = _fastest(what, layer, possible, given, device)
@@ -105,7 +111,16 @@ def forced(model: nn.Module, backend: Backend, device: torch.device) -> dict[str
     """
     require_device(backend, device)
     picks = {}
-    for name, layer in sparse_layers(model).items():
+    layers = sparse_layers(model)
+    somewhere = any(backend in layer.backends(device) for layer in layers.values())
+    require(
+        somewhere or backend != "semi_structured",
+        "backend",
+        backend,
+        "one that a layer has: this multiplies 2:4 (structure=nm structure.n=2 structure.m=4) of a "
+        "multiple of 32 outputs and 64 inputs, on a GPU of compute capability 8.0 or more",
+    )
+    for name, layer in layers.items():
         possible = layer.backends(device)
         # What only some layers have in CUDA, the others have in Triton.
         wanted = (backend, "triton") if backend == "cuda" else (backend,)
@@ -117,7 +132,8 @@ def forced(model: nn.Module, backend: Backend, device: torch.device) -> dict[str
 
 def require_device(backend: str, device: torch.device) -> None:
     """Raise a UserError where `backend` runs on another kind of device only."""
-    on = {"triton": "cuda", "cuda": "cuda", "native": "cpu"}.get(backend, device.type)
+    gpu = ("triton", "cuda", "semi_structured")
+    on = {**dict.fromkeys(gpu, "cuda"), "native": "cpu"}.get(backend, device.type)
     what = "one for this device, a " + ("GPU" if device.type == "cuda" else "CPU")
     require(on == device.type, "backend", backend, f"{what} (auto, torch or scatter)")
 

@@ -1,6 +1,6 @@
 """Dynamic sparse training: scores, schedules, the drop-and-grow rule, soft selections."""
 
-from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Static
+from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Periodic, Static
 from padst_exp.dst.choosing import SRSTE, TopKAST
 from padst_exp.dst.cht import CH2L3, CH3L3, SoftMagnitude
 from padst_exp.dst.counts import Constant, Counts, Cubic, Elastic, Sigmoid
@@ -41,6 +41,7 @@ __all__ = [
     "Magnitude",
     "MagnitudeAndGradient",
     "MagnitudeGate",
+    "Periodic",
     "SRigL",
     "Selection",
     "Sigmoid",

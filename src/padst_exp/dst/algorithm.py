@@ -112,7 +112,7 @@ class Periodic(Algorithm):
 
     def drop_fraction(self, step: int, total: int) -> float:
         """Share of active units that are replaced at `step`."""
-        share = min(step / (self.stop * total), 1.0)
+        share = min(step / (self.stop * total), 1.0) if self.stop else 1.0
         return self.fraction / 2 * (1 + math.cos(math.pi * share))
 
 

@@ -33,6 +33,7 @@ class SoftMagnitude(DropScore):
     def __init__(self, *, start: float, end: float, relative: bool) -> None:
         require(start >= 0, "dst.drop.start", start, "at least 0 (any unit may leave)")
         require(end >= start, "dst.drop.end", end, f"at least dst.drop.start={start}")
+        require(end <= 1000, "dst.drop.end", end, "at most 1000 (the smallest leave for certain)")
         self.start = start
         self.end = end
         self.relative = relative

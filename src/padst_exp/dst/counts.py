@@ -97,7 +97,8 @@ class Sigmoid(Shrinking):
 
     def __init__(self, *, start: float, begin: float, end: float, steepness: float) -> None:
         super().__init__(start=start, begin=begin, end=end)
-        require(steepness > 0, "dst.counts.steepness", steepness, "positive")
+        wanted = "from 0.001 (a straight line) to 1000 (a step)"
+        require(1e-3 <= steepness <= 1e3, "dst.counts.steepness", steepness, wanted)
         self.steepness = steepness
 
     def remaining(self, share: float) -> float:

@@ -1,18 +1,23 @@
 """Which backend computes each sparse layer of a training, and how to say so."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from padst_exp import dispatch
 from padst_exp.data.sampler import validation_loader
 from padst_exp.dispatch import Pick
+from padst_exp.engine.checkpoint import random_state, restore_random_state
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.step import eagerly
+from padst_exp.layers import sparse_layers
 
 
 def choose_backends(
@@ -45,7 +50,40 @@ def choose_backends(
     return picks
 
 
-def _measure(experiment: Experiment, world: World) -> dict[str, Pick]:
+def octaves(model: nn.Module) -> dict[str, int]:
+    """By which power of two each sparse layer has fewer values than a dense one, by name.
+
+    Where it changes, what was fastest need not be so any more.
+    """
+    found = {}
+    for name, layer in sparse_layers(model).items():
+        dense = sum(math.prod(weight.shape) for weight in layer.parts())
+        found[name] = round(math.log2(dense / sum(w.values.numel() for w in layer.parts())))
+    return found
+
+
+def choose_again(
+    experiment: Experiment, *, world: World, kept: Mapping[str, Pick]
+) -> dict[str, Pick]:
+    """Measure all layers but those that keep their picks, and let each use what it gets.
+
+    Global generators are left as they are.
+    """
+    picks = None
+    if world.main:
+        before = random_state()
+        with eagerly(experiment.trainer.compile):
+            picks = _measure(experiment, world, kept)
+        restore_random_state(before)
+    picks = world.from_main(picks)
+    assert picks is not None
+    dispatch.reuse(experiment.model, picks)
+    return picks
+
+
+def _measure(
+    experiment: Experiment, world: World, kept: Mapping[str, Pick] | None = None
+) -> dict[str, Pick]:
     model, trainer = experiment.model, experiment.trainer
 
     @torch.no_grad()
@@ -63,6 +101,7 @@ def _measure(experiment: Experiment, world: World) -> dict[str, Pick]:
         samples=trainer.micro_batch_size(world.size),
         device=world.device,
         compiled=trainer.compile,
+        kept=kept,
     )
 
 

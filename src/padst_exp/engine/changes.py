@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.dst import Change
+from padst_exp.engine.adamw import birth_dtype
 from padst_exp.engine.experiment import Experiment
-from padst_exp.engine.optimizers import birth_dtype, lr_scale
+from padst_exp.engine.optimizers import lr_scale
 from padst_exp.engine.state import TrainingState
 from padst_exp.errors import require
 from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
@@ -81,7 +82,7 @@ class Moments:
             return
         aware = self.rule == "age" and isinstance(self.optimizer, torch.optim.Adam)
         if aware and move.num_grown:
-            moment = state["exp_avg"]
+            moment = next(state[key] for key in SIGNED if key in state)
             if "birth" not in state:
                 one_each = moment[:, :1] if weight.storage == "packed" else moment
                 state["birth"] = torch.zeros_like(one_each, dtype=torch.int16)

@@ -13,7 +13,7 @@ from padst_exp.dispatch import Backend
 from padst_exp.dst import Algorithm
 from padst_exp.engine.distributed import World
 from padst_exp.engine.loggers import NoLogger
-from padst_exp.engine.optimizers import OptimizerBuilder
+from padst_exp.engine.optimizers import AdamW, OptimizerBuilder
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import require
 from padst_exp.permutations import PermutationLearner
@@ -50,13 +50,20 @@ class Experiment:
     backend: Backend | Literal["auto"]
 
     def __post_init__(self) -> None:
+        warmup = self.optimizer.regrowth_warmup if isinstance(self.optimizer, AdamW) else 0
         require(
-            self.optimizer.regrowth_warmup == 0 or self.algorithm.moments == "age",
+            warmup == 0 or self.algorithm.moments == "age",
             "optimizer.regrowth_warmup",
-            self.optimizer.regrowth_warmup,
+            warmup,
             "0 with dst.moments=zero, which keeps no births",
         )
-
+        precision = self.trainer.precision
+        require(
+            self.backend != "semi_structured" or precision == "bfloat16",
+            "trainer.precision",
+            precision,
+            "bfloat16 with backend=semi_structured",
+        )
         drops = type(self.algorithm).drop_fraction is not Algorithm.drop_fraction
         require(
             drops or not self.learner.spends_drops,

@@ -11,7 +11,15 @@ from torch import nn
 from padst_exp import dispatch
 from padst_exp.data.sampler import train_loader, validation_loader
 from padst_exp.data.task import Batch
-from padst_exp.engine.backends import choose_backends, describe, summarize_backends
+from padst_exp.dispatch import Pick
+from padst_exp.dst import Periodic
+from padst_exp.engine.backends import (
+    choose_again,
+    choose_backends,
+    describe,
+    octaves,
+    summarize_backends,
+)
 from padst_exp.engine.checkpoint import require_same_config, restoring
 from padst_exp.engine.distributed import World
 from padst_exp.engine.environment import changed, numerics
@@ -91,6 +99,12 @@ def announce(experiment: Experiment, directory: RunDirectory, world: World) -> N
         f"entries, {report.density('model'):.2%} of the model's parameters remain; "
         f"{experiment.total_steps} steps on {world.device}, in {directory.path}"
     )
+    algorithm, total = experiment.algorithm, experiment.total_steps
+    if isinstance(algorithm, Periodic) and any(not layer.static for layer in report.layers):
+        ends = algorithm.interval, math.ceil(algorithm.stop * total)
+        if not any(algorithm.is_due(step, total) for step in ends):
+            spans = f"dst.interval={algorithm.interval}, dst.stop={algorithm.stop}"
+            say(f"no topology ever changes: no update is due in {total} steps ({spans})")
     if (flops := report.flops()) is not None:
         say(f"a forward pass takes {flops:.4f} of the FLOPs of the model before its transform")
 
@@ -153,9 +167,10 @@ class _Training:
         experiment.model.to(world.device)
         if self.trainer.precision == "float64":
             experiment.model.double()
-        backends = None if saved is None else saved["backends"]
-        self.picks = choose_backends(experiment, world=world, saved=backends)
         self.state = TrainingState(experiment, world=world, saved=saved, path=path)
+        backends = None if saved is None else saved["backends"]
+        # Those of a checkpoint were chosen at the density that it has.
+        self.take(choose_backends(experiment, world=world, saved=backends))
         self.stepper = Stepper(experiment, self.state, record=self.record, say=self.say)
         self.numerics = numerics(world.device)
         self.apart = ""
@@ -222,6 +237,7 @@ class _Training:
         """One step, and what is due after it."""
         state, trainer = self.state, self.trainer
         self.stepper.step(iter(self.fetch(batches)))
+        self.follow_densities()
         self.progress.advance()
         at_end = state.step == self.total
         if at_end or _due(state.step, trainer.log_interval):
@@ -229,6 +245,23 @@ class _Training:
         is_best = self.evaluation_due and self.evaluate()
         if is_best or at_end or _due(state.step, trainer.checkpoint_interval):
             self.save(is_best)
+
+    def take(self, picks: dict[str, Pick]) -> None:
+        """Know what was picked at which densities; the average computes as the model does."""
+        self.picks, self.octaves = picks, octaves(self.experiment.model)
+        if self.state.average is not None:
+            dispatch.reuse(self.state.average.model, picks)
+
+    def follow_densities(self) -> None:
+        """Measure again those layers whose density became another one by a factor of two."""
+        if self.experiment.backend != "auto":
+            return
+        now = octaves(self.experiment.model)
+        if now == self.octaves:
+            return
+        kept = {name: pick for name, pick in self.picks.items() if now[name] == self.octaves[name]}
+        self.take(choose_again(self.experiment, world=self.world, kept=kept))
+        self.say(f"step {self.state.step}: {describe(self.picks)}")
 
     def fetch(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of the next step. All ranks go on, or all save the state and leave."""

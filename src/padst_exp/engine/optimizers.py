@@ -1,12 +1,15 @@
 """Optimizers, their schedules and the roles of parameters: targets of conf/optimizer/*.yaml."""
 
 import abc
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, cast, overload
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from padst_exp.engine.adamw import AgeAwareAdamW
+from padst_exp.engine.muon import SparseMuon, hidden_matrices
 from padst_exp.errors import require
 from padst_exp.layers import SparseWeight, sparse_weights
 from padst_exp.soft import Soft
@@ -107,110 +110,15 @@ def require_entrywise(optimizer: torch.optim.Optimizer, model: nn.Module) -> Non
     mixes = isinstance(optimizer, matrix) and any(
         parameter in packed for group in optimizer.param_groups for parameter in group["params"]
     )
-    wanted = "one that updates entry by entry, since packed values are no matrix"
+    wanted = "optimizer=muon or one that updates entry by entry, since packed values are no matrix"
     require(not mixes, "optimizer", type(optimizer).__name__, wanted)
-
-
-class AgeAwareAdamW(torch.optim.AdamW):
-    """AdamW in which entries that were born late have a bias correction of their own.
-
-    Where the state of a parameter holds `birth` (integers, broadcastable to the parameter: which of
-    the steps in its vector `births` an entry was born at, 0 for original ones), an entry's step
-    count is step - births[birth]. A grown weight then moves exactly as under a fresh AdamW started
-    at its birth; with the global count its first step would be 3.2 times the learning rate at
-    beta2 = 0.999.
-
-    Args:
-        groups, arguments: as in `torch.optim.AdamW`.
-        regrowth_warmup: steps after its birth over which the learning rate of an entry rises
-            linearly; 0: at once.
-    """
-
-    def __init__(
-        self, groups: list[dict[str, Any]], *, regrowth_warmup: int = 0, **arguments: Any
-    ) -> None:
-        super().__init__(groups, **arguments)
-        self.regrowth_warmup = regrowth_warmup
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; torch makes all of it floating point, as the parameters are."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "birth" in state:
-                state["birth"] = state["birth"].to(birth_dtype(state["births"]))
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = super().step(closure)
-        for group in self.param_groups:
-            grown = [
-                parameter
-                for parameter in group["params"]
-                if parameter.grad is not None and "birth" in self.state[parameter]
-            ]
-            if grown:
-                states = [self.state[parameter] for parameter in grown]
-                _correct_bias(grown, states, group, self.regrowth_warmup)
-        return loss
-
-
-def birth_dtype(births: Tensor) -> torch.dtype:
-    """Two bytes an entry tell where in `births` its own is, unless rewirings are very many."""
-    return torch.int16 if len(births) <= 1 << 15 else torch.int32
-
-
-def _correct_bias(
-    parameters: list[Tensor],
-    states: list[Mapping[str, Tensor]],
-    group: dict[str, Any],
-    warmup: int,
-) -> None:
-    """Replace the update that AdamW just made by the one of each entry's own age.
-
-    With c_i = 1 - beta_i^age, AdamW moves by -lr * mean * (sqrt(c_2) / c_1) / (root + eps *
-    sqrt(c_2)), root being that of the second moment.
-    """
-    beta1, beta2 = group["betas"]
-    births = [state["birth"] for state in states]
-    roots = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
-
-    def factors(ages: Tensor, ramp: Tensor | None = None) -> tuple[Tensor, ...]:
-        # All weights at once: one number for each birth is little work, but many calls.
-        correction = (1 - beta2**ages).sqrt()
-        scale = correction / (1 - beta1**ages)
-        scale = scale if ramp is None else scale * ramp
-        denominators = torch._foreach_add(roots, _in_shape(correction * group["eps"], births))
-        return torch._foreach_div(_in_shape(scale, births), denominators)
-
-    # As long as the births, so that original entries cancel to exactly zero.
-    born = torch.cat([state["births"][state["birth"].flatten().int()] for state in states])
-    counts = [
-        state["step"].to(state["births"]).expand(birth.numel())
-        for state, birth in zip(states, births, strict=True)
-    ]
-    steps = torch.cat(counts)
-    ages = steps - born
-    ramp = torch.where(born > 0, (ages / warmup).clamp(max=1), 1) if warmup else None
-    difference = torch._foreach_sub(factors(steps), factors(ages, ramp))
-    means = [state["exp_avg"] for state in states]
-    torch._foreach_addcmul_(parameters, means, difference, value=float(group["lr"]))
-
-
-def _in_shape(flat: Tensor, births: list[Tensor]) -> list[Tensor]:
-    """Cut `flat` into tensors with the shapes of `births`."""
-    parts = flat.split([birth.numel() for birth in births])
-    return [part.view_as(birth) for part, birth in zip(parts, births, strict=True)]
 
 
 class Steps:
     """A learning rate that rises linearly, then changes at certain steps only.
 
     Args:
-        optimizer: every group starts from its own learning rate.
+        optimizer: every group starts from its own learning rate, times its `lr_scale`.
         factors: of that learning rate, by the step from which on they hold.
         warmup_steps: over which it rises.
     """
@@ -230,7 +138,7 @@ class Steps:
         for step, value in self.factors.items():
             factor = value if num_updates >= step else factor
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * group.get("lr_scale", 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the number of completed steps says all."""
@@ -240,6 +148,7 @@ class Steps:
         """Restore nothing."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class OptimizerBuilder(abc.ABC):
     """What the builders below share: the schedule and the checks.
 
@@ -251,37 +160,26 @@ class OptimizerBuilder(abc.ABC):
             a tenth of it in the second half of training.
         min_lr: the final learning rate.
         lr_by_density: whether the learning rate of a sparse weight is over its density (SMET).
-
-    Attributes:
-        regrowth_warmup: steps over which the learning rate of what is grown rises.
     """
 
-    regrowth_warmup: int = 0
+    lr: float
+    weight_decay: float
+    warmup: float
+    schedule: Fall
+    min_lr: float
+    lr_by_density: bool
 
-    def __init__(
-        self,
-        *,
-        lr: float,
-        weight_decay: float,
-        warmup: float,
-        schedule: Fall,
-        min_lr: float,
-        lr_by_density: bool,
-    ) -> None:
-        require(lr > 0, "optimizer.lr", lr, "positive")
-        require(weight_decay >= 0, "optimizer.weight_decay", weight_decay, "at least 0")
-        require(0 <= warmup < 1, "optimizer.warmup", warmup, "a fraction of training in [0, 1)")
-        require(0 <= min_lr <= lr, "optimizer.min_lr", min_lr, f"from 0 to optimizer.lr={lr}")
-        if not isinstance(schedule, str):
-            valid = all(0 < share < 1 and factor > 0 for share, factor in schedule)
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "positive")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        wanted = "a fraction of training in [0, 1)"
+        _require(0 <= self.warmup < 1, "warmup", self.warmup, wanted)
+        wanted = f"from 0 to optimizer.lr={self.lr}"
+        _require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, wanted)
+        if not isinstance(self.schedule, str):
+            valid = all(0 < share < 1 and factor > 0 for share, factor in self.schedule)
             wanted = "pairs of a share of training in (0, 1) and a positive factor"
-            require(valid, "optimizer.schedule", schedule, wanted)
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.warmup = warmup
-        self.schedule = schedule
-        self.min_lr = min_lr
-        self.lr_by_density = lr_by_density
+            _require(valid, "schedule", self.schedule, wanted)
 
     def create(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, Schedule]:
         """Return an optimizer of all but the soft choices of `model`, and its schedule.
@@ -289,13 +187,13 @@ class OptimizerBuilder(abc.ABC):
         The model must be on its device already.
         """
         groups = _parameter_groups(model, self.weight_decay, lr_by_density=self.lr_by_density)
-        optimizer = self._optimizer(groups)
+        optimizer = self._optimizer(groups, model)
         require_entrywise(optimizer, model)
         return optimizer, self._schedule(optimizer, total_steps)
 
     @abc.abstractmethod
-    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Return the optimizer of these parameter groups."""
+    def _optimizer(self, groups: list[dict[str, Any]], model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer of these parameter groups of `model`."""
 
     def _schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Schedule:
         from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -329,98 +227,112 @@ class OptimizerBuilder(abc.ABC):
         return scheduler
 
 
+@dataclass(frozen=True, kw_only=True)
 class AdamW(OptimizerBuilder):
     """Builds an `AgeAwareAdamW`.
 
     Args:
-        lr: as in `OptimizerBuilder`, like all others not named here.
         betas: decays of the two moments.
         eps: added to the root of the second moment.
         regrowth_warmup: steps over which the learning rate of what is grown rises linearly (SMET
             takes 100); 0: at once.
+        lr, weight_decay, warmup, schedule, min_lr, lr_by_density: as in `OptimizerBuilder`.
     """
 
-    def __init__(
-        self,
-        *,
-        lr: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        eps: float,
-        warmup: float,
-        schedule: Fall,
-        min_lr: float,
-        lr_by_density: bool,
-        regrowth_warmup: int,
-    ) -> None:
-        super().__init__(
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            schedule=schedule,
-            min_lr=min_lr,
-            lr_by_density=lr_by_density,
-        )
-        valid = all(0 <= beta < 1 for beta in betas)
-        require(valid, "optimizer.betas", betas, "two numbers of at least 0 and below 1")
-        require(eps > 0, "optimizer.eps", eps, "positive")
-        require(
-            regrowth_warmup >= 0, "optimizer.regrowth_warmup", regrowth_warmup, "at least 0 steps"
-        )
-        self.betas = betas
-        self.eps = eps
-        self.regrowth_warmup = regrowth_warmup
+    betas: tuple[float, float]
+    eps: float
+    regrowth_warmup: int
 
-    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        valid = all(0 <= beta < 1 for beta in self.betas)
+        _require(valid, "betas", self.betas, "two numbers of at least 0 and below 1")
+        _require(self.eps > 0, "eps", self.eps, "positive")
+        steps = self.regrowth_warmup
+        _require(steps >= 0, "regrowth_warmup", steps, "at least 0 steps")
+
+    def _optimizer(self, groups: list[dict[str, Any]], model: nn.Module) -> torch.optim.Optimizer:
+        return AgeAwareAdamW(groups, **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
         # One kernel for each parameter, on a CPU as on a GPU.
-        return AgeAwareAdamW(
-            groups,
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            fused=True,
-            regrowth_warmup=self.regrowth_warmup,
+        return {
+            "lr": self.lr,
+            "betas": self.betas,
+            "eps": self.eps,
+            "fused": True,
+            "regrowth_warmup": self.regrowth_warmup,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(AdamW):
+    """Builds a `SparseMuon`: hidden matrices by Muon, all else by AdamW.
+
+    Args:
+        adamw_lr: the highest learning rate of what AdamW trains; it rises and falls as `lr` does.
+        momentum: decay of the average of gradients.
+        nesterov: whether to look ahead; needs momentum.
+        ns_steps: rounds of Newton-Schulz.
+        betas, eps: of AdamW.
+        regrowth_warmup, lr, weight_decay, warmup, schedule, min_lr, lr_by_density: as in `AdamW`.
+    """
+
+    adamw_lr: float
+    momentum: float
+    nesterov: bool
+    ns_steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.adamw_lr > 0, "adamw_lr", self.adamw_lr, "positive")
+        _require_momentum(self.momentum, self.nesterov)
+        # As torch has it: more would be no approximation.
+        _require(1 <= self.ns_steps < 100, "ns_steps", self.ns_steps, "from 1 to 99 rounds")
+
+    def _optimizer(self, groups: list[dict[str, Any]], model: nn.Module) -> torch.optim.Optimizer:
+        hidden = hidden_matrices(model)
+        parts = [
+            {**group, "muon": muon, "params": [p for p in group["params"] if (p in hidden) == muon]}
+            for group in groups
+            for muon in (True, False)
+        ]
+        return SparseMuon(
+            [part for part in parts if part["params"]],
+            weights=sparse_weights(model).values(),
+            adamw_lr=self.adamw_lr / self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            ns_steps=self.ns_steps,
+            **self._arguments(),
         )
 
 
+@dataclass(frozen=True, kw_only=True)
 class SGD(OptimizerBuilder):
     """Builds a `torch.optim.SGD`.
 
     Args:
-        lr: as in `OptimizerBuilder`, like all others not named here.
         momentum: decay of the momentum buffer.
         nesterov: whether to look ahead; needs momentum.
+        lr, weight_decay, warmup, schedule, min_lr, lr_by_density: as in `OptimizerBuilder`.
     """
 
-    def __init__(
-        self,
-        *,
-        lr: float,
-        weight_decay: float,
-        momentum: float,
-        nesterov: bool,
-        warmup: float,
-        schedule: Fall,
-        min_lr: float,
-        lr_by_density: bool,
-    ) -> None:
-        super().__init__(
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            schedule=schedule,
-            min_lr=min_lr,
-            lr_by_density=lr_by_density,
-        )
-        require(0 <= momentum < 1, "optimizer.momentum", momentum, "at least 0 and below 1")
-        require(
-            not nesterov or momentum > 0,
-            "optimizer.nesterov",
-            nesterov,
-            "false without optimizer.momentum",
-        )
-        self.momentum = momentum
-        self.nesterov = nesterov
+    momentum: float
+    nesterov: bool
 
-    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_momentum(self.momentum, self.nesterov)
+
+    def _optimizer(self, groups: list[dict[str, Any]], model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+def _require(valid: bool, key: str, value: object, wanted: str) -> None:
+    require(valid, f"optimizer.{key}", value, wanted)
+
+
+def _require_momentum(momentum: float, nesterov: bool) -> None:
+    _require(0 <= momentum < 1, "momentum", momentum, "at least 0 and below 1")
+    _require(not nesterov or momentum > 0, "nesterov", nesterov, "false without optimizer.momentum")

@@ -15,6 +15,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.tracker import TopologyTracker
 from padst_exp.layers import sparse_layers, sparse_weights
 from padst_exp.permutations import distance_to_identity
+from padst_exp.pools import Symmetry
 from padst_exp.soft import soft_choices
 from padst_exp.sparsify import Report
 
@@ -136,9 +137,12 @@ def distances(model: nn.Module) -> dict[str, float]:
         for (side, part), permutation in layer.permutations().items():
             if permutation.soft:
                 continue
-            symmetry = layer.parts()[part].geometry.symmetry(side)
+            # All weights of a layer share the permutation of its inputs.
+            moved = layer.parts() if side == "in" else [layer.parts()[part]]
+            seen = [weight.geometry.symmetry(side) for weight in moved]
             if side == "in":
-                symmetry = symmetry.of_channels(layer.taps)
+                seen = [one.of_channels(layer.taps) for one in seen]
+            symmetry = Symmetry.of_all(seen)
             name = names[id(permutation)]
             found[name] = distance_to_identity(permutation.index, symmetry)
     return found

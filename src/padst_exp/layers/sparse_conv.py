@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,10 +40,16 @@ class Window:
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
         return nn.Conv2d(in_channels, out_channels, bias=bias, device="meta", **arguments)
 
-    @cached_property
+    @property
     def sides(self) -> list[int]:
         """Padding of the left, right, upper and lower edge."""
-        return self.convolution(1, 1, bias=False)._reversed_padding_repeated_twice
+        if isinstance(self.padding, str):
+            spans = zip(self.dilation, self.kernel_size, strict=True)
+            totals = [d * (k - 1) if self.padding == "same" else 0 for d, k in spans]
+            pairs = [(total // 2, total - total // 2) for total in totals]
+        else:
+            pairs = [(width, width) for width in self.padding]
+        return [side for pair in reversed(pairs) for side in pair]
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """`F.conv2d` of `[N, C, H, W]` with a dense weight `[O, C, kh, kw]`."""
@@ -61,10 +67,16 @@ class Window:
         if self.kernel_size == (1, 1):
             x = x[:, :, :: self.stride[0], :: self.stride[1]]
             return x.flatten(2).transpose(1, 2), (height, width)
-        columns = functional.unfold(x, self.kernel_size, self.dilation, 0, self.stride)
-        # From channels slowest to channels fastest.
-        taps = columns.unflatten(1, (-1, math.prod(self.kernel_size)))
-        return taps.permute(0, 3, 2, 1).flatten(2), (height, width)
+        # Runs of channels are copied whole: `unfold` moves single numbers, and puts channels last
+        # by a second copy. The last tap first, since backward adds them up the other way round.
+        x = x.permute(0, 2, 3, 1).contiguous()
+        down, right = self.stride
+        taps = [
+            x[:, top : top + height * down : down, left : left + width * right : right]
+            for top in reversed(range(0, spans[0], self.dilation[0]))
+            for left in reversed(range(0, spans[1], self.dilation[1]))
+        ]
+        return torch.stack(taps[::-1], 3).flatten(3).flatten(1, 2), (height, width)
 
     def _padded(self, x: Tensor) -> Tensor:
         if not any(self.sides):

@@ -200,6 +200,20 @@ class SparseWeight(nn.Module):
             values = gather_entries(values, entries)
         return scatter_entries(values, entries, self.geometry.shape)
 
+    def laid_out(self, tensor: Tensor) -> Tensor:
+        """What is shaped like `values`, zero where nothing is active, as `[O, I]`."""
+        if self.storage == "masked":
+            return tensor
+        return scatter_entries(tensor, self.entries(), self.geometry.shape)
+
+    def taken_from(self, dense: Tensor) -> Tensor:
+        """The active entries of `dense` `[O, I]`, shaped like `values`."""
+        entries = self.entries()
+        packed = gather_entries(dense, entries)
+        if self.storage == "packed":
+            return packed
+        return scatter_entries(packed, entries, self.geometry.shape)
+
     @torch.no_grad()
     def decide(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -174,8 +175,10 @@ class Surgery:
     ) -> Cut:
         try:
             density = self.densities[name] - companion_density
-            what = "one that takes all entries"
-            require(density > 0, "low_rank", what, "a rank that leaves some")
+            if density <= 0:
+                highest = math.ceil(self.densities[name] / (companion_density / self.low_rank)) - 1
+                wanted = f"at most {highest}, which leaves entries to the sparse weight"
+                require(False, "low_rank", self.low_rank, wanted)
             rows, columns = matrix.shape
             geometry = self.structure.geometry(rows, columns, density)
             if algorithm is not None:

@@ -1,7 +1,7 @@
 """Permutations within groups: one small doubly stochastic matrix for each group of features."""
 
 import math
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from padst_exp.errors import require
 from padst_exp.permutations.learners import (
     Init,
     Relaxed,
-    Side,
     initial_logits,
     require_start,
     single,
@@ -95,6 +94,7 @@ class GroupedPermutation(Permutation):
             self.logits.copy_(balanced.nan_to_num(neginf=0.0))
 
 
+@dataclass(kw_only=True, eq=False)
 class Grouped(Relaxed):
     """Soft permutations within groups of features, dealt at random: d * g parameters, not d * d.
 
@@ -107,36 +107,15 @@ class Grouped(Relaxed):
             as in `Relaxed`.
     """
 
-    def __init__(
-        self,
-        *,
-        side: Side,
-        group: int,
-        iterations: int,
-        init: Init,
-        scale: float,
-        lr: float,
-        betas: tuple[float, float],
-        weighting: Literal["adaptive", "fixed"],
-        weight: float,
-        ramp_start: float,
-        ramp_end: float,
-        delta: float,
-        deadline: float,
-        interval: int,
-        clip: float | None,
-    ) -> None:
-        super().__init__(
-            side=side, lr=lr, betas=betas, weighting=weighting, weight=weight,
-            ramp_start=ramp_start, ramp_end=ramp_end, delta=delta, deadline=deadline,
-            interval=interval, clip=clip,
-        )  # fmt: skip
-        require_start(iterations, init, scale)
-        require(group >= 2, "permutation.group", group, "at least 2 features")
-        self.group = group
-        self.iterations = iterations
-        self.init: Init = init
-        self.scale = scale
+    group: int
+    iterations: int
+    init: Init
+    scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_start(self.iterations, self.init, self.scale)
+        require(self.group >= 2, "permutation.group", self.group, "at least 2 features")
 
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         if size == 1:

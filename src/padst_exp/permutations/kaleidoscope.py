@@ -1,12 +1,12 @@
 """Permutations as networks of switches: products of butterflies (kaleidoscopes)."""
 
+from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from padst_exp.permutations.learners import Relaxed, Side, require_start, single
+from padst_exp.permutations.learners import Relaxed, require_start, single
 from padst_exp.permutations.permutation import Permutation
 
 Pairs = list[tuple[int, int]]
@@ -93,6 +93,7 @@ class SwitchedPermutation(Permutation):
         return
 
 
+@dataclass(kw_only=True, eq=False)
 class Kaleidoscope(Relaxed):
     """Permutations as soft switching networks: d log2 d parameters, doubly stochastic as such.
 
@@ -102,29 +103,11 @@ class Kaleidoscope(Relaxed):
             as in `Relaxed`.
     """
 
-    def __init__(
-        self,
-        *,
-        side: Side,
-        scale: float,
-        lr: float,
-        betas: tuple[float, float],
-        weighting: Literal["adaptive", "fixed"],
-        weight: float,
-        ramp_start: float,
-        ramp_end: float,
-        delta: float,
-        deadline: float,
-        interval: int,
-        clip: float | None,
-    ) -> None:
-        super().__init__(
-            side=side, lr=lr, betas=betas, weighting=weighting, weight=weight,
-            ramp_start=ramp_start, ramp_end=ramp_end, delta=delta, deadline=deadline,
-            interval=interval, clip=clip,
-        )  # fmt: skip
-        require_start(1, "lognormal", scale)
-        self.scale = scale
+    scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_start(1, "lognormal", self.scale)
 
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         if size == 1:

@@ -3,6 +3,7 @@
 import abc
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -95,6 +96,7 @@ class RandomPermutation(PermutationLearner):
         return Permutation(index)
 
 
+@dataclass(kw_only=True, eq=False)
 class Relaxed(PermutationLearner):
     """Trains relaxed permutations by Adam, and sharpens them until they round safely.
 
@@ -117,48 +119,35 @@ class Relaxed(PermutationLearner):
         clip: maximal norm of each permutation's gradient, penalty included; None: no clipping.
     """
 
-    def __init__(
-        self,
-        *,
-        side: Side,
-        lr: float,
-        betas: tuple[float, float],
-        weighting: Literal["adaptive", "fixed"],
-        weight: float,
-        ramp_start: float,
-        ramp_end: float,
-        delta: float,
-        deadline: float,
-        interval: int,
-        clip: float | None,
-    ) -> None:
-        super().__init__(side=side, interval=interval)
-        require_adam(lr, betas)
-        require_end(delta, deadline)
-        _require(weight >= 0, "weight", weight, "at least 0")
-        _require(0 <= ramp_start <= 1, "ramp_start", ramp_start, "a fraction of training, 0 .. 1")
-        _require(
-            ramp_start <= ramp_end <= 1,
-            "ramp_end",
-            ramp_end,
-            f"a fraction of training from ramp_start={ramp_start} to 1",
-        )
+    side: Side
+    lr: float
+    betas: tuple[float, float]
+    weighting: Literal["adaptive", "fixed"]
+    weight: float
+    ramp_start: float
+    ramp_end: float
+    delta: float
+    deadline: float
+    interval: int
+    clip: float | None
+
+    def __post_init__(self) -> None:
+        super().__init__(side=self.side, interval=self.interval)
+        require_adam(self.lr, self.betas)
+        require_end(self.delta, self.deadline)
+        start, end = self.ramp_start, self.ramp_end
+        _require(self.weight >= 0, "weight", self.weight, "at least 0")
+        _require(0 <= start <= 1, "ramp_start", start, "a fraction of training, 0 .. 1")
+        wanted = f"a fraction of training from ramp_start={start} to 1"
+        _require(start <= end <= 1, "ramp_end", end, wanted)
+        clip = self.clip
         _require(clip is None or clip > 0, "clip", clip, "positive, or null for none")
-        self.lr = lr
-        self.betas = (float(betas[0]), float(betas[1]))
-        self.adaptive = weighting == "adaptive"
-        self.weight = weight
-        self.ramp_start = ramp_start
-        self.ramp_end = ramp_end
-        self.delta = delta
-        self.deadline = deadline
-        self.clip = clip
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
 
     def regularize(self, progress: float) -> None:
-        weight = self.weight * self._ramp(progress)
+        weight, adaptive = self.weight * self._ramp(progress), self.weighting == "adaptive"
         for permutation in self.choices.values():
             assert isinstance(permutation, Permutation)
             logits = permutation.logits
@@ -167,7 +156,7 @@ class Relaxed(PermutationLearner):
                 (penalty,) = torch.autograd.grad(permutation.penalty(), logits)
                 if logits.grad is None:
                     logits.grad = torch.zeros_like(logits)
-                scale = _balance(permutation, logits.grad, penalty) if self.adaptive else 1
+                scale = _balance(permutation, logits.grad, penalty) if adaptive else 1
                 logits.grad.add_(penalty * (weight * scale))
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(logits, self.clip)
@@ -186,6 +175,7 @@ class Relaxed(PermutationLearner):
         return (progress - self.ramp_start) / (self.ramp_end - self.ramp_start)
 
 
+@dataclass(kw_only=True, eq=False)
 class DoublyStochastic(Relaxed):
     """Doubly stochastic matrices, sharpened by the l1-l2 penalty until they round safely (PA-DST).
 
@@ -201,38 +191,21 @@ class DoublyStochastic(Relaxed):
             as in `Relaxed`.
     """
 
-    def __init__(
-        self,
-        *,
-        side: Side,
-        parametrization: Literal["logits", "projected"],
-        iterations: int,
-        init: Init,
-        scale: float,
-        keep: float,
-        lr: float,
-        betas: tuple[float, float],
-        weighting: Literal["adaptive", "fixed"],
-        weight: float,
-        ramp_start: float,
-        ramp_end: float,
-        delta: float,
-        deadline: float,
-        interval: int,
-        clip: float | None,
-    ) -> None:
-        super().__init__(
-            side=side, lr=lr, betas=betas, weighting=weighting, weight=weight,
-            ramp_start=ramp_start, ramp_end=ramp_end, delta=delta, deadline=deadline,
-            interval=interval, clip=clip,
-        )  # fmt: skip
-        require_start(iterations, init, scale)
-        _require(0.5 < keep < 1, "keep", keep, "a share above 0.5 and below 1")
-        self.projected = parametrization == "projected"
-        self.iterations = iterations
-        self.init: Init = init
-        self.scale = scale
-        self.keep = keep
+    parametrization: Literal["logits", "projected"]
+    iterations: int
+    init: Init
+    scale: float
+    keep: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_start(self.iterations, self.init, self.scale)
+        _require(0.5 < self.keep < 1, "keep", self.keep, "a share above 0.5 and below 1")
+
+    @property
+    def projected(self) -> bool:
+        """Whether its parameters are the matrix itself."""
+        return self.parametrization == "projected"
 
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         if size == 1:

@@ -1,13 +1,14 @@
 """Transport: a soft partition of features acts on the mask of a dense weight, not on its inputs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from padst_exp.errors import require
-from padst_exp.permutations.learners import Relaxed, Side, initial_logits, require_start, single
+from padst_exp.permutations.learners import Relaxed, initial_logits, require_start, single
 from padst_exp.permutations.permutation import Permutation, assign
 from padst_exp.soft import Readiness, Soft
 
@@ -105,6 +106,7 @@ class Partition(Permutation):
         super().harden(choice)
 
 
+@dataclass(kw_only=True, eq=False)
 class Transport(Relaxed):
     """Learns where features go by moving the mask over a dense weight, which then becomes sparse.
 
@@ -122,33 +124,14 @@ class Transport(Relaxed):
 
     moves_masks = True
 
-    def __init__(
-        self,
-        *,
-        side: Side,
-        iterations: int,
-        scale: float,
-        lr: float,
-        betas: tuple[float, float],
-        weighting: Literal["adaptive", "fixed"],
-        weight: float,
-        ramp_start: float,
-        ramp_end: float,
-        delta: float,
-        deadline: float,
-        interval: int,
-        clip: float | None,
-    ) -> None:
-        super().__init__(
-            side=side, lr=lr, betas=betas, weighting=weighting, weight=weight,
-            ramp_start=ramp_start, ramp_end=ramp_end, delta=delta, deadline=deadline,
-            interval=interval, clip=clip,
-        )  # fmt: skip
-        require_start(iterations, "lognormal", scale)
+    iterations: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_start(self.iterations, "lognormal", self.scale)
         one = "in, out or auto: a mask is moved along one side"
-        require(side != "both", "permutation.side", side, one)
-        self.iterations = iterations
-        self.scale = scale
+        require(self.side != "both", "permutation.side", self.side, one)
 
     def create(self, size: int, generator: torch.Generator) -> Permutation | None:
         if size == 1:

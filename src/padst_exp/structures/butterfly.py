@@ -32,7 +32,8 @@ class Butterfly(Structure):
         height, width = min(self.size, out_features), min(self.size, in_features)
         wanted = density * out_features * in_features
         what = f"a {self.size}x{self.size} block"
-        require_units(wanted, height * width, out_features, in_features, what)
+        smaller = "a smaller structure.size"
+        require_units(wanted, height * width, out_features, in_features, what, smaller)
         return ButterflyGeometry(out_features, in_features, self.size, density)
 
     def initial_counts(self, geometry: Geometry, density: float) -> Tensor:

@@ -44,11 +44,13 @@ class Diagonal(Structure):
                 )
             what = f"a class of diagonals modulo {self.stride}"
             size = shorter * longer // self.stride
-            require_units(wanted, size, out_features, in_features, what)
+            larger = "a larger structure.stride"
+            require_units(wanted, size, out_features, in_features, what, larger)
             return StrideGeometry(out_features, in_features, self.stride)
         width = min(self.width, longer) if self.bundle == "band" else 1
         what = "a diagonal" if width == 1 else f"a band of {width} diagonals"
-        require_units(wanted, width * shorter, out_features, in_features, what)
+        smaller = "a smaller structure.width" if width > 1 else ""
+        require_units(wanted, width * shorter, out_features, in_features, what, smaller)
         return BandGeometry(out_features, in_features, width)
 
 

@@ -72,9 +72,12 @@ class Geometry(abc.ABC):
         row_order: int64 `[O]`, at which row of the weight each row of the geometry stands; None in
             natural order. See `with_row_order`.
         traits: what algorithms may require of units and pools.
+        chunk: width of the runs of neighbouring inputs that pools are, each of some rows; None
+            where they are something else, or of several widths.
     """
 
     traits: frozenset[Trait] = frozenset()
+    chunk: int | None = None
 
     def __init__(
         self,

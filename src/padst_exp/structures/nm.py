@@ -82,6 +82,7 @@ class NMGeometry(Geometry):
             frame=(1, 1, self.group),
         )
         self.num_groups = num_groups
+        self.chunk = None if in_features % num_chunks else in_features // num_chunks
         self.traits = frozenset({"grid", "neurons"} if num_chunks == 1 else {"grid"})
 
     def _place(self, units: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,9 @@ from padst_kernels.tiles.cuda import slices_on
 
 Storage = Literal["packed", "masked"]
 
+# Compute capability of a GPU from which on it multiplies 2:4 by sparse tensor cores.
+TWO_FOUR = (8, 0)
+
 
 class Product(nn.Module, abc.ABC):
     """y = P_out S P_in x for one weight S, or for several whose outputs are concatenated.
@@ -79,14 +82,50 @@ class ScatterProduct(Product):
 
     def index(self, folding: Folding) -> None:
         self.out_features = folding.out_features
-        entries = folding.permuted_entries
-        # For single entries the index weighs as much as the values do.
-        narrow = folding.out_features * folding.in_features < 2**31
-        self._set("entries", entries.int() if narrow else entries)
+        self._set("entries", _narrow(folding.permuted_entries, folding))
 
     def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
         flat = _join([value.flatten() for value in values])
         return scatter_matmul(x, flat, self.entries, self.out_features, trusted=True)
+
+
+class SemiStructuredProduct(Product):
+    """2:4 by the sparse tensor cores of a GPU; densely while more is active, and in float32.
+
+    Inputs and outputs are gathered, since a permuted weight would be 2:4 no more.
+    """
+
+    entries: Tensor
+    input_index: Tensor | None
+    output_index: Tensor | None
+
+    def index(self, folding: Folding) -> None:
+        self.out_features = folding.out_features
+        self._set("entries", _narrow(folding.entries, folding))
+        # The permutation's own tensor must not be written to.
+        self.register_buffer("input_index", folding.input_index, persistent=False)
+        self._set("output_index", folding.output_index)
+        self.fits = is_two_four(folding.entries)
+
+    def forward(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
+        x = x if self.input_index is None else x[..., self.input_index]
+        flat = _join([value.flatten() for value in values])
+        fits = self.fits and x.element_size() == 2 and not torch.compiler.is_compiling()
+        y = scatter_matmul(
+            x, flat, self.entries, self.out_features, semi_structured=fits, trusted=True
+        )
+        return y if self.output_index is None else y[..., self.output_index]
+
+
+def is_two_four(entries: Tensor) -> bool:
+    """Whether flat `entries` of rows of whole quadruples hold at most two of each."""
+    return bool((torch.bincount(entries.flatten() // 4) <= 2).all())
+
+
+def can_be_two_four(geometry: Geometry) -> bool:
+    """Whether weights of a geometry may be 2:4, of a size that sparse tensor cores multiply."""
+    (rows, columns), chunk = geometry.shape, geometry.chunk
+    return chunk in (2, 4) and rows % 32 == 0 and columns % 64 == 0 and geometry.exact_frames
 
 
 class TileProduct(Product):
@@ -186,11 +225,18 @@ def backends(
     """What can multiply weights of these geometries on `device`, the usual choice first."""
     if storage == "masked":
         return ["torch"]
-    tilings = [geometry.tiling() for geometry in geometries]
-    tiled = all(tiling is not None for tiling in tilings)
     if device.type == "cpu":
         return ["native", "torch", "scatter"]
-    if not tiled:
+    cores = torch.cuda.get_device_capability(device) >= TWO_FOUR
+    if cores and all(can_be_two_four(geometry) for geometry in geometries):
+        return [*_usual(geometries, device), "semi_structured"]
+    return _usual(geometries, device)
+
+
+def _usual(geometries: Sequence[Geometry], device: torch.device) -> list[Backend]:
+    """What multiplies on a GPU, whichever it is."""
+    tilings = [geometry.tiling() for geometry in geometries]
+    if any(tiling is None for tiling in tilings):
         first = torch.zeros(1, dtype=torch.int64)
         diagonals = all(geometry.diagonal_offsets(first) is not None for geometry in geometries)
         return ["scatter", "torch", "triton"] if diagonals else ["scatter", "torch"]
@@ -209,6 +255,8 @@ def product(geometry: Geometry, storage: Storage, backend: Backend) -> Product:
         return MaskedProduct()
     if backend == "scatter":
         return ScatterProduct()
+    if backend == "semi_structured":
+        return SemiStructuredProduct()
     if geometry.tiling() is not None:
         return TileProduct(backend)
     return DiagonalProduct() if backend == "triton" else EntryProduct(backend)
@@ -227,6 +275,11 @@ def runs(folding: Folding, storage: Storage) -> list[slice]:
     ]
     starts = [i for i in range(len(shapes)) if i == 0 or shapes[i] != shapes[i - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(shapes)], strict=True)]
+
+
+def _narrow(entries: Tensor, folding: Folding) -> Tensor:
+    """For single entries the index weighs as much as the values do: four bytes where they do."""
+    return entries.int() if folding.out_features * folding.in_features < 2**31 else entries
 
 
 def _features(kept: Tensor | None) -> Tensor | None:

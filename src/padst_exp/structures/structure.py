@@ -83,21 +83,23 @@ def best_units(geometry: Geometry, counts: Tensor, scores: Tensor) -> Tensor:
 
 
 def require_units(
-    wanted: float, unit_size: int, out_features: int, in_features: int, what: str
+    wanted: float, unit_size: int, out_features: int, in_features: int, what: str, other: str = ""
 ) -> None:
-    """Refuse a density that leaves less than one whole unit.
+    """Refuse a density that leaves less than one whole unit, `what`; `other` would make it smaller.
 
     Raises:
         UserError: `wanted` entries are fewer than `unit_size`.
     """
     size = out_features * in_features
     highest = math.floor(max(0.0, 1 - unit_size / size) * 1e4) / 1e4
+    ways = [f"sparsity <= {highest}"] if highest else []
+    ways += [other] if other else []
     # 1 - 0.9 is a little less than 0.1.
     if wanted < unit_size * (1 - 1e-9):
         raise UserError(
             f"sparsity: {1 - wanted / size:.6g} leaves {int(wanted)} entries of a "
             f"{out_features}x{in_features} weight, but {what} holds {unit_size}; "
-            f"use sparsity <= {highest} or a smaller unit"
+            f"use {' or '.join(ways) or 'another structure'}"
         )
 
 

@@ -17,11 +17,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 from padst_exp.layers.views import LinearView, replace_module
 from padst_exp.sparsify import Rule
 from padst_exp.transforms.chains import Chain, chains, model_activation
 from padst_exp.transforms.transform import Original, Rewrite, Transform, whole
+
+# More layers in place of one would take minutes to build.
+MOST_BRANCHES = 1000
 
 
 class Parallel(nn.Module):
@@ -172,6 +175,8 @@ class SparseParallel(DropIn):
     ) -> tuple[nn.Module, list[tuple[str, int]], int]:
         inside = self.nonlinearity == "paper"
         number = whole(1 / (1 - sparsity), "branches", sparsity)
+        most = f"at most {1 - 1 / MOST_BRANCHES}, which is {MOST_BRANCHES} branches"
+        require(number <= MOST_BRANCHES, "sparsity", sparsity, most)
         # So that the sum starts at the scale of the one layer; norms see to it themselves.
         scale = 1.0 if chain.norm is not None else number ** (-1.0 if inside else -0.5)
         act = (chain.act or first) if inside else None
