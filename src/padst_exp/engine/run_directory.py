@@ -60,6 +60,7 @@ class RunDirectory:
         config_text: the whole of it, as YAML.
         checkpoints: of this run.
         new: whether this process made the folder.
+        labels: what the run is trained for, for loggers.
     """
 
     def __init__(self, path: Path, *, config: Mapping[str, object], config_text: str) -> None:
@@ -70,6 +71,7 @@ class RunDirectory:
         self._metrics: TextIO | None = None
         self._lock: Lock | None = None
         self.new = False
+        self.labels: Mapping[str, str] = {}
         self._made: list[Path] = []  # folders above it that were not there, the innermost first
 
     @classmethod
