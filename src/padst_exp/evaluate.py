@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -12,13 +13,16 @@ from omegaconf import DictConfig
 
 from padst_exp.cli import command_line
 from padst_exp.config import Device, read_keys
-from padst_exp.errors import require
+from padst_exp.errors import UserError, require
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import Tensor
 
     from padst_exp.engine.distributed import World
     from padst_exp.restore import Restored
+
+PRINTED = {"perplexity": "token_perplexity"}
+"""Names of metrics as a reader takes them right, who sees those per word and byte beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,9 @@ class EvaluateSchema:
         trust: packages other than ours whose constructors the run's config may name.
         changes: of keys of the run that change no weight, as on a command line, which may also
             have them directly: `dataset.root=/where/the/data/are/now`.
+        tasks: of lm-evaluation-harness, instead of the validation data.
+        include_path: folder with further tasks, YAML files.
+        limit: of the documents of each task; null: all.
     """
 
     run: str
@@ -39,10 +46,16 @@ class EvaluateSchema:
     device: Device
     trust: str | tuple[str, ...]
     changes: tuple[str, ...]
+    tasks: tuple[str, ...]
+    include_path: str | None
+    limit: int | None
 
     def __post_init__(self) -> None:
-        valid = self.batch_size is None or self.batch_size >= 1
-        require(valid, "batch_size", self.batch_size, "at least 1")
+        for key in ("batch_size", "limit"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "at least 1")
+        folder = self.include_path
+        require(folder is None or Path(folder).is_dir(), "include_path", folder, "a folder")
 
 
 @command_line("evaluate", of_run=True)
@@ -55,13 +68,13 @@ def main(cfg: DictConfig) -> None:
 
     world = distributed.start(keys.device)
     try:
-        path, metrics = evaluate(keys, world)
+        path, metrics = (downstream if keys.tasks else evaluate)(keys, world)
     finally:
         world.close()
     if world.main:
         say(str(path))
         for name, value in metrics.items():
-            say(f"{name} {value:.6g}")
+            say(f"{PRINTED.get(name, name)} {value:.6g}")
 
 
 def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]]:
@@ -95,6 +108,35 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
         restored.model, restored.task, batches, precision=trainer.precision, world=world
     )
     return restored.path, metrics
+
+
+def downstream(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]]:
+    """Results of a language model in tasks of lm-evaluation-harness, by `task/metric`.
+
+    Returns:
+        As `evaluate`.
+
+    Raises:
+        UserError: the harness is not installed, has no such task, or the run is of no text.
+    """
+    from padst_exp.restore import restore
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "tasks: lm-evaluation-harness is not installed: pip install 'padst-exp[lm-eval]'"
+        )
+    from padst_exp.integrations.lm_eval import evaluate_tasks
+
+    restored = restore(Path(keys.run), world, trust=keys.trust, changes=keys.changes)
+    trainer = restored.trainer
+    results = evaluate_tasks(
+        restored,
+        keys.tasks,
+        include_path=keys.include_path,
+        limit=keys.limit,
+        batch_size=keys.batch_size or trainer.eval_batch_size or trainer.micro_batch_size(1),
+    )
+    return restored.path, results
 
 
 def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> None:
