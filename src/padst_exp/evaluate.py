@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from omegaconf import DictConfig
 
@@ -18,9 +18,11 @@ from padst_exp.errors import UserError, require
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import Tensor
 
+    from padst_exp.data.task import Task
     from padst_exp.engine.distributed import World
     from padst_exp.restore import Restored
 
+IMAGENET = "padst_exp.data.imagenet.Imagenet1k"
 PRINTED = {"perplexity": "token_perplexity"}
 """Names of metrics as a reader takes them right, who sees those per word and byte beside them."""
 
@@ -39,6 +41,8 @@ class EvaluateSchema:
         tasks: of lm-evaluation-harness, instead of the validation data.
         include_path: folder with further tasks, YAML files.
         limit: of the documents of each task; null: all.
+        variant: of ImageNet, a test set in dataset.root, instead of the validation data.
+        labels: real.json for variant=real; null: a copy that is there.
     """
 
     run: str
@@ -49,6 +53,8 @@ class EvaluateSchema:
     tasks: tuple[str, ...]
     include_path: str | None
     limit: int | None
+    variant: Literal["v2", "a", "r", "real"] | None
+    labels: str | None
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "limit"):
@@ -56,6 +62,10 @@ class EvaluateSchema:
             require(value is None or value >= 1, key, value, "at least 1")
         folder = self.include_path
         require(folder is None or Path(folder).is_dir(), "include_path", folder, "a folder")
+        alone = self.variant is None or not self.tasks
+        require(alone, "variant", self.variant, "null beside tasks, which are for language models")
+        known = self.variant == "real" or self.labels is None
+        require(known, "labels", self.labels, "null but for variant=real")
 
 
 @command_line("evaluate", of_run=True)
@@ -93,7 +103,13 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
     from padst_exp.engine import evaluation
     from padst_exp.restore import RestoredRun, restore
 
-    restored = restore(Path(keys.run), world, trust=keys.trust, changes=keys.changes)
+    restored = restore(
+        Path(keys.run),
+        world,
+        trust=keys.trust,
+        changes=keys.changes,
+        task=lambda cfg: None if keys.variant is None else _variant(keys, cfg),
+    )
     trainer = restored.trainer
     batches = validation_loader(
         restored.task,
@@ -108,6 +124,27 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
         restored.model, restored.task, batches, precision=trainer.precision, world=world
     )
     return restored.path, metrics
+
+
+def _variant(keys: EvaluateSchema, cfg: DictConfig) -> Task:
+    """The test set that is asked for, seen as the validation images of a run on ImageNet."""
+    from padst_exp.data.imagenet_variants import ImagenetVariant
+
+    assert keys.variant is not None
+    dataset = cfg.dataset
+    found = f"one on {dataset._target_} of {dataset.get('num_classes')} classes"
+    fits = (dataset._target_, dataset.get("num_classes")) == (IMAGENET, 1000)
+    require(fits, "run", found, f"a run on ImageNet's 1000 classes for variant={keys.variant}")
+    where = f"the folder of variant={keys.variant}"
+    require(dataset.root is not None, "dataset.root", dataset.root, where)
+    return ImagenetVariant(
+        variant=keys.variant,
+        root=dataset.root,
+        labels=keys.labels,
+        image_size=dataset.image_size,
+        interpolation=dataset.interpolation,
+        crop_pct=dataset.crop_pct,
+    )
 
 
 def downstream(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]]:

@@ -35,6 +35,7 @@ class Task(abc.ABC):
         train: map-style, addressed by (epoch, index). Augmentation is a function of
             (train.seed, epoch, index) alone. The loader sets `seed` on a copy of its own.
         validation: map-style, addressed by index.
+        for_training: False for data that models are only tested on.
     """
 
     kind: ClassVar[Literal["classification", "language_modeling"]]
@@ -43,6 +44,7 @@ class Task(abc.ABC):
     model_shape: dict[str, int]
     items_per_sample: int
     repeats: int = 1
+    for_training: bool = True
     train: Any
     validation: Any
 
