@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +12,7 @@ from omegaconf import DictConfig
 
 from padst_exp.cli import command_line
 from padst_exp.config import Device, read_keys
-from padst_exp.errors import UserError, require
+from padst_exp.errors import require, require_installed
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import Tensor
@@ -158,10 +157,7 @@ def downstream(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, floa
     """
     from padst_exp.restore import restore
 
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "tasks: lm-evaluation-harness is not installed: pip install 'padst-exp[lm-eval]'"
-        )
+    require_installed("lm_eval", "tasks", "lm-evaluation-harness", "lm-eval")
     from padst_exp.integrations.lm_eval import evaluate_tasks
 
     restored = restore(Path(keys.run), world, trust=keys.trust, changes=keys.changes)

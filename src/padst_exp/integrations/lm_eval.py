@@ -291,11 +291,3 @@ def register() -> None:
     """Make `padst` known to a harness that looks for no entry points."""
     if NAME not in model_registry:
         model_registry.register(NAME, target=f"{__name__}:{PadstLM.__name__}")
-
-
-def main() -> None:
-    """The command line of the harness, which knows `--model padst`."""
-    from lm_eval.__main__ import cli_evaluate
-
-    register()
-    cli_evaluate()

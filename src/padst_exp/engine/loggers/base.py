@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from padst_exp.atomic import replace_text
-from padst_exp.errors import UserError
+from padst_exp.errors import require_installed
 from padst_exp.messages import say
 
 T = TypeVar("T")
@@ -83,11 +82,7 @@ class Tracker(NoLogger):
         labels: Mapping[str, str] = NO_LABELS,
     ) -> None:
         for library in self.libraries:
-            if importlib.util.find_spec(library) is None:
-                raise UserError(
-                    f"logger: {self.service} needs {library}, which is not installed: "
-                    f"pip install 'padst-exp[{self.extra}]'"
-                )
+            require_installed(library, "logger", self.service, self.extra)
         self._directory = directory
         self._run = self._guarded(lambda: self._init(directory, config, labels))
         for row in rows if self.replays else ():
