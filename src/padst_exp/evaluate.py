@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.cli import command_line
 from padst_exp.config import Device, read_keys
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from padst_exp.restore import Restored
 
 IMAGENET = "padst_exp.data.imagenet.Imagenet1k"
+VARIANT = "padst_exp.data.imagenet_variants.ImagenetVariant"
 PRINTED = {"perplexity": "token_perplexity"}
 """Names of metrics as a reader takes them right, who sees those per word and byte beside them."""
 
@@ -127,23 +128,16 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
 
 def _variant(keys: EvaluateSchema, cfg: DictConfig) -> Task:
     """The test set that is asked for, seen as the validation images of a run on ImageNet."""
-    from padst_exp.data.imagenet_variants import ImagenetVariant
+    from padst_exp.config import build
 
-    assert keys.variant is not None
     dataset = cfg.dataset
-    found = f"one on {dataset._target_} of {dataset.get('num_classes')} classes"
-    fits = (dataset._target_, dataset.get("num_classes")) == (IMAGENET, 1000)
+    found = f"one on {dataset.get('_target_')} of {dataset.get('num_classes')} classes"
+    fits = (dataset.get("_target_"), dataset.get("num_classes")) == (IMAGENET, 1000)
     require(fits, "run", found, f"a run on ImageNet's 1000 classes for variant={keys.variant}")
-    where = f"the folder of variant={keys.variant}"
-    require(dataset.root is not None, "dataset.root", dataset.root, where)
-    return ImagenetVariant(
-        variant=keys.variant,
-        root=dataset.root,
-        labels=keys.labels,
-        image_size=dataset.image_size,
-        interpolation=dataset.interpolation,
-        crop_pct=dataset.crop_pct,
-    )
+    same = ("root", "image_size", "interpolation", "crop_pct")
+    call = {"_target_": VARIANT, "variant": keys.variant, "labels": keys.labels}
+    task: Task = build(OmegaConf.create({**call, **{k: dataset.get(k) for k in same}}), "dataset")
+    return task
 
 
 def downstream(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]]:

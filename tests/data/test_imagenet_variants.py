@@ -224,6 +224,10 @@ def test_a_run_is_evaluated_on_all_of_them(
             loss = torch.nn.functional.cross_entropy(logits, torch.stack(targets))
             assert result["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert "other data" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"dataset\.image_size: expected int, got 'x'"):
+        metrics("a", changes=(f"dataset.root={roots['a']}", "dataset.image_size=x"))
+    with pytest.raises(UserError, match=r"dataset\.root: expected str, got None"):
+        metrics("a", changes=("dataset.root=null",))
 
 
 def test_a_variant_of_another_data_set_is_refused(real_run: Path) -> None:
