@@ -13,7 +13,7 @@ REQUIREMENTS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb
 
 export PYTHONPATH := src:kernels
 
-.PHONY: help setup fmt lint types test test-slow fuzz kills smoke demo bench test-compile test-gpu ci clean
+.PHONY: help setup fmt lint types test test-slow fuzz kills smoke demo bench test-compile docs-test test-gpu ci clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s ':'
@@ -42,16 +42,20 @@ types: $(STAMP)  ## mypy --strict
 	$(PYTHON) -m mypy
 
 test: $(STAMP)  ## fast tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not docs"
 
 test-slow: $(STAMP)  ## slow tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 3 --dist worksteal -m "slow and not gpu"
 
-kills: $(STAMP)  ## kill 60 trainings, at writes and at first use of caches too, and resume them
-	KILLS=60 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/engine/test_kills.py
+kills: $(STAMP)  ## kill 60 trainings, at writes and at first use of caches too; end 40 by SIGTERM
+	KILLS=60 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/engine/test_kills.py
+	ENDINGS=20 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/test_endings.py -k survive_sigterm
 
 test-compile: $(STAMP)  ## compile every Triton kernel ahead of time for sm_80 and sm_90: 4 minutes
 	PADST_COMPILE_ALL=1 $(PYTHON) -m pytest -q -n 2 tests/kernels/test_triton_compile.py
+
+docs-test: $(STAMP)  ## run every command of every page of docs/
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m docs
 
 test-gpu: $(STAMP)  ## check every kernel on the GPU of this machine
 	$(PYTHON) -m pytest -q -m gpu

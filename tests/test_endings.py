@@ -18,6 +18,7 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.records import read_metrics
 
 ROOT = Path(__file__).parents[1]
+ENDINGS = int(os.environ.get("ENDINGS", "1"))
 TINY = ("model.dim=32", "model.depth=2", "model.heads=2", "sparsity=0.5", "permutation=none")
 ENDLESS = (
     *("trainer.epochs=null", "trainer.steps=1000000", "trainer.batch_size=8"),
@@ -98,7 +99,10 @@ def texts(root: Path) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-def test_the_recipes_of_papers_survive_sigterm_to_the_group(tmp_path: Path, start: Start) -> None:
+@pytest.mark.parametrize("number", range(ENDINGS))
+def test_the_recipes_of_papers_survive_sigterm_to_the_group(
+    tmp_path: Path, start: Start, number: int
+) -> None:
     """With all the data workers, and the logger, that they have by default."""
     size = ("dataset.num_classes=4", "dataset.image_size=32", "model.patch_size=8")
     imagenet = ("model=deit_tiny", "dataset=imagenet1k", images(tmp_path / "images"), *size)
@@ -108,13 +112,13 @@ def test_the_recipes_of_papers_survive_sigterm_to_the_group(tmp_path: Path, star
     for name, data in (("imagenet", imagenet), ("wikitext", wikitext)):
         process = start(*python, f"name={name}", *data, *TINY, *ENDLESS)
         run = tmp_path / "runs" / name
-        wait_for_rows(run, process, 3)
+        wait_for_rows(run, process, 3 + number)
         for _ in range(2):  # as GNU timeout does: to its child, then to the group
             os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=60)[1].decode()
         assert process.returncode == 143, said
         assert "interrupted at step" in said and "Traceback" not in said and "warning" not in said
-        assert checkpoint.read(run / "checkpoints" / "last.pt")["step"] >= 3
+        assert checkpoint.read(run / "checkpoints" / "last.pt")["step"] >= 3 + number
         assert not (run / "lock.json").exists()
         assert not group(process.pid)
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from padst_exp import end_quietly
-from padst_exp.config import GROUPS, closest, config_dir, options
+from padst_exp.config import closest, config_dir, options
 from padst_exp.errors import UserError, is_lack_of_memory
 from padst_exp.messages import say
 from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
@@ -117,11 +117,15 @@ def command_line(
 
 
 def _changes(config_name: str) -> list[str]:
-    """The overrides on the command line that are for a run: of keys that a training alone has."""
+    """The overrides on the command line that are for a run: of keys that a training alone has.
+
+    Those are the groups, the keys of its own file, and the one that a model's file adds.
+    """
     training, own = (
         set(OmegaConf.load(config_dir() / f"{name}.yaml")) for name in ("config", config_name)
     )
-    keys = {*GROUPS, *map(str, training)} - {*map(str, own), "defaults", "hydra"}
+    folders = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    keys = {*folders, *map(str, training), "sparse"} - {*map(str, own), "defaults", "hydra"}
     return [
         argument
         for argument in sys.argv[1:]

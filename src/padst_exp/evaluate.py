@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -168,15 +168,18 @@ def downstream(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, floa
 
 def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> None:
     """Give an export the form that is fastest for such batches, and say which."""
+    from padst_exp.dispatch import Backend
     from padst_exp.engine.evaluation import forward_context, to_device
     from padst_exp.inference import tune
     from padst_exp.messages import say
 
     precision = export.trainer.precision
+    asked = export.backend
+    backends = get_args(Backend) if asked in (None, "auto") else (cast(Backend, asked),)
     for batch in islice(batches, 1):  # a rank may have none
         inputs, _ = to_device(batch, world.device, precision)
         with forward_context(precision, world.device):
-            report = tune(export.model, inputs)
+            report = tune(export.model, inputs, backends=backends)
         if world.main:
             say(
                 f"{report.form} for batches of {len(inputs)} in {precision}: "

@@ -15,6 +15,7 @@ from padst_exp import dispatch, stored
 from padst_exp.config import build
 from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
+from padst_exp.engine.backends import choose_backends
 from padst_exp.engine.distributed import World
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError
@@ -23,18 +24,9 @@ from padst_exp.inference import load
 from padst_exp.inference.files import DESCRIPTION, read_description
 from padst_exp.messages import say
 from padst_exp.sparsify import Report
-from padst_exp.train import build_experiment, build_task, original, run_settings
+from padst_exp.train import AnyBackend, build_experiment, build_task, original, run_settings
 
 TRAINING_CONFIG = "a training config"
-FRESH: dict[str, Any] = {
-    "init_from": None,
-    "init_score": "magnitude",
-    "init_batches": 1,
-    "init_topology": None,
-    "init_permutation": None,
-    "init_values": None,
-}
-"""The keys of a run that starts from nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +39,7 @@ class Restored:
         task: its data set.
         trainer: its settings.
         model: on the device of this process.
+        backend: that the user asks for, None where they did not.
     """
 
     config: DictConfig
@@ -54,6 +47,7 @@ class Restored:
     task: Task
     trainer: Trainer
     model: nn.Module
+    backend: AnyBackend | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +85,8 @@ def restore(
     if not (path / DESCRIPTION).is_file():
         return restore_run(path, world, trust=trust, changes=changes, task=task)
     text = read_description(path)["config"]
-    cfg = _config(text, path / DESCRIPTION, trust, changes)
+    cfg, backend = _config(text, path / DESCRIPTION, trust, changes)
+    dispatch.require_device(backend or "auto", world.device)
     data = task(cfg) or build_task(cfg, world)
     trainer = build(cfg.trainer, "trainer")
     return Restored(
@@ -100,13 +95,14 @@ def restore(
         task=data,
         trainer=trainer,
         model=load(path, world.device, trainer.dtype, plain_model(cfg, data)),
+        backend=backend,
     )
 
 
 def alone(cfg: DictConfig) -> DictConfig:
     """`cfg` for a run whose weights all come from its own checkpoint, wherever they started."""
     cfg = copy.deepcopy(cfg)
-    cfg.update(FRESH)
+    cfg.update(stored.FRESH)
     for key, value in (("pretrained", False), ("checkpoint", None)):
         if isinstance(cfg.get("model"), DictConfig) and key in cfg.model:
             cfg.model[key] = value
@@ -132,12 +128,14 @@ class OpenedRun:
         run: its directory; None for a checkpoint that was moved out of it.
         path: of the checkpoint.
         saved: what it holds.
+        backend: that the user asks for, None where they did not.
     """
 
     config: DictConfig
     run: Path | None
     path: Path
     saved: dict[str, Any]
+    backend: AnyBackend | None
 
     @property
     def averaged(self) -> bool:
@@ -173,12 +171,12 @@ def open_run(
     else:
         path, saved = checkpoint.read_best(path / "checkpoints")
     if run is None:
-        cfg = _config(saved["config_text"], path, trust, changes)
+        cfg, backend = _config(saved["config_text"], path, trust, changes)
     else:
         file = run / "config.yaml"
         text = read_text("run", file, TRAINING_CONFIG, most=stored.MOST_BYTES)
-        cfg = _config(text, file, trust, changes)
-    return OpenedRun(config=cfg, run=run, path=path, saved=saved)
+        cfg, backend = _config(text, file, trust, changes)
+    return OpenedRun(config=cfg, run=run, path=path, saved=saved, backend=backend)
 
 
 def restore_run(
@@ -217,12 +215,16 @@ def restore_run(
         say(f"warning: {path} is of a training on other data: {then} then, {now} now")
     model = experiment.model.to(world.device, experiment.trainer.dtype)
     checkpoint.load_weights(model, opened.weights, path)
-    # As in training; what was measured on another device proves nothing here.
-    picks = dispatch.restore(saved["backends"], model, world.device)
-    if picks is None:
-        dispatch.forced(model, "torch", world.device)
+    if opened.backend is not None:
+        dispatch.require_device(opened.backend, world.device)
+        choose_backends(experiment, world=world, saved=saved["backends"])
     else:
-        dispatch.reuse(model, picks)
+        # As in training; what was measured on another device proves nothing here.
+        picks = dispatch.restore(saved["backends"], model, world.device)
+        if picks is None:
+            dispatch.forced(model, "torch", world.device)
+        else:
+            dispatch.reuse(model, picks)
     return RestoredRun(
         config=cfg,
         run=opened.run,
@@ -233,13 +235,14 @@ def restore_run(
         trainer=experiment.trainer,
         model=model,
         report=experiment.report,
+        backend=opened.backend,
     )
 
 
 def _config(
     text: object, where: Path, trust: str | Sequence[str], changes: Sequence[str]
-) -> DictConfig:
-    """The training config `text`, which a user knows as `where`."""
+) -> tuple[DictConfig, AnyBackend | None]:
+    """The training config `text`, which a user knows as `where`, and the backend they ask for."""
     with reading("run", where, TRAINING_CONFIG):
         if not isinstance(text, str):
             raise TypeError("its config is no text")
@@ -251,5 +254,6 @@ def _config(
         run_settings(cfg)
     except UserError as error:
         raise UserError(f"run: expected {TRAINING_CONFIG}, got {where} ({error})") from error
-    stored.change(cfg, changes)
-    return cfg
+    changed = stored.change(cfg, changes)
+    backend = run_settings(cfg).backend
+    return cfg, backend if "backend" in changed else None

@@ -14,13 +14,35 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from padst_exp.errors import UserError, require
+from padst_exp.config import closest
+from padst_exp.errors import UserError
 from padst_exp.messages import say
 from padst_exp.targets import HOMES, foreign
 
 MOST_BYTES, DEEPEST = 1 << 20, 20
-# No key of these changes a weight that a checkpoint holds.
-FREE = ("dataset", "trainer", "logger")
+FRESH: Mapping[str, Any] = {
+    "init_from": None,
+    "init_score": "magnitude",
+    "init_batches": 1,
+    "init_topology": None,
+    "init_permutation": None,
+    "init_values": None,
+}
+"""The keys of a run that starts from nothing else."""
+
+# What may still be changed of a trained run: keys, and all keys of a group. None changes a weight.
+FREE = ("dataset.*", "trainer.*", "logger.*", "backend")
+# Why other keys cannot, where the value that the run was trained with does not say it.
+_REASONS = {
+    **dict.fromkeys(("runs", "name"), "run= names the folder of the run"),
+    "resume": "no training goes on",
+    "device": "this command has a key of that name itself",
+    **dict.fromkeys(
+        (*FRESH, "model.checkpoint", "model.pretrained"),
+        "the weights of a run lie in its checkpoint",
+    ),
+    **dict.fromkeys((*HOMES, "experiment", "debug", "recipe"), "the run was composed before"),
+}
 
 
 def parse(text: str) -> DictConfig:
@@ -66,7 +88,7 @@ def require_ours(cfg: DictConfig, where: object, trust: Sequence[str]) -> None:
             say(f"{where}: {key} is {target}, which you trust")
 
 
-def change(cfg: DictConfig, overrides: Sequence[str]) -> None:
+def change(cfg: DictConfig, overrides: Sequence[str]) -> set[str]:
     """Give `cfg` other values of keys that change no weight: where the data are now, above all.
 
     Args:
@@ -74,22 +96,49 @@ def change(cfg: DictConfig, overrides: Sequence[str]) -> None:
         overrides: as on a command line, e.g. `dataset.root=/data`. The user's own word: they may
             be interpolations.
 
+    Returns:
+        The keys that were given.
+
     Raises:
-        UserError: such a key changes weights, or is no single key.
+        UserError: such a key belongs to the training that was, or is no single key.
         HydraException: one that cannot be read.
     """
+    changed = set()
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, value = override.key_or_group, _value(override)
-        group, _, rest = key.partition(".")
-        free = ", ".join(f"{name}.*" for name in FREE)
-        wanted = f"a change that leaves the weights as they are ({free})"
-        require(group in FREE, key, value, wanted)
-        require(rest != "", key, value, f"one of its keys, as in {group}.key=value")
+        group, dot, _ = key.partition(".")
+        if dot == "" and f"{group}.*" in FREE:
+            raise UserError(f"{key}: expected one of its keys, as in {key}.key=value, got {value}")
+        if key not in FREE and f"{group}.*" not in FREE:
+            _require_as_trained(cfg, key, value)
+            continue
         try:
             OmegaConf.update(cfg, key, value, merge=False)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{key}: cannot be {value}: {reason}") from error
+        changed.add(key)
+    return changed
+
+
+def _require_as_trained(cfg: DictConfig, key: str, value: object) -> None:
+    """Refuse a key that was decided with the training, unless it is as it was then."""
+    *above, name = key.split(".")
+    node = OmegaConf.select(cfg, ".".join(above)) if above else cfg
+    known = node if isinstance(node, DictConfig) else {}
+    if key not in _REASONS and name not in known:
+        raise UserError(f"{key}: unknown key{closest(name, map(str, known))}")
+    then = known.get(name)
+    if then == value:
+        return
+    if key in _REASONS:
+        wanted = f"nothing, since {_REASONS[key]}"
+    else:
+        wanted = f"{'null' if then is None else then}, with which the run was trained"
+    raise UserError(
+        f"{key}: expected {wanted}, got {'null' if value is None else value}; what may still be "
+        f"changed is {', '.join(FREE)}"
+    )
 
 
 def _require_modest(text: str) -> None:

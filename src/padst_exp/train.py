@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
     from padst_exp.transforms import Original
 
 
+AnyBackend = Literal["auto", "native", "torch", "triton", "cuda", "scatter"]
+
 # File systems take 255; a suffix tells runs of one name apart.
 LONGEST_NAME = 200
 
@@ -99,7 +101,7 @@ class Run:
     runs: str
     name: str | None
     device: Device
-    backend: Literal["auto", "native", "torch", "triton", "cuda", "scatter"]
+    backend: AnyBackend
 
     def __post_init__(self) -> None:
         require_sparsity("sparsity", self.sparsity)

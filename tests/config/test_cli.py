@@ -1,6 +1,7 @@
 """Mistakes end in one line on stderr and the right status; bugs keep their traceback."""
 
 import errno
+import logging
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from padst_exp import cli, config
 from padst_exp.cli import command_line
 from padst_exp.config import build, config_dir
 from padst_exp.errors import UserError
+from padst_exp.messages import say
 from padst_exp.train import run_settings
 
 Program = Callable[..., tuple[int, str, str]]
@@ -52,6 +54,30 @@ def program(
 def checked(cfg: DictConfig) -> None:
     run_settings(cfg)
     build(cfg.structure, "structure")
+
+
+def test_of_other_packages_only_warnings_are_passed_on(program: Program) -> None:
+    def task(cfg: DictConfig) -> None:
+        for name in ("", "httpx", "timm.models", "torch.distributed", "hydra.none.of.ours"):
+            logging.getLogger(name).debug("detail")
+            if not name.startswith("hydra"):
+                logging.getLogger(name).info("told")
+        logging.getLogger("httpx").warning("slow")
+        say("a line of ours")
+
+    root = logging.getLogger()
+    before = root.level, root.handlers[:]
+    try:
+        for name in ("config", "evaluate", "export", "analyze", "bench"):
+            run = [] if name in ("config", "bench") else ["run=x"]
+            said = program(task, *run, config=name)
+            assert said == (0, "", "warning: slow\na line of ours\n"), name
+        status, out, error = program(task, "-m", "seed=0,1")
+        assert (status, error) == (0, 2 * "warning: slow\na line of ours\n")
+        assert out == "Launching 2 jobs locally\n\t#0 : seed=0\n\t#1 : seed=1\n"
+    finally:
+        root.setLevel(before[0])
+        root.handlers[:] = before[1]
 
 
 def test_mistakes_are_one_line(program: Program) -> None:

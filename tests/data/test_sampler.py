@@ -201,24 +201,40 @@ def test_too_little_shared_memory_is_told_not_waited_for(
     subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
     reason="needs a mount of its own",
 )
-def test_a_small_dev_shm_ends_within_a_minute() -> None:
+@pytest.mark.parametrize(
+    "method",
+    ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))],
+)
+def test_a_small_dev_shm_ends_within_a_minute(method: str) -> None:
     program = """
+import multiprocessing, sys
 import torch
 from padst_exp.data.sampler import Batches
 from padst_exp.errors import UserError
+multiprocessing.set_start_method(sys.argv[1])
 data = torch.utils.data.TensorDataset(torch.zeros(9, 3, 99, 99), torch.zeros(9))
 try:
     print(len(list(Batches(data, [[index] * 4 for index in range(9)], 2))))
 except UserError as error:
     print(error)
 """
-    for size, expected in (
-        ("64m", "9\n"),
-        ("200k", "trainer.workers: "),
-        ("4k", "trainer.workers: "),
-    ):
+    cases = {"200k": "trainer.workers: "}
+    if method == "fork":
+        cases |= {"64m": "9\n", "4k": "trainer.workers: "}
+    for size, expected in cases.items():
         mounted = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
-        command = ["unshare", "-rm", "sh", "-c", mounted, "sh", sys.executable, "-c", program]
+        command = [
+            "unshare",
+            "-rm",
+            "sh",
+            "-c",
+            mounted,
+            "sh",
+            sys.executable,
+            "-c",
+            program,
+            method,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.stdout.startswith(expected), done.stderr
         assert done.stdout.count("\n") == 1

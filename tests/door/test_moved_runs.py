@@ -1,16 +1,19 @@
 """A run whose data, device or links are not what they were: evaluated, exported, trained on."""
 
+import copy
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from omegaconf import OmegaConf
 
 from from_yaml import asked
 from hostile import trained_run
+from padst_exp import dispatch, identity, stored
 from padst_exp import evaluate as entry
 from padst_exp.analyze import AnalyzeSchema, analyze
 from padst_exp.engine.distributed import World
@@ -77,12 +80,22 @@ def test_data_may_have_moved(
 
 def test_what_would_change_weights_is_refused(real_run: Path) -> None:
     for change, line in (
-        ("sparsity=0.3", "sparsity: expected a change that leaves the weights as they are"),
-        ("model.depth=2", "model.depth: expected a change that leaves the weights"),
-        ("seed=1", "seed: expected a change that leaves"),
-        ("structure=block", "structure: expected a change that leaves"),
-        ("dst.interval=1", "dst.interval: expected a change that leaves"),
-        ("+model.depth=2", "model.depth: expected a change that leaves"),
+        ("sparsity=0.3", "sparsity: expected 0.5, with which the run was trained, got 0.3; what "),
+        ("model.depth=2", "model.depth: expected 1, with which the run was trained, got 2"),
+        ("seed=1", "seed: expected 0, with which the run was trained, got 1"),
+        ("structure=block", "structure: expected nothing, since the run was composed before"),
+        ("experiment=structures", "experiment: expected nothing, since the run was composed"),
+        ("dst.intervall=1", "dst.intervall: unknown key; did you mean interval?"),
+        ("model.depth.of=1", "model.depth.of: unknown key"),
+        ("+model.depth=2", "model.depth: expected 1, with which"),
+        ("model.checkpoint=x", "model.checkpoint: expected nothing, since the weights of a run "),
+        ("init_from=x", "init_from: expected nothing, since the weights of a run lie in its che"),
+        ("name=x", "name: expected nothing, since run= names the folder of the run, got x"),
+        ("runs=x", "runs: expected nothing, since run= names the folder of the run"),
+        ("resume=auto", "resume: expected nothing, since no training goes on"),
+        ("device=cuda", "device: expected nothing, since this command has a key of that name"),
+        ("backend=magic", "backend: expected auto or native or torch"),
+        ("backend=triton", "backend: expected one for this device, a CPU"),
         ("dataset=digits", "dataset: expected one of its keys, as in dataset.key=value, got dig"),
         ("~dataset.root", "~dataset.root: expected dataset.root=value"),
         ("trainer.workers=0,1", "trainer.workers: expected one value"),
@@ -95,6 +108,48 @@ def test_what_would_change_weights_is_refused(real_run: Path) -> None:
         with pytest.raises((UserError, ValueError)) as error:
             evaluated(real_run, change)
         assert str(error.value).startswith(line), change
+
+
+def test_every_key_of_a_run_is_taken_or_refused_in_a_true_line(real_run: Path) -> None:
+    text = (real_run / "config.yaml").read_text()
+    trained = stored.parse(text)
+    leaves = dict(identity.flat(cast(dict[str, Any], OmegaConf.to_container(trained))))
+    assert len(leaves) > 60 and {"seed", "backend", "model.depth"} <= leaves.keys()
+    for key, value in leaves.items():
+        given = "null" if value is None else str(value)
+        if not isinstance(value, list | str):  # as it was, any key may be given
+            assert stored.change(trained, [f"{key}={given}"]) in ({key}, set())
+        cfg = copy.deepcopy(trained)
+        free = key == "backend" or key.partition(".")[0] in ("dataset", "trainer", "logger")
+        if free:
+            assert stored.change(cfg, [f"{key}=another"]) == {key}
+            assert OmegaConf.select(cfg, key) == "another"
+            continue
+        with pytest.raises(UserError) as error:
+            stored.change(cfg, [f"{key}=another"])
+        told = str(error.value)
+        assert told.startswith(f"{key}: expected ") and ", got another; what may still be" in told
+        nothing = told.startswith(f"{key}: expected nothing, since ")
+        elsewhere = {"runs", "name", "resume", "device", "model.checkpoint", "model.pretrained"}
+        assert nothing == (key in elsewhere or key.startswith("init_")), told
+        assert nothing or f"expected {given}, with which the run was trained" in told
+        assert cfg == trained
+
+
+def test_the_products_of_an_evaluation_may_be_others(
+    real_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[str] = []
+    real = dispatch.forced
+    monkeypatch.setattr(dispatch, "forced", lambda *a: (forced.append(a[1]), real(*a))[1])
+    expected = evaluated(real_run)
+    assert forced == []
+    assert evaluated(real_run, "backend=scatter") == pytest.approx(expected, rel=1e-4)
+    assert forced == ["scatter"]
+    exported(real_run, "backend=scatter", out=str(tmp_path / "packed"))
+    assert evaluated(tmp_path / "packed", "backend=torch") == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(UserError, match=r"^backend: expected one for this device"):
+        evaluated(tmp_path / "packed", "backend=triton")
 
 
 def test_changes_are_typed_as_they_are_in_training(
@@ -119,7 +174,9 @@ def test_changes_are_typed_as_they_are_in_training(
     assert code == 0 and "perplexity" in said
     for argument, line in (
         ("dataset.path=a=[1].txt", "dataset.path=a=[1].txt: cannot be read"),
-        ("model.dim=8", "model.dim: expected a change that leaves the weights"),
+        ("model.dim=8", "model.dim: expected 16, with which the run was trained, got 8"),
+        ("experiment=structures", "experiment: expected nothing, since the run was composed"),
+        ("sparse=[]", "sparse: expected "),
         ("bach_size=8", "bach_size: unknown key; did you mean batch_size?"),
     ):
         code, said = typed(argument)

@@ -73,30 +73,6 @@ for step in (1, 2):
     assert files and {file.name for file in files} == {name}
 
 
-def test_the_environment_wins_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    seen: list[tuple[object, object]] = []
-    monkeypatch.setattr(wandb, "init", lambda **given: seen.append((given["mode"], given["dir"])))
-    cases: list[tuple[dict[str, str], str, object]] = [
-        ({}, "offline", tmp_path),
-        ({"WANDB_MODE": "online"}, "online", tmp_path),
-        ({"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, "disabled", tmp_path),
-        ({"WANDB_DISABLED": "false", "WANDB_DIR": "elsewhere"}, "offline", "elsewhere"),
-    ]
-    for environment, mode, folder in cases:
-        for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_DIR"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        from_yaml("logger/wandb").start(tmp_path, {})
-        assert seen == ([] if mode == "disabled" else [(mode, folder)])
-        seen.clear()
-        assert (f"wandb is {mode}" in capsys.readouterr().err) == (mode != "offline")
-
-
 def test_no_logger_does_nothing(tmp_path: Path) -> None:
     logger = NoLogger()
     logger.start(tmp_path, {})
@@ -160,6 +136,13 @@ def test_the_environment_says_where_and_the_config_says_what(
     (call,) = recorded(monkeypatch, tmp_path, {"WANDB_MODE": "dryrun", "WANDB_DIR": "/x"})
     assert (call["mode"], call["dir"]) == ("offline", "/x")
     assert capsys.readouterr().err == ""
+    for environment, mode in (
+        ({"WANDB_MODE": "online"}, "online"),
+        ({"WANDB_DISABLED": "false"}, ""),
+    ):
+        (call,) = recorded(monkeypatch, tmp_path, environment)
+        assert (call["mode"], call["dir"]) == (mode or "offline", tmp_path)
+        assert (f"wandb is {mode}" in capsys.readouterr().err) == bool(mode)
     (call,) = recorded(monkeypatch, tmp_path, {"WANDB_PROJECT": "other", "WANDB_MODE": "odd"})
     assert (call["mode"], call["project"]) == ("offline", "padst-exp")
     assert capsys.readouterr().err == (

@@ -3,11 +3,14 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from engine.toy import (
     STEPS,
     Samples,
     ToyTask,
+    assert_equal,
     assert_same_run,
     start_ranks,
     toy_layers,
@@ -26,7 +30,9 @@ from engine.toy import (
 )
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
+from padst_exp.engine.ema import Average
 from padst_exp.engine.interruption import Interrupted, Interruption, ending_at_once
+from padst_exp.engine.progress import Progress
 from padst_exp.engine.records import read_metrics
 from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.errors import UserError
@@ -148,24 +154,65 @@ def test_workers_do_not_heed_signals_and_die_with_the_run(tmp_path: Path, start:
     wait_for(lambda: not any(alive(pid) for pid in pids), seconds=3)
 
 
-def failing(world: World, root: Path, workers: int) -> None:
+def failing(world: World, root: Path, workers: int, method: str) -> None:
     try:
-        endless(world, root, workers)
+        endless(world, root, workers, method)
     except UserError as error:
         (root / f"error{world.rank}").write_text(str(error))
 
 
+def workers_of(pid: int, method: str) -> list[int]:
+    """What loads data for a run; neither a fork server nor what tracks resources does."""
+    found = [
+        child
+        for child in children(pid)
+        if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text()
+    ]
+    return [of for child in found for of in children(child)] if method == "forkserver" else found
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_killed_worker_is_told_in_one_line_and_loses_nothing(
-    tmp_path: Path, start: Start
+    method: str, tmp_path: Path, start: Start
 ) -> None:
-    (process,) = start(failing, tmp_path, 2)
+    (process,) = start(failing, tmp_path, 2, method)
     wait_for(lambda: training(tmp_path))
-    os.kill(children(process.pid)[0], signal.SIGKILL)
+    workers = workers_of(process.pid, method)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
     process.join(60)
     line = (tmp_path / "error0").read_text()
     assert line.startswith("trainer.workers: ") and "SIGKILL" in line and "\n" not in line
     assert saved_step(tmp_path) >= 4
+    assert not any(alive(pid) for pid in workers)
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_the_same_under_each_start_method(tmp_path: Path) -> None:
+    """As a command, whose own module its workers import again."""
+    small = "model.dim=16 model.depth=1 model.heads=2 trainer.epochs=null trainer.steps=3"
+    rest = f"backend=torch logger=none device=cpu runs={tmp_path}"
+    found = []
+    for method in ("fork", "spawn", "forkserver"):
+        program = tmp_path / "program.py"
+        program.write_text(
+            "import multiprocessing\n"
+            "if __name__ == '__main__':\n"
+            f"    multiprocessing.set_start_method('{method}')\n"
+            "    from padst_exp.train import main\n"
+            "    main()\n"
+        )
+        arguments = [*small.split(), *rest.split(), f"name={method}", "trainer.workers=2"]
+        done = subprocess.run(
+            [sys.executable, str(program), *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        found.append(checkpoint.read(tmp_path / method / "checkpoints" / "last.pt")["model"])
+    for other in found[1:]:
+        assert_equal(other, found[0], "model")
 
 
 @pytest.mark.slow
@@ -240,6 +287,91 @@ def test_an_error_in_a_pass_loses_no_step_either(tmp_path: Path) -> None:
         assert saved_step(root) == 6
         toy_run(root, model=model())
         assert_same_run(tmp_path / "straight", root / "toy")
+
+
+class Failing(ToyTask):
+    """Fails on rank 1, in one step: before, in or after the forward pass of a micro-batch."""
+
+    def __init__(self, where: str, step: int) -> None:
+        super().__init__()
+        self.where, self.at = where, MICRO_BATCHES * step
+
+    def _fail(self, *_: object) -> None:
+        if os.environ["RANK"] == "1":
+            raise ConnectionError("power cut")
+
+    def augment(self, inputs: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        if self.where == "before" and self.losses == self.at - MICRO_BATCHES:
+            self._fail()
+        return super().augment(inputs, targets, seed)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        loss = super().loss(logits, targets)
+        if torch.is_grad_enabled() and self.losses == self.at:
+            if self.where == "in":
+                self._fail()
+            elif self.where == "after":
+                loss.register_hook(self._fail)
+        return loss
+
+
+def failing_in_a_pass(world: World, root: Path, where: str, step: int) -> None:
+    def say(progress: Progress, line: str) -> None:
+        if progress.shown:
+            with (root / "said").open("a") as file:
+                file.write(f"{line}\n")
+
+    with mock.patch.object(Progress, "say", say):
+        try:
+            toy_run(root, world=world, task=Failing(where, step))
+        except Exception as error:
+            (root / f"error{world.rank}").write_text(str(error))
+            os._exit(1)  # as a process ends, connections and all
+
+
+@pytest.mark.slow
+def test_an_error_in_a_pass_of_one_rank(tmp_path: Path, start: Start) -> None:
+    """All save the step before it; where gradients are on their way, one line says what is left."""
+    for where, step, saved in (("before", 2, 1), ("in", 7, 6), ("after", 7, 4)):
+        root = tmp_path / where
+        root.mkdir()
+        for process in start(failing_in_a_pass, root, where, step, ranks=2):
+            process.join(60)
+            assert process.exitcode == 1, where
+        assert saved_step(root) == saved
+        last = root / "toy" / "checkpoints" / "last.pt"
+        line = (root / "said").read_text().splitlines()[-1]
+        if where == "after":
+            assert line == f"failed; {last} holds step 4, where resume=auto continues"
+            continue
+        assert line == f"failed at step {saved}, saved in {last}; resume=auto continues"
+        assert (root / "error1").read_text() == "power cut"
+        assert (root / "error0").read_text() == "process 1 of 2 failed: power cut"
+        assert len(checkpoint.read(last)["random"]) == 2
+
+
+def test_an_error_amid_a_change_says_where_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    update = Average.update
+    for at in (3, 6):
+
+        def full(average: Average, step: int) -> None:
+            if step == at:  # noqa: B023
+                raise MemoryError
+            update(average, step)
+
+        root = tmp_path / str(at)
+        with mock.patch.object(Average, "update", full), pytest.raises(MemoryError):
+            toy_run(root)
+        last = root / "toy" / "checkpoints" / "last.pt"
+        line = capsys.readouterr().err.splitlines()[-1]
+        if at == 3:
+            assert not last.exists()
+            assert line == "failed before anything was saved; resume=auto starts from the beginning"
+        else:
+            assert saved_step(root) == 4
+            assert line == f"failed; {last} holds step 4, where resume=auto continues"
 
 
 def test_an_error_after_a_step_saves_that_step(

@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
-from torch import nn
+from torch import distributed, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from inference.small_models import (
@@ -315,6 +315,29 @@ def test_what_is_known_of_a_model_is_known_after_loading(tmp_path: Path) -> None
     assert ("lm_head.weight" in names) != ("transformer.wte.weight" in names)
     loaded = load(folder, dtype=torch.bfloat16)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_loaded_model_is_a_backbone_under_ddp_with_its_defaults(tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for structure in ("unstructured", "nm-16", "diag"):
+            model = sparse_model("vit", structure, "random", dim=64, heads=2)
+            backbone = load(exported(tmp_path / structure, model, constructor("vit", 64, 2)))
+            x = example("vit")
+            expected = backbone(x)
+            kinds = {name: tensor.dtype for name, tensor in backbone.state_dict().items()}
+            head = nn.Linear(expected.shape[-1], 3)
+            replica = nn.parallel.DistributedDataParallel(nn.Sequential(backbone, head))
+            for _ in range(2):  # every pass broadcasts the buffers
+                y = replica(x)
+                y.sum().backward()
+            assert torch.equal(y, head(expected)), structure
+            assert {name: t.dtype for name, t in backbone.state_dict().items()} == kinds
+            again = copy.deepcopy(backbone)
+            again.load_state_dict(backbone.state_dict())
+            assert torch.equal(again(x), expected), structure
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_gradients_are_refused() -> None:

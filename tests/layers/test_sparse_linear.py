@@ -4,7 +4,8 @@ from itertools import islice
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import distributed, nn, randn
+from torch.optim.swa_utils import AveragedModel
 
 from dst_cases import rigl
 from layers.layer_cases import LIVES, Life, linear, sparse_layer
@@ -247,6 +248,47 @@ def test_a_foreign_topology_is_refused_on_loading() -> None:
         with pytest.raises(UserError, match=r"^checkpoint: [^\n]*$"):
             layer.load_state_dict(state)
     layer.load_state_dict(copy.deepcopy(layer.state_dict()) | {"weights.0.active": good})
+
+
+def test_a_permutation_that_a_stranger_writes_is_refused_before_it_computes() -> None:
+    for name in ("nm-16", "diag", "unstructured"):
+        for life in ("random", "hardened", "soft"):
+            layer, x = sparse_layer(linear((64, 48)), STRUCTURES[name], life=life), randn(3, 48)
+            for side, permutation in layer.permutations().items():
+                where = f"{name} {life} {side}"
+                y = layer(x)
+                permutation.index.copy_(permutation.index.clone())  # as a broadcast does
+                assert torch.equal(layer(x), y), where
+                for own in (layer, copy.deepcopy(layer)):
+                    permutation = own.permutations()[side]
+                    before = permutation.index.clone()
+                    permutation.index.copy_(torch.randperm(permutation.size))
+                    for read, given in (("__call__", [x]), ("_matrix", []), ("index", [])):
+                        with pytest.raises(UserError, match=r"^permutation: its index was overw"):
+                            getattr(own, read)(*given)
+                    permutation.index.copy_(before)
+                    assert torch.equal(own(x), y), where
+
+
+def test_a_foreign_permutation_that_is_loaded_multiplies() -> None:
+    for name in ("nm-16", "diag", "unstructured"):
+        layer, x = sparse_layer(linear((64, 48)), STRUCTURES[name], life="random"), randn(3, 48)
+        averaged = AveragedModel(layer)
+        averaged.update_parameters(layer)
+        torch.testing.assert_close(averaged(x), layer(x))
+        (weight,) = layer.parts()
+        inputs, outputs = torch.randperm(48), torch.randperm(64)
+        foreign = {"input_permutation.index": inputs, "output_permutations.0.index": outputs}
+        layer.load_state_dict(foreign, strict=False)
+        wanted = (x[:, inputs] @ weight.matrix().T)[:, outputs] + layer.bias
+        for _ in every_backend(layer):
+            torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-4, msg=name)
+        layer.use_backend("native")
+        # Averaged now, values of one permutation would stand under another.
+        averaged.update_parameters(layer)
+        averaged.update_parameters(layer)
+        with pytest.raises(UserError, match="overwritten in place"):
+            averaged(x)
 
 
 def test_packed_storage_shrinks_with_density() -> None:

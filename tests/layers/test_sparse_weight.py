@@ -14,7 +14,7 @@ from layers.layer_cases import linear, sparse_layer
 from layers.reference import run
 from padst_exp.dst import Algorithm, Change, Signals, Topology
 from padst_exp.errors import UserError
-from padst_exp.layers import SparseLinear, SparseWeight
+from padst_exp.layers import SparseLinear, SparseWeight, sparse_weights
 from padst_exp.structures import random_units
 from structure_cases import STRUCTURES, shapes
 
@@ -147,6 +147,14 @@ def test_units_that_a_stranger_writes_in_place_are_refused_before_they_compute()
             averaged(x)
         copied = copy.deepcopy(model)
         weight.adopt(reordered(weight))
+        if weight.row_order is not None and len(weight.row_order) > 1:
+            written = copy.deepcopy(model)
+            written.load_state_dict(model.state_dict())
+            (order,) = (weight.row_order for weight in sparse_weights(written).values())
+            assert order is not None
+            order.copy_(order.roll(1))
+            with pytest.raises(UserError, match="overwritten in place"):
+                written(x)
         copied.load_state_dict(model.state_dict())
         torch.testing.assert_close(copied(x), model(x), msg=name)
 

@@ -18,11 +18,12 @@ from padst_exp.data.imagenet import FolderImages, ValidationImages, class_folder
 from padst_exp.data.sources import existing
 from padst_exp.data.task import Batch, Classification
 from padst_exp.errors import UserError, require
-from padst_exp.files import reading
+from padst_exp.files import read_text, reading
 from padst_exp.messages import say
 
 Variant = Literal["v2", "a", "r", "real"]
 NUM_CLASSES, VALIDATION_IMAGES = 1000, 50_000
+MOST_BYTES = 1 << 23  # of a file of labels; the published one has 400,000
 
 
 class ImagenetVariant(Classification):
@@ -151,7 +152,7 @@ def _relabelled(root: Path, labels: str | None) -> tuple[list[Path], list[list[i
     else:
         file = Path(labels).expanduser()
         with reading("labels", file, "real.json, a list of labels for each validation image"):
-            known = json.loads(file.read_text())
+            known = json.loads(read_text("labels", file, "real.json", most=MOST_BYTES))
             for number, each in enumerate(known):
                 if not all(type(label) is int and 0 <= label < NUM_CLASSES for label in each):
                     raise ValueError(f"entry {number} is no list of classes: {each}")

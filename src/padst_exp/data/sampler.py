@@ -9,10 +9,10 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Generator, Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -241,15 +241,18 @@ def _kill(processes: list[BaseProcess]) -> None:
 
 def _require_alive(processes: list[BaseProcess], error: Exception) -> None:
     """Raise a `UserError` if a data worker was killed."""
-    # What it was sending may break off before it is known to have ended.
-    wait([process.sentinel for process in processes], timeout=1)
-    for process in processes:
-        if process.exitcode is not None and process.exitcode < 0:
-            name = signal.Signals(-process.exitcode).name
-            raise UserError(
-                f"trainer.workers: expected processes that live, got one ended by {name}, as where "
-                "memory is short"
-            ) from error
+    # What it was sending breaks off before it is known to have ended: later on a busy machine.
+    broken = isinstance(error, EOFError | ConnectionError)
+    patient_until = time.monotonic() + (LAST_BATCH_S if broken else 1)
+    while time.monotonic() < patient_until:
+        for process in processes:
+            if process.exitcode is not None and process.exitcode < 0:
+                name = signal.Signals(-process.exitcode).name
+                raise UserError(
+                    f"trainer.workers: expected processes that live, got one ended by {name}, as "
+                    "where memory is short"
+                ) from error
+        time.sleep(0.02)
 
 
 class _Collated(Dataset[Any]):

@@ -1,5 +1,6 @@
 """The processes that train together: one, or as many as torchrun started."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -156,9 +157,12 @@ def start(device: str = "auto") -> World:
         UserError: when the device does not exist, a variable of the environment makes no sense, or
             process 0 cannot be reached.
     """
-    size = variable("WORLD_SIZE", range(1, 1 << 20), "1")
+    # A launcher gives both. One that gives a rank alone would train as often as there are ranks.
+    size = variable("WORLD_SIZE", range(1, 1 << 20), None if "RANK" in os.environ else "1")
     rank = variable("RANK", range(size), "0" if size == 1 else None)
-    chosen = _device(device, variable("LOCAL_RANK", range(size), "0"))
+    # All would take the first of several GPUs.
+    several = size > 1 and device != "cpu" and torch.cuda.device_count() > 1
+    chosen = _device(device, variable("LOCAL_RANK", range(size), None if several else "0"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:

@@ -24,7 +24,7 @@ from padst_exp.engine.progress import Progress
 from padst_exp.engine.records import read_metrics
 from padst_exp.engine.run_directory import RunDirectory
 from padst_exp.engine.state import TrainingState
-from padst_exp.engine.step import DivergedError, Stepper, eagerly
+from padst_exp.engine.step import DivergedError, PassError, Stepper, eagerly
 from padst_exp.engine.summary import summarize
 from padst_exp.errors import UserError
 from padst_exp.identity import differences
@@ -165,6 +165,7 @@ class _Training:
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
         self.interruption = Interruption()
         self.left = False
+        self.saved: int | None = None if saved is None else saved["step"]
         self.watched: float | None = None
         self.baselines: dict[str, float] = {}
         self.started = self.mark = time.perf_counter()
@@ -192,15 +193,30 @@ class _Training:
             self.save(self.evaluate())
         with closing(iter(loader)) as batches:
             while state.step < self.total:
+                failed: PassError | None = None
                 try:
                     self.step(batches)
                 except DivergedError:
                     raise
+                except PassError as error:
+                    failed = error
                 except Exception as error:
+                    if self.left:
+                        raise
                     # Ranks that wait for this one cannot save with it.
-                    if self.left or not self.stepper.sound or self.world.size > 1:
+                    if not self.stepper.sound or self.world.size > 1:
+                        self.say(self.lost())
                         raise
                     self.leave(error)
+                if failed is not None:
+                    self.leave(failed.own)
+
+    def lost(self) -> str:
+        """Where a run goes on that ends without a word to the other ranks, or amid a change."""
+        if self.saved is None:
+            return "failed before anything was saved; resume=auto starts from the beginning"
+        last = self.directory.checkpoints.last
+        return f"failed; {last} holds step {self.saved}, where resume=auto continues"
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One step, and what is due after it."""
@@ -382,6 +398,7 @@ class _Training:
         self.world.average_statistics(self.state.model)
         payload = self.state.payload()
         self.world.first(lambda: self._write(payload, is_best))
+        self.saved = self.state.step
         self.mark += time.perf_counter() - began
 
     def _write(self, payload: dict[str, Any], is_best: bool) -> None:

@@ -48,7 +48,8 @@ def meet(rank: int, size: int) -> Store:
     """The store of process 0, at MASTER_ADDR and MASTER_PORT of the environment.
 
     Raises:
-        UserError: these are missing, the port is taken, or nobody answers there.
+        UserError: these are missing, the port is taken, nobody answers there, or process 0 counts
+            other processes.
     """
     host = os.environ.get("MASTER_ADDR", "")
     require(host != "", "MASTER_ADDR", "nothing", "the host of process 0 in the environment")
@@ -63,8 +64,25 @@ def meet(rank: int, size: int) -> Store:
     if store is None:
         wanted = f"a place where all {size} processes meet" if hosting else "that of process 0"
         raise UserError(f"MASTER_ADDR: expected {wanted}, got {host}:{port}, where nobody came")
+    store = PrefixStore("default_pg", store)
+    _require_same_size(store, rank, size)
     store.set_timeout(PATIENCE)
-    return PrefixStore("default_pg", store)
+    return store
+
+
+def _require_same_size(store: Store, rank: int, size: int) -> None:
+    """All tell process 0, which is there until they have read what it counts itself."""
+    names = [f"world_size/{rank}" for rank in range(size)]
+    if rank == 0:
+        store.set(names[0], str(size))
+        store.wait(names)
+        told = [int(store.get(name)) for name in names]
+    else:
+        told = [int(store.get(names[0])), size]
+        store.set(names[rank], str(size))
+    other = next((number for number in told if number != told[0]), told[0])
+    wanted = f"{told[0]}, as in process 0, in every process"
+    require(other == told[0], "WORLD_SIZE", other, wanted)
 
 
 def _store(rank: int, size: int, seconds: float) -> Store | None:

@@ -29,6 +29,18 @@ class DivergedError(Exception):
         super().__init__(f"{what} at step {step}")
 
 
+class PassError(Exception):
+    """A pass through the model failed on some rank, and all have the state from before it.
+
+    Attributes:
+        own: the error of this rank; None where it met none.
+    """
+
+    def __init__(self, own: Exception | None) -> None:
+        super().__init__(str(own))
+        self.own = own
+
+
 class Stepper:
     """Carries a `TrainingState` on by single steps.
 
@@ -70,17 +82,19 @@ class Stepper:
 
         Raises:
             DivergedError: before a change, a loss, a gradient or a weight is not finite.
+            PassError: on all ranks, for an error of one of them in what comes before gradients
+                are averaged, which ends with the last forward pass.
         """
         step, parts = self.state.step + 1, self.parts(batches)
         changing = self._changing(step)
         due = self.experiment.learner.exchanges(
             step, self.experiment.total_steps, rewiring=bool(changing)
         )
-        before = self._passing()
+        self._remember()
         try:
             loss, seen = self._gradients(parts, changing, due)
         except Exception:
-            self._restore(before)
+            self._restore()
             raise
         self.sound = False
         self._advance(step, loss, seen, changing, due)
@@ -172,14 +186,16 @@ class Stepper:
         if self.world.largest(int(not finite)):
             raise DivergedError("a gradient or a weight is not finite", self.state.step)
 
-    def _passing(self) -> tuple[dict[str, Any], list[Tensor]]:
-        """All but gradients that a pass through the model changes: generators and statistics."""
-        return random_state(), [buffer.clone() for buffer in self._statistics]
+    def _remember(self) -> None:
+        """Keep all but gradients that a pass through the model changes."""
+        self._generators = random_state()
+        if self._statistics:
+            torch._foreach_copy_(self._before, self._statistics)
 
-    def _restore(self, before: tuple[dict[str, Any], list[Tensor]]) -> None:
-        restore_random_state(before[0])
-        for buffer, value in zip(self._statistics, before[1], strict=True):
-            buffer.copy_(value)
+    def _restore(self) -> None:
+        restore_random_state(self._generators)
+        if self._statistics:
+            torch._foreach_copy_(self._statistics, self._before)
 
     def settle(self) -> None:
         """Fetch losses and norms from the device.
@@ -223,6 +239,7 @@ class Stepper:
         self.parameters = self.state.trained_parameters()
         # Those of batch normalisation; topologies and permutations are integers.
         self._statistics = [b for b in self.model.buffers() if b.is_floating_point() or b.ndim == 0]
+        self._before = [buffer.clone() for buffer in self._statistics]
 
     def _changing(self, step: int) -> list[SparseWeight]:
         """The weights whose topology is to be decided after `step`."""
@@ -254,20 +271,33 @@ class Stepper:
         # What is rare or passing is not worth another compilation of every block.
         passing = bool(collecting) or any(learner.half_hard for learner in self.state.learners)
         losses, seen = [], []
+        failed: Exception | None = None
         with eagerly(trainer.compile and passing):
-            for micro, batch in enumerate(parts):
-                part = world.rank * trainer.micro_batches + micro
-                inputs, targets = to_device(batch, world.device, trainer.precision)
-                inputs, targets = task.augment(
-                    inputs, targets, seed_of("mix", self.experiment.seed, self.state.step, part)
-                )
-                with self._unsynchronised(micro + 1 < trainer.micro_batches):
-                    with forward_context(trainer.precision, world.device):
-                        loss = task.loss(self.forward(inputs), targets)
-                    loss = loss / trainer.micro_batches
-                    loss.backward()
-                losses.append(loss.detach())
-                seen.append((inputs, targets))
+            try:
+                for micro, batch in enumerate(parts):
+                    part = world.rank * trainer.micro_batches + micro
+                    inputs, targets = to_device(batch, world.device, trainer.precision)
+                    inputs, targets = task.augment(
+                        inputs, targets, seed_of("mix", self.experiment.seed, self.state.step, part)
+                    )
+                    last = micro + 1 == trainer.micro_batches
+                    with self._unsynchronised(not last):
+                        with forward_context(trainer.precision, world.device):
+                            loss = task.loss(self.forward(inputs), targets)
+                        loss = loss / trainer.micro_batches
+                        if not last:
+                            loss.backward()
+                    losses.append(loss.detach())
+                    seen.append((inputs, targets))
+            except Exception as error:
+                failed = error
+                if isinstance(self.forward, nn.parallel.DistributedDataParallel):
+                    # The first forward pass but one of a replica communicates; others are in it.
+                    self.forward.reducer._rebuild_buckets()
+            # From here on ranks wait for each other, and one that fails cannot tell the others.
+            if world.largest(int(failed is not None)):
+                raise PassError(failed)
+            loss.backward()
         for weight in collecting:
             weight.collect_dense_gradient, weight.gradient_parts = False, 0
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0], seen

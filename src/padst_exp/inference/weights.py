@@ -193,13 +193,35 @@ class PackedEntries(PackedWeight):
 
     def __init__(self, weight: Condensed) -> None:
         super().__init__(weight.values, weight.in_features, weight.out_features)
-        self.register_buffer("columns", weight.columns)
+        self.narrow = weight.columns.dtype == torch.uint16
+        self.register_buffer("columns", self._kept(weight.columns))
         self.register_buffer("row_pointer", weight.row_pointer)
         self.register_buffer("rows", weight.rows)
 
+    def _kept(self, columns: Tensor) -> Tensor:
+        # As bytes: gloo, which broadcasts buffers, knows no integers of two. Files have these.
+        return columns.view(torch.uint8) if columns.dtype == torch.uint16 else columns
+
+    def features(self) -> Tensor:
+        """The input of each entry, `[S]`, uint16 where I allows it, else int32."""
+        columns: Any = self._buffers["columns"]
+        return columns.view(torch.uint16) if self.narrow else columns
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}columns"] = self.features()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        columns = state_dict.get(f"{prefix}columns")
+        if isinstance(columns, Tensor):
+            state_dict = {**state_dict, f"{prefix}columns": self._kept(columns)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def product(self, x: Tensor, backend: Backend) -> Tensor:
         own: dict[str, Any] = {**self._parameters, **self._buffers}
-        index = own["columns"], own["row_pointer"], own["rows"]
+        index = self.features(), own["row_pointer"], own["rows"]
         values = own["values"].to(x.dtype)
         condensed = Condensed(values, *index, self.in_features, self.out_features)
         return condensed_matmul(x, condensed, backend=backend, trusted=True)
@@ -207,24 +229,25 @@ class PackedEntries(PackedWeight):
     def matrix(self) -> Tensor:
         rows = self.rows.long().repeat_interleave(self.row_pointer.diff().long())
         dense = self.values.new_zeros(self.out_features, self.in_features)
-        dense[rows, self.columns.long()] = self.values
+        dense[rows, self.features().long()] = self.values
         return dense
 
     def check(self) -> None:
         narrow = torch.uint16 if self.in_features <= 1 << 16 else torch.int32
+        columns = self.features()
         _require_kind("values", self.values, None, 1)
-        _require_kind("columns", self.columns, narrow, 1)
+        _require_kind("columns", columns, narrow, 1)
         _require_kind("row_pointer", self.row_pointer, torch.int32, 1)
         _require_kind("rows", self.rows, torch.int32, 1)
-        _require_within("columns", self.columns.int(), self.in_features - 1)
+        _require_within("columns", columns.int(), self.in_features - 1)
         _require_within("rows", self.rows, self.out_features - 1)
         _require_pointer("row_pointer", self.row_pointer, len(self.values))
-        if self.columns.shape != self.values.shape or len(self.rows) + 1 != len(self.row_pointer):
-            raise ValueError(f"columns is {tuple(self.columns.shape)}")
+        if columns.shape != self.values.shape or len(self.rows) + 1 != len(self.row_pointer):
+            raise ValueError(f"columns is {tuple(columns.shape)}")
         if not bool((self.rows.diff() > 0).all()):
             raise ValueError("rows do not ascend")
         owner = self.rows.long().repeat_interleave(self.row_pointer.diff().long())
-        if not bool((owner * self.in_features + self.columns.int()).diff().gt(0).all()):
+        if not bool((owner * self.in_features + columns.int()).diff().gt(0).all()):
             raise ValueError("columns do not ascend along a row")
 
     def extra_repr(self) -> str:

@@ -95,7 +95,12 @@ class SparseLinear(nn.Module):
         return {(side, i): m for side, i, m in sides if isinstance(m, Permutation)}
 
     def folding(self) -> Folding:
-        """Topologies and hard permutations as they are now."""
+        """Topologies and hard permutations as they are now.
+
+        Raises:
+            UserError: somebody wrote to one of them in place.
+        """
+        self._check_permutations()
         weights = self.parts()
         return Folding(
             [weight.geometry for weight in weights],
@@ -142,6 +147,10 @@ class SparseLinear(nn.Module):
         live = folding.live_rows()
         return None if bool(live.all()) else live
 
+    def _check_permutations(self) -> None:
+        for permutation in self.permutations().values():
+            permutation.check_written()
+
     def _outdate(self) -> None:
         self.stale = True
 
@@ -157,13 +166,15 @@ class SparseLinear(nn.Module):
         """`[..., in_features]` to `[..., out_features]`, in the dtype of x or of autocast.
 
         Raises:
-            UserError: somebody wrote to a topology in place, see `SparseWeight.topology`.
+            UserError: somebody wrote to a topology or a permutation in place, see their
+                `check_written`.
         """
         if self.stale:
             self.index()
         elif not torch.compiler.is_compiling():
             for weight in self.parts():
                 weight.check_written()
+            self._check_permutations()
         dtype = _autocast_dtype(x)
         y = self._multiply(x, dtype)
         if self.companion is not None:
@@ -240,6 +251,7 @@ class SparseLinear(nn.Module):
 
     def _matrix(self) -> Tensor:
         """`[O, I]`, what `weight` shows."""
+        self._check_permutations()
         matrices = [weight.matrix() for weight in self.parts()]
         for i, permutation in enumerate(self.output_permutations):
             if isinstance(permutation, Permutation):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from padst_exp.dst import Algorithm, Change, Entries, Gate, Signals, Topology
 from padst_exp.errors import UserError
 from padst_exp.layers.move import Move, plan
+from padst_exp.seal import Seal
 from padst_exp.structures import Geometry, Storage, gather_entries, scatter_entries
 
 # Entries of a unit from which on a weight keeps its topology as tables.
@@ -65,7 +66,7 @@ class SparseWeight(nn.Module):
         super().__init__()
         self.geometry = geometry
         self._known: tuple[Topology, Tensor, Geometry] | None = None
-        self._seal: tuple[Tensor, int, Tensor] | None = None
+        self._seals = Seal(_checksum), Seal(torch.clone)
         self.storage = storage
         self.collect_dense_gradient = False
         self.gradient_parts = 0
@@ -124,31 +125,23 @@ class SparseWeight(nn.Module):
 
     def check_written(self) -> None:
         """What `topology` raises; waits for the device only where somebody did write."""
-        active = self.active
-        if active.is_inference():  # such a tensor counts no versions
-            return
-        if self._seal is None or self._seal[0] is not active:
-            self._seal = active, active._version, _checksum(active)
-            return
-        _, version, seal = self._seal
-        if version != active._version:
-            # Ranks may broadcast to each other what they hold already.
-            if not torch.equal(_checksum(active), seal):
-                raise UserError(
-                    "sparse weight: its active units were overwritten in place, as averages of "
-                    "torch's swa_utils and copies of single tensors do; its values would be those "
-                    "of other units: take states over by load_state_dict, average by "
-                    "trainer.ema_decay"
-                )
-            self._seal = active, active._version, seal
+        units, rows = self._seals
+        if not (units.intact(self.active) and rows.intact(self.row_order)):
+            raise UserError(
+                "sparse weight: its active units were overwritten in place, as averages of "
+                "torch's swa_utils and copies of single tensors do; its values would be those "
+                "of other units: take states over by load_state_dict, average by "
+                "trainer.ema_decay"
+            )
 
     def _forget(self) -> None:
-        """The buffer of active units holds other ones, and rightly so."""
-        self._known = self._seal = None
+        """The buffers of units and rows hold other ones, and rightly so."""
+        self._known = None
+        for seal in self._seals:
+            seal.open()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy counts the versions of its own buffer.
-        return {**self.__dict__, "_known": None, "_seal": None}
+        return {**self.__dict__, "_known": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

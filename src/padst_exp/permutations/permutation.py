@@ -11,6 +11,7 @@ from torch.nn import functional
 from padst_exp.errors import UserError
 from padst_exp.permutations.exchange import Exchange
 from padst_exp.permutations.sinkhorn import project, sharpness_penalty, sinkhorn
+from padst_exp.seal import Seal
 from padst_exp.soft import Soft
 
 
@@ -57,6 +58,7 @@ class Permutation(Soft):
 
     def __init__(self, start: Tensor, *, projected: bool = False, iterations: int = 10) -> None:
         super().__init__()
+        self._seal = Seal(torch.clone)
         self.size = len(start)
         self.projected = projected
         self.iterations = iterations
@@ -76,6 +78,7 @@ class Permutation(Soft):
         self.logits = nn.Parameter(logits.detach().clone())
         self.project_()
         self.initial.copy_(self.nearest())
+        self._seal.close(self.index)
 
     def matrix(self) -> Tensor:
         """Return what multiplies, M `[size, size]`, in float32 or wider, also under autocast.
@@ -138,6 +141,27 @@ class Permutation(Soft):
         self.index.copy_(index)
         self.logits = None
         self.changed()
+
+    def changed(self) -> None:
+        self._seal.close(self.index)
+        super().changed()
+
+    def check_written(self) -> None:
+        """Refuse an index that somebody else wrote, from which nothing was derived.
+
+        Raises:
+            UserError: it was written in place, and is another one than before.
+        """
+        if not torch.compiler.is_compiling() and not self._seal.intact(self.index):
+            raise UserError(
+                "permutation: its index was overwritten in place, as averages of torch's "
+                "swa_utils and copies of single tensors do; products would still go by the one "
+                "before: take states over by load_state_dict, average by trainer.ema_decay"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seal.close(self.index)
 
     def held(self) -> Tensor:
         """Return the hard permutation that multiplies now, int64 `[size]`, if there is one."""

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from padst_exp.atomic import replace_text
-from padst_exp.errors import require_installed
+from padst_exp.errors import UserError, require_installed
+from padst_exp.files import read_text
 from padst_exp.messages import say
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
 
+LONGEST_ID = 80
 NO_LABELS: Mapping[str, str] = {}
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", "curves.png")
 """What a tracker keeps of a finished run, besides its metrics."""
@@ -147,8 +149,8 @@ def run_id(directory: Path, file: str) -> str:
 def read_id(path: Path) -> str:
     """What stands in a file of one id; nothing where there is none."""
     try:
-        return path.read_text().strip()
-    except (OSError, ValueError):
+        return read_text("logger", path, "the name of a run", most=LONGEST_ID).strip()
+    except UserError:
         return ""
 
 
