@@ -1,10 +1,13 @@
 """Objects as the YAML files of conf/ describe them, so that no test keeps defaults of its own."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.config import build, config_dir
+
+T = TypeVar("T")
 
 
 def leaf(path: str, /, **changes: Any) -> DictConfig:
@@ -21,3 +24,12 @@ def leaf(path: str, /, **changes: Any) -> DictConfig:
 def from_yaml(path: str, /, **changes: Any) -> Any:
     """What that call makes."""
     return build(leaf(path, **changes), path.partition("/")[0])
+
+
+def asked(name: str, schema: Callable[..., T], /, **changes: Any) -> T:
+    """The keys of an entry point as conf/`name`.yaml has them, with some changed."""
+    tree = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{name}.yaml"))
+    assert isinstance(tree, dict)
+    keys = {str(key): value for key, value in tree.items() if key not in ("defaults", "hydra")}
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+    return schema(**own | changes)

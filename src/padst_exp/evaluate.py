@@ -6,19 +6,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.cli import command_line
 from padst_exp.config import Device, read_keys
-from padst_exp.errors import require
+from padst_exp.errors import require, require_installed
 
 if TYPE_CHECKING:  # the command line must answer --help before torch is imported
     from torch import Tensor
 
+    from padst_exp.data.task import Task
     from padst_exp.engine.distributed import World
     from padst_exp.restore import Restored
+
+IMAGENET = "padst_exp.data.imagenet.Imagenet1k"
+VARIANT = "padst_exp.data.imagenet_variants.ImagenetVariant"
+PRINTED = {"perplexity": "token_perplexity"}
+"""Names of metrics as a reader takes them right, who sees those per word and byte beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,11 @@ class EvaluateSchema:
         trust: packages other than ours whose constructors the run's config may name.
         changes: of keys of the run that change no weight, as on a command line, which may also
             have them directly: `dataset.root=/where/the/data/are/now`.
+        tasks: of lm-evaluation-harness, instead of the validation data.
+        include_path: folder with further tasks, YAML files.
+        limit: of the documents of each task; null: all.
+        variant: of ImageNet, a test set in dataset.root, instead of the validation data.
+        labels: real.json for variant=real; null: a copy that is there.
     """
 
     run: str
@@ -39,10 +50,22 @@ class EvaluateSchema:
     device: Device
     trust: str | tuple[str, ...]
     changes: tuple[str, ...]
+    tasks: tuple[str, ...]
+    include_path: str | None
+    limit: int | None
+    variant: Literal["v2", "a", "r", "real"] | None
+    labels: str | None
 
     def __post_init__(self) -> None:
-        valid = self.batch_size is None or self.batch_size >= 1
-        require(valid, "batch_size", self.batch_size, "at least 1")
+        for key in ("batch_size", "limit"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "at least 1")
+        folder = self.include_path
+        require(folder is None or Path(folder).is_dir(), "include_path", folder, "a folder")
+        alone = self.variant is None or not self.tasks
+        require(alone, "variant", self.variant, "null beside tasks, which are for language models")
+        known = self.variant == "real" or self.labels is None
+        require(known, "labels", self.labels, "null but for variant=real")
 
 
 @command_line("evaluate", of_run=True)
@@ -55,13 +78,13 @@ def main(cfg: DictConfig) -> None:
 
     world = distributed.start(keys.device)
     try:
-        path, metrics = evaluate(keys, world)
+        path, metrics = (downstream if keys.tasks else evaluate)(keys, world)
     finally:
         world.close()
     if world.main:
         say(str(path))
         for name, value in metrics.items():
-            say(f"{name} {value:.6g}")
+            say(f"{PRINTED.get(name, name)} {value:.6g}")
 
 
 def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]]:
@@ -80,7 +103,13 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
     from padst_exp.engine import evaluation
     from padst_exp.restore import RestoredRun, restore
 
-    restored = restore(Path(keys.run), world, trust=keys.trust, changes=keys.changes)
+    restored = restore(
+        Path(keys.run),
+        world,
+        trust=keys.trust,
+        changes=keys.changes,
+        task=lambda cfg: None if keys.variant is None else _variant(keys, cfg),
+    )
     trainer = restored.trainer
     batches = validation_loader(
         restored.task,
@@ -95,6 +124,46 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
         restored.model, restored.task, batches, precision=trainer.precision, world=world
     )
     return restored.path, metrics
+
+
+def _variant(keys: EvaluateSchema, cfg: DictConfig) -> Task:
+    """The test set that is asked for, seen as the validation images of a run on ImageNet."""
+    from padst_exp.config import build
+
+    dataset = cfg.dataset
+    found = f"one on {dataset.get('_target_')} of {dataset.get('num_classes')} classes"
+    fits = (dataset.get("_target_"), dataset.get("num_classes")) == (IMAGENET, 1000)
+    require(fits, "run", found, f"a run on ImageNet's 1000 classes for variant={keys.variant}")
+    same = ("root", "image_size", "interpolation", "crop_pct")
+    call = {"_target_": VARIANT, "variant": keys.variant, "labels": keys.labels}
+    task: Task = build(OmegaConf.create({**call, **{k: dataset.get(k) for k in same}}), "dataset")
+    return task
+
+
+def downstream(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]]:
+    """Results of a language model in tasks of lm-evaluation-harness, by `task/metric`.
+
+    Returns:
+        As `evaluate`.
+
+    Raises:
+        UserError: the harness is not installed, has no such task, or the run is of no text.
+    """
+    from padst_exp.restore import restore
+
+    require_installed("lm_eval", "tasks", "lm-evaluation-harness", "lm-eval")
+    from padst_exp.integrations.lm_eval import evaluate_tasks
+
+    restored = restore(Path(keys.run), world, trust=keys.trust, changes=keys.changes)
+    trainer = restored.trainer
+    results = evaluate_tasks(
+        restored,
+        keys.tasks,
+        include_path=keys.include_path,
+        limit=keys.limit,
+        batch_size=keys.batch_size or trainer.eval_batch_size or trainer.micro_batch_size(1),
+    )
+    return restored.path, results
 
 
 def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> None:

@@ -68,9 +68,14 @@ class RestoredRun(Restored):
 
 
 def restore(
-    path: Path, world: World, *, trust: str | Sequence[str] = (), changes: Sequence[str] = ()
+    path: Path,
+    world: World,
+    *,
+    trust: str | Sequence[str] = (),
+    changes: Sequence[str] = (),
+    task: Callable[[DictConfig], Task | None] = lambda cfg: None,
 ) -> Restored:
-    """The model of an export, or else of a run as in `restore_run`.
+    """The model of an export, or else of a run; both as in `restore_run`.
 
     Raises:
         UserError: there is no such export, run or checkpoint, or it is damaged.
@@ -78,20 +83,20 @@ def restore(
     if path.is_file() and (path.parent / DESCRIPTION).is_file():
         raise UserError(f"run: {path} is one file of an export, give its folder {path.parent}")
     if not (path / DESCRIPTION).is_file():
-        return restore_run(path, world, trust=trust, changes=changes)
+        return restore_run(path, world, trust=trust, changes=changes, task=task)
     file = path / DESCRIPTION
     cfg = _ours(_parsed(read_description(path)["config"], file), file, trust)
     cfg = _complete(cfg, file)
     backend = _changed(cfg, changes)
     dispatch.require_device(backend or "auto", world.device)
-    task = build_task(cfg, world)
+    data = task(cfg) or build_task(cfg, world)
     trainer = build(cfg.trainer, "trainer")
     return Restored(
         config=cfg,
         path=path,
-        task=task,
+        task=data,
         trainer=trainer,
-        model=load(path, world.device, trainer.dtype, plain_model(cfg, task)),
+        model=load(path, world.device, trainer.dtype, plain_model(cfg, data)),
         backend=backend,
     )
 
@@ -194,7 +199,8 @@ def restore_run(
         world: of this process.
         trust: packages other than ours whose constructors its config may name.
         changes: overrides of keys that change no weight, see `stored.change`.
-        task: gives the data set of its config where that is there already, else None.
+        task: gives the data set of its config where that is there already, or another one to test
+            the model on, else None.
 
     Raises:
         UserError: there is no such run or checkpoint, it is damaged, or it names constructors
@@ -204,7 +210,7 @@ def restore_run(
     cfg, path, saved = opened.config, opened.path, opened.saved
     experiment = build_experiment(cfg, world, task(cfg))
     data = experiment.task.describe()
-    if data != saved["data"]:
+    if experiment.task.for_training and data != saved["data"]:
         then, now = (
             one_line(", ".join(f"{name} {value}" for name, value in each.items()))
             for each in (saved["data"], data)

@@ -289,7 +289,7 @@ def open_directory(cfg: DictConfig, world: World) -> RunDirectory:
     from padst_exp.engine.run_directory import RunDirectory
 
     hydra = HydraConfig.get()
-    return RunDirectory.open(
+    directory = RunDirectory.open(
         Path(cfg.runs),
         run_name(cfg, hydra.runtime.choices),
         world,
@@ -298,6 +298,13 @@ def open_directory(cfg: DictConfig, world: World) -> RunDirectory:
         config_text=OmegaConf.to_yaml(cfg, resolve=True),
         overrides=list(hydra.overrides.task),
     )
+    asked = {
+        "experiment": hydra.runtime.choices.get("experiment"),
+        "arm": cfg.get("arm"),
+        "scale": cfg.get("scale"),
+    }
+    directory.labels = {key: str(value) for key, value in asked.items() if value is not None}
+    return directory
 
 
 if __name__ == "__main__":

@@ -107,6 +107,8 @@ def test_wikitext_blocks_equal_plain_concatenation(
     # As a pass over all blocks adds up: the first token has no loss, its word counts.
     summary = task.summarize({"nll": 2.0 * (len(held_out) - 1), "tokens": len(held_out) - 1})
     assert summary["word_perplexity"] == pytest.approx(np.exp(2 * (len(held_out) - 1) / words))
+    # Blank lines are not tokens, and not the same bytes in every layout.
+    assert task.bytes == sum(len(f"{line}\n".encode()) for line in LINES[:40] if line.strip())
 
 
 def test_wikitext_split_selects_the_test_text(tmp_path: Path, bpe: dict[str, str]) -> None:

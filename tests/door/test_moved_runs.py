@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from omegaconf import OmegaConf
 
+from from_yaml import asked
 from hostile import trained_run
 from padst_exp import dispatch, identity, stored
 from padst_exp import evaluate as entry
@@ -25,9 +26,8 @@ WORDS = "the quick brown fox jumps over a lazy dog and it barks at all of them\n
 
 
 def evaluated(path: Path, *changes: str, batch_size: int | None = None) -> dict[str, float]:
-    keys = EvaluateSchema(
-        run=str(path), batch_size=batch_size, device="cpu", trust=(), changes=changes
-    )
+    own = {"batch_size": batch_size, "device": "cpu", "changes": changes}
+    keys = asked("evaluate", EvaluateSchema, run=str(path), **own)
     return evaluate(keys, World())[1]
 
 

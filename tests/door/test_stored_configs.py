@@ -13,6 +13,7 @@ import pytest
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
+from from_yaml import asked
 from hostile import HOSTILE_YAML, harmful_configs, resolving_configs
 from padst_exp import stored
 from padst_exp.analyze import AnalyzeSchema, analyze
@@ -33,7 +34,7 @@ class Thing:
 
 
 def evaluated(path: Path, **changes: Any) -> dict[str, float]:
-    keys = EvaluateSchema(run=str(path), batch_size=None, **{**KEYS, **changes})
+    keys = asked("evaluate", EvaluateSchema, run=str(path), **{**KEYS, **changes})
     return evaluate(keys, World())[1]
 
 

@@ -137,6 +137,7 @@ def toy_experiment(
     storage: Storage = "packed",
     split: int = 1,
     backend: Any = "torch",
+    logger: NoLogger | None = None,
 ) -> Experiment:
     """All linear layers but the last are sparse, their topologies and permutations learned."""
     model = toy_layers(dropout) if model is None else model
@@ -160,7 +161,7 @@ def toy_experiment(
         learner=learner,
         optimizer=optimizer or from_yaml("optimizer/adamw", lr=0.01),
         trainer=trainer or toy_trainer(),
-        logger=NoLogger(),
+        logger=logger or NoLogger(),
         seed=0,
         backend=backend,
     )

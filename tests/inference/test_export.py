@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from transformers import GPT2LMHeadModel
 
-from from_yaml import from_yaml
+from from_yaml import asked, from_yaml
 from inference.own_models import Perceptron
 from inference.small_models import assert_equal
 from padst_exp import dispatch
@@ -110,8 +110,8 @@ def keys(run: Path, **changes: Any) -> ExportSchema:
 
 
 def metrics_of(run: Path, batch_size: int | None = None, **changes: Any) -> dict[str, float]:
-    asked = EvaluateSchema(run=str(run), batch_size=batch_size, **{**KEYS, **changes})
-    return evaluate(asked, World())[1]
+    own = {"batch_size": batch_size, **KEYS, **changes}
+    return evaluate(asked("evaluate", EvaluateSchema, run=str(run), **own), World())[1]
 
 
 def edit_checkpoint(run: Path, change: Callable[[dict[str, Any]], None]) -> None:

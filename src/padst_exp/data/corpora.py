@@ -155,8 +155,9 @@ class Wikitext103(LanguageModeling):
     """WikiText-103 (Merity et al. 2016), raw, in GPT-2 tokens.
 
     Perplexity is per token; word_perplexity is exp(sum of the tokens' losses / words), with words
-    as in `count_words` of the evaluated split, which makes tokenizers comparable. The first token
-    of the split has nothing to be predicted from: it adds no loss, its word counts.
+    as in `count_words` of the evaluated split, which makes tokenizers comparable; byte_perplexity
+    is the same with its bytes, blank lines left out. The first token of the split has nothing to
+    be predicted from: it adds no loss, its word counts.
 
     Args:
         root: a folder with wiki.train.raw and wiki.valid.raw (or .tokens, or the hub's parquet
@@ -177,9 +178,11 @@ class Wikitext103(LanguageModeling):
     ) -> None:
         tokenizer = gpt2_tokenizer(vocab, merges)
         super().__init__(vocab_size=tokenizer.get_vocab_size(), context_length=context_length)
+        self.tokenizer = tokenizer
         train, held_out = (self._rows(root, name) for name in ("train", split))
         train_stream, stream = tokenised(train, tokenizer), tokenised(held_out, tokenizer)
         self.words = count_words(held_out.rows)
+        self.bytes = sum(len(text.encode()) for text in held_out.rows["text"] if text.strip())
         self.train = TrainBlocks(train_stream, context_length, moving=False)
         self.validation = ValidationBlocks(stream, context_length)
 
@@ -229,6 +232,7 @@ class C4(LanguageModeling):
             require(valid, f"dataset.{key}", limit_or_none, "at least 1, or null for all")
         tokenizer = gpt2_tokenizer(vocab, merges)
         super().__init__(vocab_size=tokenizer.get_vocab_size(), context_length=context_length)
+        self.tokenizer = tokenizer
         train = self._rows(root, "train", shards, documents)
         validation = self._rows(root, "validation", validation_shards, validation_documents)
         self.train = TrainBlocks(tokenised(train, tokenizer), context_length, moving=False)

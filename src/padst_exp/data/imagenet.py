@@ -78,11 +78,12 @@ class FolderImages:
 
 class _ClassFolders(ImageFolder):  # type: ignore[misc]
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        names = sorted(path.name for path in _class_folders(Path(directory)))
+        names = sorted(path.name for path in class_folders(Path(directory)))
         return names, {name: number for number, name in enumerate(names)}
 
 
-def _class_folders(folder: Path) -> list[Path]:
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, but for hidden ones."""
     return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
@@ -210,7 +211,6 @@ class Imagenet1k(Classification):
         )
         require(repeats >= 1, "dataset.repeats", repeats, "at least 1, which is off")
         require(0 <= reprob <= 1, "dataset.reprob", reprob, "a probability")
-        require(0 < crop_pct <= 1, "dataset.crop_pct", crop_pct, "a share in (0, 1]")
         require(color_jitter >= 0, "dataset.color_jitter", color_jitter, "at least 0")
         self.repeats = repeats
         try:
@@ -229,11 +229,7 @@ class Imagenet1k(Classification):
                 f"null, got {auto_augment}"
             ) from error
         _allow_no_bits(augmented)
-        plain = create_transform(
-            image_size,
-            interpolation="bicubic" if interpolation == "random" else interpolation,
-            crop_pct=crop_pct,
-        )
+        plain = plain_transform(image_size, interpolation, crop_pct)
         train, validation = _source(root, "train"), _source(root, "validation")
         for name, source in (("training", train), ("validation", validation)):
             count = len(source.classes)
@@ -243,6 +239,17 @@ class Imagenet1k(Classification):
         require(alike, "dataset.root", root, "the same classes in training and validation")
         self.train = TrainImages(train, augmented)
         self.validation = ValidationImages(validation, plain)
+
+
+def plain_transform(image_size: int, interpolation: str, crop_pct: float) -> Transform:
+    """How an image is looked at in validation: resized, its centre cut out, normalised."""
+    require(0 < crop_pct <= 1, "dataset.crop_pct", crop_pct, "a share in (0, 1]")
+    transform: Transform = create_transform(
+        image_size,
+        interpolation="bicubic" if interpolation == "random" else interpolation,
+        crop_pct=crop_pct,
+    )
+    return transform
 
 
 def _allow_no_bits(transform: Callable[..., object]) -> None:
@@ -264,7 +271,7 @@ def _source(root: str | None, split: Split) -> FolderImages | TableImages:
     folder = existing(root, "root")
     with reading("dataset.root", folder, f"a folder with {split} images"):
         folders = [path for name in sorted(SPLIT_NAMES[split]) if (path := folder / name).is_dir()]
-        filled = [path for path in folders if _class_folders(path)]
+        filled = [path for path in folders if class_folders(path)]
     if len(filled) > 1:
         names = ", ".join(map(str, filled))
         raise UserError(f"dataset.root: expected one folder of {split} images, got {names}")

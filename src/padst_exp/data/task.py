@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from padst_exp.data.fingerprint import fingerprint
@@ -34,6 +35,7 @@ class Task(abc.ABC):
         train: map-style, addressed by (epoch, index). Augmentation is a function of
             (train.seed, epoch, index) alone. The loader sets `seed` on a copy of its own.
         validation: map-style, addressed by index.
+        for_training: False for data that models are only tested on.
     """
 
     kind: ClassVar[Literal["classification", "language_modeling"]]
@@ -42,6 +44,7 @@ class Task(abc.ABC):
     model_shape: dict[str, int]
     items_per_sample: int
     repeats: int = 1
+    for_training: bool = True
     train: Any
     validation: Any
 
@@ -199,8 +202,10 @@ class LanguageModeling(Task):
         context_length: tokens of one sample.
 
     Attributes:
-        words: of the validation text, or None where words have no agreed count; turns the token
-            losses into a perplexity per word.
+        words: of the validation text, separated by white space, ends of lines among them; turns
+            the token losses into a perplexity per word. None where they are not counted.
+        bytes: of the validation text in UTF-8; the same for a perplexity per byte.
+        tokenizer: that made the tokens; None where they stand for no text.
 
     Raises:
         UserError: a size is below 1.
@@ -210,6 +215,8 @@ class LanguageModeling(Task):
     gives = ("vocab_size", "context_length")
     monitor = ("perplexity", "min")
     words: int | None = None
+    bytes: int | None = None
+    tokenizer: Tokenizer | None = None
 
     def __init__(self, *, vocab_size: int, context_length: int) -> None:
         require(vocab_size >= 1, "dataset.vocab_size", vocab_size, "at least 1")
@@ -238,12 +245,13 @@ class LanguageModeling(Task):
         }
 
     def summarize(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Mean "loss" in nats per token, "perplexity" per token and, if defined, per word."""
+        """Mean "loss" in nats per token, "perplexity" per token and, if known, per word, byte."""
         loss = float(sums["nll"]) / float(sums["tokens"])
         summary = {"loss": loss, "perplexity": _exp(loss)}
-        if self.words is not None:
-            # All losses over all words: no token without a target is given the mean loss.
-            summary["word_perplexity"] = _exp(float(sums["nll"]) / self.words)
+        for unit, count in (("word", self.words), ("byte", self.bytes)):
+            if count is not None:
+                # All losses over all words: no token without a target is given the mean loss.
+                summary[f"{unit}_perplexity"] = _exp(float(sums["nll"]) / count)
         return summary
 
 

@@ -65,6 +65,8 @@ class _OwnTokenizer(LanguageModeling):
         super().__init__(vocab_size=size, context_length=context_length)
         self.train_tokens = self._encoded(train_text)
         self.validation_tokens = self._encoded(validation_text)
+        self.words = len(validation_text.split()) + validation_text.count("\n")
+        self.bytes = len(validation_text.encode())
         say(
             f"text: {len(self.train_tokens):,} tokens for training, "
             f"{len(self.validation_tokens):,} for validation"

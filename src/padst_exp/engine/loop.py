@@ -26,7 +26,7 @@ from padst_exp.engine.environment import changed, numerics
 from padst_exp.engine.evaluation import evaluate
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.interruption import Interrupted, Interruption
-from padst_exp.engine.loggers import flat_values
+from padst_exp.engine.loggers import numbers
 from padst_exp.engine.plots import plot_curves, plot_topologies
 from padst_exp.engine.progress import Progress
 from padst_exp.engine.records import read_metrics
@@ -319,7 +319,8 @@ class _Training:
         step = self.state.step
         self.baselines = self.task.baselines()
         rows = self.directory.open_metrics(step)
-        self.logger.start(self.directory.path, self.directory.config)
+        directory = self.directory
+        self.logger.start(directory.path, directory.config, rows=rows, labels=directory.labels)
         if step:
             self.say(f"resumed at step {step} from {self.directory.checkpoints.last}")
         elif not self.directory.new:
@@ -488,12 +489,9 @@ class _Training:
         """Write a row of `metrics.jsonl`; its numbers go to the logger as well."""
         if not self.world.main:
             return
-        self.directory.append({"kind": kind, "step": self.state.step, **values})
-        # What happens to several choices in one step must not overwrite each other.
-        prefix = f"{kind}/{values['choice']}/" if "choice" in values else f"{kind}/"
-        flat = flat_values(values, prefix)
-        numbers = {key: value for key, value in flat.items() if isinstance(value, int | float)}
-        self.logger.log(self.state.step, numbers)
+        row = {"kind": kind, "step": self.state.step, **values}
+        self.directory.append(row)
+        self.logger.log(self.state.step, numbers(row))
 
 
 def _due(step: int, interval: int | None) -> bool:

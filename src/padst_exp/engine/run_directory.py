@@ -58,6 +58,7 @@ class RunDirectory:
         config_text: the whole of it, as YAML.
         checkpoints: of this run.
         new: whether this process made the folder.
+        labels: what the run is trained for, for loggers.
     """
 
     def __init__(self, path: Path, *, config: Mapping[str, object], config_text: str) -> None:
@@ -69,6 +70,7 @@ class RunDirectory:
         self._lock: Lock | None = None
         self.new = False
         self._device = ""
+        self.labels: Mapping[str, str] = {}
         self._made: list[Path] = []  # folders above it that were not there, the innermost first
 
     @classmethod

@@ -1,0 +1,1 @@
+"""Our models in the programs that others evaluate and serve with; each needs an extra."""
