@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from padst_exp import identity
 from padst_exp.config import GROUPS
 from padst_exp.errors import UserError
 from padst_exp.sweeps import Job
@@ -109,6 +110,14 @@ def test_what_a_run_starts_from_is_run_before(tmp_path: Path) -> None:
     assert source.parent == tmp_path and (source / "summary.json").exists()
     # It is a means, not a run of this sweep.
     assert {row["arm"] for row in fake.rows()} == {"ab", "abcd"}
+
+
+def test_replicates_differ_in_their_seed_and_in_where_it_starts_from() -> None:
+    run = {"seed": 0, "init_permutation": "runs/a-seed0", "scale": "demo", "dst": {"stop": 0.5}}
+    other = {"seed": 1, "init_permutation": "runs/a-seed1", "scale": "small", "dst": {"stop": 0.5}}
+    assert identity.replicate_hash(run) == identity.replicate_hash(other)
+    assert identity.name_hash(run) != identity.name_hash(other)
+    assert identity.replicate_hash(run) != identity.replicate_hash({**run, "dst": {"stop": 0.4}})
 
 
 def test_a_name_would_be_that_of_all_runs(tmp_path: Path) -> None:
@@ -216,7 +225,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path
 @pytest.mark.slow
 def test_a_job_of_a_cluster_goes_back_into_the_queue_when_warned(tmp_path: Path) -> None:
     sweep = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60",
-             "trainer.steps=3000", "trainer.log_interval=1")  # fmt: skip
+             "trainer.steps=300", "trainer.log_interval=1")  # fmt: skip
     # One process that hears a signal submitit does not know; one of two that work together.
     for signum, tasks in ((signal.SIGUSR1, 1), (signal.SIGUSR2, 2)):
         folder = tmp_path / str(tasks)
@@ -234,7 +243,7 @@ def test_a_job_of_a_cluster_goes_back_into_the_queue_when_warned(tmp_path: Path)
         assert process.returncode == 0, said
         assert (run / "env-resume-1.json").exists()
         summary = json.loads((run / "summary.json").read_text())
-        assert (summary["steps"], summary["timing"]["processes"]) == (3000, tasks)
+        assert (summary["steps"], summary["timing"]["processes"]) == (300, tasks)
 
 
 @pytest.mark.slow
