@@ -24,7 +24,7 @@ from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Task
 from padst_exp.engine.distributed import World
 from padst_exp.engine.evaluation import to_device
-from padst_exp.engine.run_directory import is_run
+from padst_exp.engine.folders import is_run
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError, require
 from padst_exp.files import reading

@@ -17,7 +17,7 @@ from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.backends import choose_backends
 from padst_exp.engine.distributed import World
-from padst_exp.engine.run_directory import is_run
+from padst_exp.engine.folders import is_run
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError
 from padst_exp.files import MOST_YAML, TRAINING_CONFIG, one_line, read_text, reading
@@ -285,6 +285,8 @@ def _keys(config: Mapping[str, object]) -> set[str]:
 def _complete(cfg: DictConfig, where: Path) -> DictConfig:
     """A training config of `_ours` for a model whose weights are all there, checked."""
     cfg = alone(cfg)
+    for key in ("scale", "arm"):  # older runs have none
+        cfg.setdefault(key, None)
     try:
         run_settings(cfg)
     except UserError as error:

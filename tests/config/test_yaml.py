@@ -114,14 +114,15 @@ def test_recipes_are_told_by_their_data_sets(compose: Compose) -> None:
     assert compose("model=mixer", "dataset=imagenet1k").optimizer.weight_decay == 0.1
 
 
-def test_parts_of_recipes_belong_to_models() -> None:
+def test_parts_of_files_belong_to_models_or_scales() -> None:
     # A part under another name would be skipped in silence.
     parts = [path for path in FILES if path.parent.name[0] == "_"]
     assert len(parts) > 10
     for path in parts:
-        assert path.stem in options("model")
-        recipe = path.parents[1] / f"{path.parent.name[1:]}.yaml"
-        assert f"{path.parent.name}: ${{model}}" in recipe.read_text()
+        group = "scale" if "experiment" in path.parts else "model"
+        assert path.stem in options(group)
+        users = [other.read_text() for other in path.parents[1].rglob("*.yaml")]
+        assert any(f"{path.parent.name}: ${{{group}}}" in text for text in users)
 
 
 def test_recipes_experiments_and_debugging_compose(compose: Compose) -> None:

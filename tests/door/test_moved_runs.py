@@ -21,6 +21,7 @@ from padst_exp.engine.lock import Lock
 from padst_exp.errors import UserError
 from padst_exp.evaluate import EvaluateSchema, evaluate
 from padst_exp.export import ExportSchema, export
+from padst_exp.restore import open_run
 
 WORDS = "the quick brown fox jumps over a lazy dog and it barks at all of them\n"
 
@@ -247,3 +248,14 @@ def resumed(run: Path) -> None:
     """Let the training of `run` write all its files again."""
     (run / "summary.json").unlink(missing_ok=True)
     trained_run(run.parent, "resume=auto")
+
+
+def test_a_run_from_before_there_were_scales_is_read(real_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(real_run, run)
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("scale:", "arm:"))]
+    assert len(kept) == len(lines) - 2
+    (run / "config.yaml").write_text("".join(kept))
+    config = open_run(run).config
+    assert config.scale is None and config.arm is None

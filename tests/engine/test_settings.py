@@ -34,5 +34,13 @@ def test_steps_of_epochs() -> None:
         trainer(steps=7, batch_size=10).total_steps(9)
 
 
+def test_longer_is_so_many_times_as_long() -> None:
+    for changes, steps in (({"steps": 7}, 18), ({"epochs": 1.5}, 38)):
+        longer = from_yaml("trainer/longer", times=2.5, batch_size=10, **changes)
+        assert longer.total_steps(105) == steps
+    with pytest.raises(UserError, match=r"^trainer\.times: expected a positive number, got 0"):
+        from_yaml("trainer/longer", steps=1, times=0.0)
+
+
 def test_a_micro_batch_is_a_share_of_a_process() -> None:
     assert trainer(steps=1, batch_size=24, micro_batches=2).micro_batch_size(3) == 4

@@ -110,3 +110,21 @@ class Trainer:
         wanted = f"at most {MOST_STEPS:.0e} optimizer steps"
         require(steps <= MOST_STEPS, f"trainer.{key}", f"{value:g}", wanted)
         return steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Longer(Trainer):
+    """The same for more steps: what a method without overhead does with the cost of one that has.
+
+    Args:
+        times: steps over those that `steps` or `epochs` say.
+    """
+
+    times: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("times", lambda value: 0 < value <= MOST_STEPS, "a positive number")
+
+    def total_steps(self, samples: int) -> int:
+        return max(1, round(self.times * super().total_steps(samples)))
