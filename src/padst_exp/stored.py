@@ -31,7 +31,7 @@ def parse(text: str) -> DictConfig:
     """
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text)} characters")
-    _require_modest(text)
+    require_modest(text)
     cfg = OmegaConf.create(text)
     if not isinstance(cfg, DictConfig):
         raise ValueError("it is no mapping")
@@ -92,10 +92,14 @@ def change(cfg: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(f"{key}: cannot be {value}: {reason}") from error
 
 
-def _require_modest(text: str) -> None:
-    """Refuse YAML of which a little text stands for any amount of memory or time."""
+def require_modest(text: str) -> None:
+    """Refuse YAML of which a little text stands for any amount of memory or time.
+
+    Raises:
+        ValueError, YAMLError: it is such, or no YAML.
+    """
     depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
+    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:

@@ -1,0 +1,246 @@
+"""From rows of runs to tables of arms: means over seeds, paired with a baseline, beside papers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from padst_exp.report import published, statistics
+from padst_exp.report.published import Published
+from padst_exp.report.statistics import Closure, Difference, Sample
+from padst_exp.report.store import Row, learned
+
+UPPER, LOWER = "rigl", "random"
+"""Arms that span the gap to close, where an experiment names arms so."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table: all seeds of one arm under one choice of what is swept.
+
+    Args:
+        name: of the arm.
+        swept: what is swept beside it, e.g. "sparsity=0.9".
+        rows: its runs, whatever their state.
+        sample: over the seeds that have a finite value; None without any.
+        not_finite: seeds that finished and have none.
+        missing: seeds whose run is not finished, or damaged.
+        baseline: the arm that it is paired with, by seed; empty for none.
+        difference: to that arm.
+        p: of that difference, adjusted (Holm) for all comparisons of the table.
+        closure: of the gap between random permutations and RigL.
+        papers: published numbers of the same method, model and sparsity.
+        comparable: whether they are on the same data, at the papers' scale.
+    """
+
+    name: str
+    swept: str
+    rows: tuple[Row, ...]
+    sample: Sample | None
+    not_finite: int
+    missing: int
+    baseline: str = ""
+    difference: Difference | None = None
+    p: float | None = None
+    closure: Closure | None = None
+    papers: tuple[Published, ...] = ()
+    comparable: bool = False
+
+    @property
+    def first(self) -> Row:
+        """A row that stands for all in what they share."""
+        return next((row for row in self.rows if row["value"] is not None), self.rows[0])
+
+    @property
+    def sparsity(self) -> float:
+        """Asked of the sparse layers, 0 for a dense model."""
+        return 0.0 if self.first["structure"] == "dense" else number(self.first["sparsity"])
+
+    @property
+    def permutation(self) -> str:
+        """ "none", "random" or "learned"."""
+        chosen = str(self.first["permutation"])
+        return "learned" if learned(chosen) else chosen or "none"
+
+    def by_seed(self) -> dict[int, float]:
+        """The finite values."""
+        return {row["seed"]: row["value"] for row in self.rows if row["value"] is not None}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The arms of an experiment at one scale, of one model on one data set."""
+
+    experiment: str
+    scale: str
+    model: str
+    dataset: str
+    metric: str
+    arms: tuple[Arm, ...]
+
+    @property
+    def comparisons(self) -> int:
+        """The size of the family that p values are adjusted for."""
+        return sum(arm.p is not None for arm in self.arms)
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether less of the metric is better."""
+        return any(word in self.metric for word in ("perplexity", "loss"))
+
+    @property
+    def command(self) -> str:
+        """What makes these runs again."""
+        if self.scale == "unknown":
+            return ""
+        seeds = sorted({row["seed"] for arm in self.arms for row in arm.rows})
+        return (
+            f"python -m padst_exp.train -m experiment={self.experiment} scale={self.scale} "
+            f"seed={','.join(map(str, seeds))}"
+        )
+
+
+def number(text: object) -> float:
+    """A number in a table, 0 for what is none."""
+    try:
+        return float(str(text))
+    except ValueError:
+        return 0.0
+
+
+def tables(
+    rows: Sequence[Row], papers: Sequence[Published], *, baseline: str | None = None
+) -> list[Table]:
+    """Compare the arms of one experiment, at each scale, for each model and data set.
+
+    Args:
+        rows: of the experiment.
+        papers: published numbers.
+        baseline: arm to pair all others with; None: a learned permutation with a random one, a
+            random one with none, of the same structure and algorithm.
+    """
+    whole: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["state"] != "repeat":
+            whole[row["scale"], row["model"], row["dataset"]].append(row)
+    # What never began has no model; it belongs to the only table there is, else to one of its own.
+    known = [key for key in whole if key[1]]
+    for key in [key for key in whole if not key[1]]:
+        same = [other for other in known if other[0] == key[0]]
+        if len(same) == 1:
+            whole[same[0]] += whole.pop(key)
+    return [
+        _table(own[0]["experiment"], *key, own, papers, baseline) for key, own in whole.items()
+    ]  # fmt: skip
+
+
+def _table(
+    experiment: str,
+    scale: str,
+    model: str,
+    dataset: str,
+    rows: Sequence[Row],
+    papers: Sequence[Published],
+    named: str | None,
+) -> Table:
+    metric = next((row["metric"] for row in rows if row["metric"]), "")
+    cells: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        cells[_swept(row)][row["arm"]].append(row)
+    arms: list[Arm] = []
+    for swept, by_name in cells.items():
+        plain = {name: _arm(name, swept, own, metric) for name, own in by_name.items()}
+        arms += [_compared(arm, plain, named) for arm in plain.values()]
+    adjusted = statistics.holm([arm.difference.p if arm.difference else None for arm in arms])
+    arms = [
+        _beside(replace(arm, p=p), papers, scale, model, dataset, metric)
+        for arm, p in zip(arms, adjusted, strict=True)
+    ]
+    return Table(experiment, scale, model, dataset, metric, tuple(arms))
+
+
+def _swept(row: Row) -> str:
+    # Runs outside of sweeps differ in their sparsity, which is no part of their arm.
+    return str(row["swept"] or (f"sparsity={row['sparsity']}" if row["sparsity"] != "" else ""))
+
+
+def _arm(name: str, swept: str, rows: Sequence[Row], metric: str) -> Arm:
+    # Another metric (of averaged weights, say) is another quantity.
+    rows = [row if row["metric"] in ("", metric) else {**row, "value": None} for row in rows]
+    one_each: dict[int, Row] = {}
+    for row in rows:
+        if row["seed"] not in one_each or one_each[row["seed"]]["value"] is None:
+            one_each[row["seed"]] = row
+    own = tuple(one_each.values())
+    values = [row["value"] for row in own if row["value"] is not None]
+    return Arm(
+        name=name,
+        swept=swept,
+        rows=own,
+        sample=statistics.sample(values) if values else None,
+        not_finite=sum(row["value"] is None and row["state"] == "finished" for row in own),
+        missing=sum(row["state"] != "finished" for row in own),
+    )
+
+
+def _compared(arm: Arm, arms: Mapping[str, Arm], named: str | None) -> Arm:
+    base = named if named is not None and named in arms else _baseline(arm, arms)
+    if base and base != arm.name:
+        difference = statistics.paired(arm.by_seed(), arms[base].by_seed())
+        arm = replace(arm, baseline=base, difference=difference)
+    lower, upper = _control(arm, arms), _upper(arms)
+    if lower and upper and arm.name not in (lower, upper) and arm.sample:
+        ends = (arms[name].by_seed() for name in (lower, upper))
+        arm = replace(arm, closure=statistics.gap_closure(arm.by_seed(), *ends))
+    return arm
+
+
+def _baseline(arm: Arm, arms: Mapping[str, Arm]) -> str:
+    """The arm that another one is to be compared with, empty for none."""
+    if arm.permutation == "learned" and (control := _control(arm, arms)):
+        return control
+    if arm.permutation == "none":
+        return ""
+    stem = arm.name.removesuffix("_learned").removesuffix("_random")
+    return stem if stem != arm.name and stem in arms else _only(arm, arms, "none")
+
+
+def _control(arm: Arm, arms: Mapping[str, Arm]) -> str:
+    """The arm with random permutations that belongs to one, empty for none."""
+    name = f"{arm.name.removesuffix('_learned')}_random"
+    if name in arms:
+        return name
+    return _only(arm, arms, "random") or (LOWER if LOWER in arms else "")
+
+
+def _only(arm: Arm, arms: Mapping[str, Arm], permutation: str) -> str:
+    """The only arm of the same structure and algorithm with such permutations."""
+    keys = ("structure", "dst", "transform")
+    found = [
+        other.name for other in arms.values()
+        if other.permutation == permutation and other.name != arm.name
+        and all(other.first[key] == arm.first[key] for key in keys)
+    ]  # fmt: skip
+    return found[0] if len(found) == 1 else ""
+
+
+def _upper(arms: Mapping[str, Arm]) -> str:
+    if UPPER in arms:
+        return UPPER
+    found = [
+        arm.name for arm in arms.values()
+        if arm.first["method"] == UPPER and arm.permutation == "none"
+    ]  # fmt: skip
+    return found[0] if len(found) == 1 else ""
+
+
+def _beside(
+    arm: Arm, papers: Sequence[Published], scale: str, model: str, dataset: str, metric: str
+) -> Arm:
+    found = published.matching(
+        papers, model=model, dataset=dataset, metric=metric,
+        method=arm.first["method"], sparsity=arm.sparsity,
+    )  # fmt: skip
+    same = scale == "paper" and all(row.dataset == dataset for row in found)
+    return replace(arm, papers=tuple(found), comparable=bool(found) and same)

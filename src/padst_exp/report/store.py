@@ -1,0 +1,270 @@
+"""The tables of runs, results/tables/<experiment>.csv: a row for each run in an experiment.
+
+A row stays when its run is gone (it lies on another machine, or was deleted) until a run at the
+same place takes it over; whoever wants to begin anew deletes the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from padst_exp.atomic import replace_text
+from padst_exp.config import config_dir
+from padst_exp.files import one_line, reading
+from padst_exp.identity import FREE, LOCATIONS, flat, results_part
+from padst_exp.report.choices import option, structure_label
+from padst_exp.report.runs import MOST_BYTES, Place, Run, number
+
+Row = dict[str, Any]
+
+PLACE = ("experiment", "scale", "arm", "swept", "model", "dataset", "sparsity", "seed")
+NUMBERS = (
+    "value", "best", "density", "density_of_model", "parameters", "steps", "hardened", "forced",
+    "still_soft", "largest_loss_jump", "seconds", "samples_per_second", "tokens_per_second",
+    "peak_memory_mb", "peak_device_memory_mb",
+)  # fmt: skip
+COLUMNS = (
+    "experiment", "scale", "arm", "swept", "seed", "state", "why", "metric", "value", "best",
+    "method", "model", "dataset", "structure", "dst", "permutation", "transform", "sparsity",
+    "density", "density_of_model", "parameters", "steps", "metrics",
+    "hardened", "forced", "still_soft", "largest_loss_jump",
+    "seconds", "samples_per_second", "tokens_per_second", "peak_memory_mb",
+    "peak_device_memory_mb", "device", "device_name", "processes", "threads", "commit", "dirty",
+    "python", "torch", "triton", "timm", "transformers", "numpy", "scipy",
+    "config_hash", "run", "overrides",
+)  # fmt: skip
+_GROUPS = ("model", "dataset", "dst", "permutation", "transform")
+_PACKAGES = ("torch", "triton", "timm", "transformers", "numpy", "scipy")
+# Where a run was made and how it was watched are no part of what it is.
+_LEFT_OUT = FREE | LOCATIONS | {"seed", "experiment", "scale", "arm"}
+
+
+def rows(placed: Iterable[tuple[Place, Run]]) -> list[tuple[Row, Run]]:
+    """One row for each run in each experiment, arms of runs outside of sweeps named."""
+    found = [(_row(place, run), run) for place, run in placed]
+    _name_arms([(row, run) for row, run in found if not row["arm"]])
+    return sorted(found, key=lambda pair: _order(pair[0]))
+
+
+def merged(folder: Path, new: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each experiment: `new` ones, and of its table the others.
+
+    Args:
+        folder: of the tables; those that hold something else are left alone.
+        new: from `rows`.
+
+    Raises:
+        UserError: a table of ours is damaged.
+    """
+    tables: dict[str, list[Row]] = {}
+    for path in sorted(folder.glob("*.csv")) if folder.is_dir() else ():
+        old = read(path)
+        if old:
+            tables[old[0]["experiment"]] = old
+    for experiment, own in _by_experiment(new).items():
+        places = {_place(row) for row in own}
+        # What has no result must not hide one that was there.
+        had = [row for row in tables.get(experiment, []) if row["value"] is not None]
+        known = {_place(row): row for row in had}
+        own = [row if row["value"] is not None else known.get(_place(row), row) for row in own]
+        kept = [row for row in tables.get(experiment, []) if _place(row) not in places]
+        tables[experiment] = sorted([*own, *kept], key=_order)
+    return tables
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a table that `write` wrote; none of another table."""
+    with reading("out", path, "a table of runs"):
+        if path.stat().st_size > MOST_BYTES:
+            return []
+        text = path.read_text("utf-8")
+        if not text.startswith(",".join(COLUMNS[:6])):
+            return []
+        return [_typed(row) for row in csv.DictReader(io.StringIO(text, newline=""), strict=True)]
+
+
+def write(folder: Path, experiment: str, table: Sequence[Row]) -> Path:
+    """Write the table of an experiment; beside one of that name that holds something else."""
+    path = folder / f"{experiment}.csv"
+    if path.exists() and not read(path):
+        path = folder / f"{experiment}_runs.csv"
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="raise")
+    writer.writeheader()
+    writer.writerows({key: "" if v is None else v for key, v in row.items()} for row in table)
+    replace_text(path, text.getvalue())
+    return path
+
+
+def learned(permutation: str) -> bool:
+    """Whether an option of the group `permutation` learns anything."""
+    return permutation not in ("none", "random", "")
+
+
+def _row(place: Place, run: Run) -> Row:
+    summary, environment, config = run.summary, run.environment, run.config
+    timing, permutations = _mapping(summary.get("timing")), _mapping(summary.get("permutations"))
+    packages = _mapping(environment.get("packages"))
+    metric = one_line(str(summary.get("monitor", "")))
+    final, best = _mapping(summary.get("final")), _mapping(summary.get("best"))
+    others = [f"{one_line(str(k))}={v:.6g}" for k, v in final.items() if _other(k, metric, v)]
+    chosen = {group: option(group, config.get(group)) if config else "" for group in _GROUPS}
+    still_soft = permutations.get("still_soft")
+    row: Row = {
+        "experiment": place.experiment,
+        "scale": place.scale,
+        "arm": one_line(place.arm),
+        "swept": _words(place.swept),
+        "seed": place.seed,
+        "state": run.state,
+        "why": run.why.replace(f"{run.path}/", "").replace(f"{run.path}", run.path.name),
+        "metric": metric,
+        "value": final.get(metric),
+        "best": best.get(metric),
+        **chosen,
+        "structure": structure_label(config.get("structure")) if config else "",
+        "sparsity": config.get("sparsity", ""),
+        "density": summary.get("density_of_layers"),
+        "density_of_model": summary.get("density_of_model"),
+        "parameters": summary.get("parameters"),
+        "steps": summary.get("steps"),
+        "metrics": " ".join(others),
+        "hardened": permutations.get("hardened"),
+        "forced": permutations.get("forced"),
+        "still_soft": len(still_soft) if isinstance(still_soft, list) else None,
+        "largest_loss_jump": permutations.get("largest_loss_jump"),
+        **{key: timing.get(key) for key in NUMBERS if key in timing},
+        "commit": environment.get("git_commit"),
+        "dirty": environment.get("git_dirty"),
+        **{key: environment.get(key) for key in
+           ("device", "device_name", "processes", "threads", "python")},
+        **{key: packages.get(key) for key in _PACKAGES},
+        "config_hash": run.hash,
+        "run": run.path.name,
+        # Whoever pastes them into a shell gets words, whatever is in them.
+        "overrides": shlex.join(_telling(place.overrides or run.overrides)),
+    }  # fmt: skip
+    row["method"] = method(row, config)
+    full = dict.fromkeys(COLUMNS) | row
+    return _typed({key: "" if v is None else one_line(str(v)) for key, v in full.items()})
+
+
+def method(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What published tables call what a run does, empty for what none of them has."""
+    structure, dst = row["structure"].partition(" ")[0], row["dst"]
+    if structure == "dense":
+        return "dense"
+    named = {
+        ("butterfly", "static"): "pixelated_bfly",
+        ("shuffled_block", "dsb"): "dsb",
+        ("fan_in", "srigl"): "srigl",
+        ("diag", "dynadiag"): "dynadiag",
+        ("diag", "set"): "diag_heur",
+        ("nm", "sr_ste"): "sr_ste",
+    }
+    name = dst if structure == "unstructured" else named.get((structure, dst), "")
+    if not name or row["permutation"] == "random":
+        return ""
+    algorithm = _mapping(config.get("dst"))
+    if name == "srigl" and algorithm.get("ablation") is False:
+        name = "srigl ablation=false"
+    if name == "dynadiag" and config.get("distribution") == "erk":
+        name = "dynadiag distribution=erk"
+    if name == "dynadiag" and algorithm.get("schedule") in ("linear", "constant"):
+        name = f"dynadiag temperature={algorithm['schedule']}"
+    if row["transform"] not in ("none", ""):
+        name = f"{row['transform']} {name}"
+    return f"{name} + learned permutation" if learned(row["permutation"]) else name
+
+
+def _name_arms(unnamed: Sequence[tuple[Row, Run]]) -> None:
+    """Give runs outside of sweeps an arm: their choices, and whatever else tells them apart."""
+    alike: dict[tuple[str, ...], list[tuple[Row, Run]]] = defaultdict(list)
+    for row, run in unnamed:
+        words = [row["structure"] or row["run"], row["dst"], row["permutation"], row["transform"]]
+        usual = ("", "rigl", "none", "none")
+        row["arm"] = " ".join(w for w, u in zip(words, usual, strict=True) if w and w != u)
+        same = ("experiment", "arm", "swept", "model", "dataset", "sparsity")
+        alike[tuple(str(row[key]) for key in same)].append((row, run))
+    for runs in alike.values():
+        leaves = [dict(flat(results_part(run.config))) for _, run in runs]
+        keys = dict.fromkeys(key for one in leaves for key in one if key not in _LEFT_OUT)
+        varying = [key for key in keys if len({repr(one.get(key)) for one in leaves}) > 1]
+        for (row, _), one in zip(runs, leaves, strict=True):
+            row["arm"] = one_line(" ".join([row["arm"], *(f"{k}={one.get(k)}" for k in varying)]))
+
+
+def _typed(row: Mapping[Any, Any]) -> Row:
+    """A row with numbers where there are some, and None where one is missing or not finite."""
+    typed: Row = {column: row.get(column) or "" for column in COLUMNS}
+    for column in NUMBERS:
+        try:
+            value = float(typed[column])
+        except ValueError:
+            value = math.nan
+        typed[column] = value if math.isfinite(value) else None
+    try:
+        typed["seed"] = int(row["seed"] or 0)
+    except ValueError:
+        typed["seed"] = 0
+    return typed
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """By what is swept, then the arms as the experiment's file has them, then seeds."""
+    order = arms(row["experiment"])
+    place = order.index(row["arm"]) if row["arm"] in order else len(order)
+    chosen = row["permutation"]
+    softness = 2 if learned(chosen) else ("none", "random").index(chosen or "none")
+    return (
+        row["scale"], row["model"], row["dataset"], row["swept"], row["sparsity"], place,
+        row["structure"], softness, row["arm"], row["seed"], row["run"],
+    )  # fmt: skip
+
+
+@cache
+def arms(experiment: str) -> tuple[str, ...]:
+    """The arms of an experiment in the order of its file; none where there is no such file."""
+    path = config_dir() / "experiment" / f"{experiment}.yaml"
+    content = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else None
+    named = content.get("arms") if isinstance(content, dict) else None
+    return tuple(map(str, named)) if isinstance(named, dict) else ()
+
+
+def _by_experiment(table: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in table:
+        found[row["experiment"]].append(row)
+    return found
+
+
+def _place(row: Row) -> tuple[str, ...]:
+    return tuple(str(row[key]) for key in PLACE)
+
+
+def _telling(overrides: Iterable[str]) -> list[str]:
+    """Overrides without those of this machine, and without the seed, which has a column."""
+    dropped = FREE | LOCATIONS | {"seed"}
+    return [o for o in overrides if o.lstrip("+~").partition("=")[0] not in dropped]
+
+
+def _words(swept: Mapping[str, object]) -> str:
+    return one_line(" ".join(f"{key}={value}" for key, value in swept.items()))
+
+
+def _other(key: object, metric: str, value: object) -> bool:
+    return key not in ("step", metric) and math.isfinite(number(value))
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
