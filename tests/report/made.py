@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -41,8 +42,7 @@ def made(
     path = folder / name
     path.mkdir(parents=True)
     whole = {**copy.deepcopy(_composed(overrides)), "seed": seed, **(config or {})}
-    # JSON is YAML; what reads the config is not asked to take anything else here.
-    (path / "config.yaml").write_text(json.dumps(whole))
+    (path / "config.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     (path / "overrides.yaml").write_text(json.dumps([*overrides, f"seed={seed}"]))
     environment = {"git_commit": "0" * 40, "git_dirty": False, "device": "cpu", "threads": 1,
                    "processes": 1, "python": "3.11", "packages": {"torch": "2.14.1"}}  # fmt: skip

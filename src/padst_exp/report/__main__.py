@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from padst_exp.cli import command_line
+from padst_exp.cli import command_line, told_in_one_line
 from padst_exp.config import read_keys
+from padst_exp.overrides import check_overrides
+
+KERNELS = "results/kernels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +36,28 @@ class ReportSchema:
     published: str
 
 
+def main() -> None:
+    """Report, or plan where that is the first argument."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["plan"] and not {"--help", "-h"} & set(arguments):
+        with told_in_one_line():
+            plan(arguments[1:])
+    else:
+        report()
+
+
+def plan(overrides: list[str]) -> None:
+    """Say what the runs of a command line would take."""
+    from padst_exp.messages import say
+    from padst_exp.report.plan import plan
+
+    check_overrides(overrides)
+    for line in plan(overrides, Path(KERNELS)):
+        say(line)
+
+
 @command_line("report")
-def main(cfg: DictConfig) -> None:
+def report(cfg: DictConfig) -> None:
     """Write tables and the page, and say where."""
     keys = read_keys(cfg, ReportSchema)
 

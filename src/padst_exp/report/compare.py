@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +12,10 @@ from padst_exp.report.published import Published
 from padst_exp.report.statistics import Closure, Difference, Sample
 from padst_exp.report.store import Row, learned
 
-UPPER, LOWER = "rigl", "random"
-"""Arms that span the gap to close, where an experiment names arms so."""
+UPPER, LOWER, PLAIN = "rigl", "random", "none"
+"""Arms that span the gap to close, and one without permutations, where an experiment has them."""
+# What is swept is written as key=value key=value.
+_WORDS = re.compile(r" (?=[\w.@/]+=)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class Arm:
     @property
     def sparsity(self) -> float:
         """Asked of the sparse layers, 0 for a dense model."""
-        return 0.0 if self.first["structure"] == "dense" else number(self.first["sparsity"])
+        try:
+            return 0.0 if self.first["structure"] == "dense" else float(self.first["sparsity"])
+        except ValueError:
+            return 0.0
 
     @property
     def permutation(self) -> str:
@@ -70,7 +76,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Table:
-    """The arms of an experiment at one scale, of one model on one data set."""
+    """The arms of an experiment at one scale, of one model on one data set.
+
+    `comparisons` is the size of the family of tests that p values are adjusted for.
+    """
 
     experiment: str
     scale: str
@@ -78,11 +87,7 @@ class Table:
     dataset: str
     metric: str
     arms: tuple[Arm, ...]
-
-    @property
-    def comparisons(self) -> int:
-        """The size of the family that p values are adjusted for."""
-        return sum(arm.p is not None for arm in self.arms)
+    comparisons: int
 
     @property
     def lower_is_better(self) -> bool:
@@ -99,14 +104,6 @@ class Table:
             f"python -m padst_exp.train -m experiment={self.experiment} scale={self.scale} "
             f"seed={','.join(map(str, seeds))}"
         )
-
-
-def number(text: object) -> float:
-    """A number in a table, 0 for what is none."""
-    try:
-        return float(str(text))
-    except ValueError:
-        return 0.0
 
 
 def tables(
@@ -130,39 +127,67 @@ def tables(
         same = [other for other in known if other[0] == key[0]]
         if len(same) == 1:
             whole[same[0]] += whole.pop(key)
-    return [
-        _table(own[0]["experiment"], *key, own, papers, baseline) for key, own in whole.items()
-    ]  # fmt: skip
+    return [_table(key, own, papers, baseline) for key, own in whole.items()]
 
 
 def _table(
-    experiment: str,
-    scale: str,
-    model: str,
-    dataset: str,
+    key: tuple[str, str, str],
     rows: Sequence[Row],
     papers: Sequence[Published],
     named: str | None,
 ) -> Table:
     metric = next((row["metric"] for row in rows if row["metric"]), "")
-    cells: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        cells[_swept(row)][row["arm"]].append(row)
     arms: list[Arm] = []
-    for swept, by_name in cells.items():
+    for swept, by_name in _cells(rows).items():
         plain = {name: _arm(name, swept, own, metric) for name, own in by_name.items()}
         arms += [_compared(arm, plain, named) for arm in plain.values()]
-    adjusted = statistics.holm([arm.difference.p if arm.difference else None for arm in arms])
+    # An arm that stands in several cells may be compared with another such: that is one test.
+    tests = {_test(arm): arm.difference.p for arm in arms if arm.difference}
+    adjusted = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
+    scale, model, dataset = key
     arms = [
-        _beside(replace(arm, p=p), papers, scale, model, dataset, metric)
-        for arm, p in zip(arms, adjusted, strict=True)
+        _beside(replace(arm, p=adjusted.get(_test(arm))), papers, scale, model, dataset, metric)
+        for arm in arms
     ]
-    return Table(experiment, scale, model, dataset, metric, tuple(arms))
+    comparisons = sum(p is not None for p in adjusted.values())
+    return Table(rows[0]["experiment"], scale, model, dataset, metric, tuple(arms), comparisons)
 
 
-def _swept(row: Row) -> str:
-    # Runs outside of sweeps differ in their sparsity, which is no part of their arm.
-    return str(row["swept"] or (f"sparsity={row['sparsity']}" if row["sparsity"] != "" else ""))
+def _cells(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """The rows of each arm, for every choice of what is swept.
+
+    An arm that has no part in a key (or is dense, whatever sparsity is swept) stands in all cells
+    that differ in it alone.
+    """
+    chosen = [_chosen(row) for row in rows]
+    keys = {key for choice in chosen for key in choice}
+    whole = [choice for choice in chosen if choice.keys() == keys] or chosen
+    cells: dict[str, dict[str, list[Row]]] = {}
+    for choice in whole:
+        text = " ".join(f"{key}={value}" for key, value in choice.items())
+        if text not in cells:
+            cells[text] = defaultdict(list)
+            for row, other in zip(rows, chosen, strict=True):
+                if all(choice.get(key) == value for key, value in other.items()):
+                    cells[text][row["arm"]].append(row)
+    return cells
+
+
+def _chosen(row: Row) -> dict[str, str]:
+    """What is swept beside arm and seed, of one run."""
+    words = [word.partition("=")[::2] for word in _WORDS.split(str(row["swept"])) if word]
+    chosen = dict(words)
+    if not chosen and row["sparsity"] != "":
+        chosen["sparsity"] = str(row["sparsity"])
+    if row["structure"] == "dense":
+        chosen.pop("sparsity", None)
+    return chosen
+
+
+def _test(arm: Arm) -> tuple[object, ...]:
+    """What is compared, whichever cell it stands in."""
+    sample = arm.difference.sample if arm.difference else None
+    return arm.name, arm.baseline, tuple(row["run"] for row in arm.rows), sample
 
 
 def _arm(name: str, swept: str, rows: Sequence[Row], metric: str) -> Arm:
@@ -200,18 +225,18 @@ def _baseline(arm: Arm, arms: Mapping[str, Arm]) -> str:
     """The arm that another one is to be compared with, empty for none."""
     if arm.permutation == "learned" and (control := _control(arm, arms)):
         return control
-    if arm.permutation == "none":
-        return ""
     stem = arm.name.removesuffix("_learned").removesuffix("_random")
-    return stem if stem != arm.name and stem in arms else _only(arm, arms, "none")
+    if stem != arm.name and stem in arms:
+        return stem
+    if PLAIN in arms:
+        return PLAIN
+    return "" if arm.permutation == "none" else _only(arm, arms, "none")
 
 
 def _control(arm: Arm, arms: Mapping[str, Arm]) -> str:
     """The arm with random permutations that belongs to one, empty for none."""
     name = f"{arm.name.removesuffix('_learned')}_random"
-    if name in arms:
-        return name
-    return _only(arm, arms, "random") or (LOWER if LOWER in arms else "")
+    return next((n for n in (name, LOWER) if n in arms), "") or _only(arm, arms, "random")
 
 
 def _only(arm: Arm, arms: Mapping[str, Arm], permutation: str) -> str:

@@ -239,8 +239,7 @@ def _columns(first: str, *rest: str) -> tuple[Column, ...]:
 
 def _curves(arms: Sequence[Arm]) -> tuple[str, list[Series]] | None:
     """The series of each arm over the one number that is swept, and what that is, if so."""
-    sparse = [arm for arm in arms if structure_of(arm.first["structure"]) != "dense"]
-    swept = {arm.swept for arm in sparse}
+    swept = {arm.swept for arm in arms}
     keys = {text.rpartition("=")[0] for text in swept}
     if len(keys) != 1 or len(swept) < 2:
         return None

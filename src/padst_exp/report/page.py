@@ -29,6 +29,7 @@ class Chapter:
 
 
 def text(
+    rows: Mapping[str, Sequence[Row]],
     tables: Mapping[str, Sequence[Table]],
     runs: Sequence[tuple[Row, Run]],
     measured: Sequence[Measured],
@@ -37,7 +38,8 @@ def text(
     """The text of the page.
 
     Args:
-        tables: of arms, by experiment.
+        rows: of all runs, by experiment.
+        tables: of their arms, by experiment.
         runs: what is drawn of more than tables hold: penalties, checkpoints.
         measured: speeds.
         problems: what could not be read, in lines.
@@ -50,8 +52,8 @@ def text(
         lstrip_blocks=True,
     )
     every = [table for own in tables.values() for table in own]
-    rows = [row for table in every for arm in table.arms for row in arm.rows]
-    finished = [row for row in rows if row["value"] is not None]
+    all_rows = [row for own in rows.values() for row in own]
+    finished = [row for row in all_rows if row["value"] is not None]
     return environment.get_template("page.html").render(
         colours=COLOURS,
         finished=len(finished),
@@ -67,5 +69,5 @@ def text(
         penalties=list(exhibits.penalties(runs)),
         pictures=list(exhibits.pictures(runs)),
         timings=list(exhibits.timings(measured)),
-        left_out=exhibits.left_out(rows, problems),
+        left_out=exhibits.left_out(all_rows, problems),
     )

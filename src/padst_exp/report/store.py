@@ -124,7 +124,7 @@ def _row(place: Place, run: Run) -> Row:
         "experiment": place.experiment,
         "scale": place.scale,
         "arm": one_line(place.arm),
-        "swept": _words(place.swept),
+        "swept": _words(place),
         "seed": place.seed,
         "state": run.state,
         "why": run.why.replace(f"{run.path}/", "").replace(f"{run.path}", run.path.name),
@@ -237,8 +237,9 @@ def arms(experiment: str) -> tuple[str, ...]:
     """The arms of an experiment in the order of its file; none where there is no such file."""
     path = config_dir() / "experiment" / f"{experiment}.yaml"
     content = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else None
-    named = content.get("arms") if isinstance(content, dict) else None
-    return tuple(map(str, named)) if isinstance(named, dict) else ()
+    for key in ("hydra", "sweeper", "arms"):
+        content = content.get(key) if isinstance(content, dict) else None
+    return tuple(map(str, content)) if isinstance(content, dict) else ()
 
 
 def _by_experiment(table: Iterable[Row]) -> dict[str, list[Row]]:
@@ -258,8 +259,11 @@ def _telling(overrides: Iterable[str]) -> list[str]:
     return [o for o in overrides if o.lstrip("+~").partition("=")[0] not in dropped]
 
 
-def _words(swept: Mapping[str, object]) -> str:
-    return one_line(" ".join(f"{key}={value}" for key, value in swept.items()))
+def _words(place: Place) -> str:
+    """What is swept, without what is in the arm's name or has a table of its own."""
+    apart = {"model", "dataset"} if place.arm else {*_GROUPS, "structure"}
+    words = [f"{key}={value}" for key, value in place.swept.items() if key not in apart]
+    return one_line(" ".join(words))
 
 
 def _other(key: object, metric: str, value: object) -> bool:

@@ -65,7 +65,7 @@ def report(
             count = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
             yield f"{name}: {count}; {path}, .md and .tex"
         path = out / "report.html"
-        replace_text(path, page.text(compared, pairs, measured, found.problems))
+        replace_text(path, page.text(stored, compared, pairs, measured, found.problems))
     except OSError as error:
         why = error.strerror
         raise UserError(f"out: expected a folder to write to, got {out} ({why})") from error
