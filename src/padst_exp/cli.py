@@ -24,9 +24,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from padst_exp import end_quietly
 from padst_exp.config import GROUPS, closest, config_dir, options
+from padst_exp.engine.interruption import Interrupted
 from padst_exp.errors import UserError, is_lack_of_memory
 from padst_exp.messages import say
 from padst_exp.overrides import ambiguous, check_hydra, check_overrides, unreadable
+from padst_exp.signals import WARNINGS
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -61,7 +63,7 @@ def command_line(
             changes = _changes(config_name) if of_run else []
 
             @functools.wraps(task)
-            def job(cfg: DictConfig) -> None:
+            def job(cfg: DictConfig) -> str | None:
                 nonlocal composed
                 composed = True
                 _hear("padst_kernels")
@@ -71,11 +73,15 @@ def command_line(
                     _require_keys()
                     check_hydra(cast(DictConfig, HydraConfig.get()))
                     task(cfg)
+                except Interrupted as stop:
+                    _ask_for_requeue(stop.signum)
+                    raise
                 except Exception as error:
-                    # Jobs that a cluster runs elsewhere must bring their exception back here.
-                    if full_error or os.getpid() != launcher:
+                    if full_error:
                         raise
-                    if sweeping := HydraConfig.get().mode is RunMode.MULTIRUN:
+                    elsewhere = os.getpid() != launcher  # on a cluster
+                    sweeping = elsewhere or HydraConfig.get().mode is RunMode.MULTIRUN
+                    if sweeping and not elsewhere:
                         failed.append(HydraConfig.get().job.num)
                     if not _is_expected(error):
                         if not sweeping:
@@ -84,6 +90,8 @@ def command_line(
                     _say(f"error: {_process()}{_job_name()}{explain(error)}")
                     if not sweeping:
                         sys.exit(FAILURE)
+                    return explain(error) if elsewhere else None
+                return None
 
             if {"--help", "-h"} & set(sys.argv[1:]):
                 sys.stdout.write(_help(config_name))
@@ -140,6 +148,17 @@ def _without(arguments: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
+def _ask_for_requeue(signum: int) -> None:
+    """Let submitit put a job back into the queue that was warned, and has saved its work.
+
+    It listens to one of the signals with which schedulers warn, and does so in the handler that it
+    had before the run began. After others the scheduler itself knows what to do with the job.
+    """
+    if signum in WARNINGS and "SUBMITIT_EXECUTOR" in os.environ:
+        name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
+        signal.raise_signal(signal.Signals[f"SIG{name}"])
+
+
 class _Said(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(f"warning: {record.getMessage()}")
@@ -188,6 +207,8 @@ def explain(error: BaseException) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if not group:
             return f"--config-name: {config_dir()} has no {option}.yaml"
+        if option.startswith("submitit_"):
+            return f"{group}={option}: expected hydra-submitit-launcher, the extra `cluster`"
         group, *rest = f"{group}/{option}".split("/")
         return f"{group}={'/'.join(rest)}: unknown option; choose from {', '.join(options(group))}"
     if isinstance(error, OverrideParseException):

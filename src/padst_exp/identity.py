@@ -14,7 +14,7 @@ from typing import Any
 # Where and how a run is watched, and what changes no weight: these may change on the way.
 FREE = frozenset(
     {
-        *("logger", "runs", "resume", "name", "device", "backend"),
+        *("logger", "runs", "resume", "name", "device", "backend", "scale", "arm"),
         *("trainer.workers", "trainer.log_interval", "trainer.checkpoint_interval"),
         *("trainer.eval_interval", "trainer.eval_batch_size", "trainer.keep_last"),
     }
@@ -46,8 +46,16 @@ def name_hash(config: Mapping[Any, object]) -> str:
         for key, value in flat(config)
         if key in LOCATIONS and isinstance(value, str)
     }
-    text = json.dumps([results_part(config), places], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return _hash([results_part(config), places])
+
+
+def replicate_hash(config: Mapping[Any, object]) -> str:
+    """Eight hex digits that are equal for runs which differ in nothing but the seed.
+
+    Whose weights, units or permutations a run starts from is told by their places, which are left
+    out: that of a seed is another one for each seed.
+    """
+    return _hash(_without(config, FREE | LOCATIONS | {"seed"}))
 
 
 def differences(one: Mapping[str, object], other: Mapping[str, object]) -> Iterator[str]:
@@ -66,6 +74,10 @@ def flat(config: Mapping[Any, object], prefix: str = "") -> Iterator[tuple[str, 
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _without(config: Mapping[Any, object], left_out: frozenset[str], prefix: str = "") -> Any:

@@ -107,6 +107,11 @@ def quoted(key: str, value: str) -> str:
 
     Hydra wants its own quotes inside of those of the shell.
     """
+    return shlex.quote(assignment(key, value))
+
+
+def assignment(key: str, value: str) -> str:
+    """The same for Hydra alone."""
     # Backslashes before a quote, or at the end, are doubled, as Hydra's grammar has it.
     inner = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
-    return shlex.quote(f'{key}="{inner}"')
+    return f'{key}="{inner}"'

@@ -241,6 +241,8 @@ def _config(
     # Before anything else: even the keys of a run are built where they name a constructor.
     stored.require_ours(cfg, where, [trust] if isinstance(trust, str) else trust)
     cfg = alone(cfg)
+    for key in ("scale", "arm"):  # older runs have none
+        cfg.setdefault(key, None)
     try:
         run_settings(cfg)
     except UserError as error:

@@ -79,6 +79,8 @@ class Run:
         resume: "auto" continues from the newest checkpoint of the same run, "never" does not.
         runs: folder that holds the run directories.
         name: of the run directory; null derives it from the config.
+        scale: what the data and lengths were chosen for; null in runs of before there were scales.
+        arm: of the experiment that this run is for.
         device: "auto" takes the GPU where there is one.
         backend: of sparse products (`padst_kernels.Backend`), or "auto", which measures.
     """
@@ -98,6 +100,8 @@ class Run:
     resume: Literal["never", "auto"]
     runs: str
     name: str | None
+    scale: Literal["demo", "small", "paper"] | None
+    arm: str | None
     device: Device
     backend: Literal["auto", "native", "torch", "triton", "cuda", "scatter"]
 
@@ -299,4 +303,7 @@ def open_directory(cfg: DictConfig, world: World) -> RunDirectory:
 
 
 if __name__ == "__main__":
-    main()
+    # What a cluster unpickles must be found by name.
+    from padst_exp.train import main as program
+
+    program()

@@ -22,6 +22,8 @@ Program = Callable[..., tuple[int, str, str]]
 
 # A config that is read at once, where it does not matter which.
 SMALL = {"config": "evaluate"}
+# A sweep whose jobs are calls in this process.
+IN_HERE = ("--multirun", "hydra/launcher=basic")
 
 
 @pytest.fixture
@@ -252,13 +254,13 @@ def test_a_sweep_goes_on_after_a_failed_job_and_fails_at_its_end(program: Progra
         seen.append(cfg.seed)
         checked(cfg)
 
-    code, _, err = program(task, "--multirun", "seed=0,1", "structure.n=1,0")
+    code, _, err = program(task, *IN_HERE, "seed=0,1", "structure.n=1,0")
     assert code == 1
     assert seen == [0, 0, 1, 1]
     line = "structure.n: expected an integer of at least 1, got 0\n"
     assert err == (
-        f"padst_exp: error: job 1 (seed=0 structure.n=0): {line}"
-        f"padst_exp: error: job 3 (seed=1 structure.n=0): {line}"
+        f"padst_exp: error: job 1 (seed=0 structure.n=0 resume=auto): {line}"
+        f"padst_exp: error: job 3 (seed=1 structure.n=0 resume=auto): {line}"
         "padst_exp: error: 2 jobs of this sweep failed: 1, 3\n"
     )
 
@@ -267,7 +269,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_fails_at_its_end(program: Progra
         if cfg.seed == 2:
             raise ZeroDivisionError("of ours")
 
-    code, _, err = program(bug, "--multirun", "seed=2,3")
+    code, _, err = program(bug, *IN_HERE, "seed=2,3")
     assert code == 1 and seen[-1] == 3
     assert "Traceback" in err and err.endswith("1 jobs of this sweep failed: 0\n")
 
@@ -278,6 +280,7 @@ def test_an_experiment_is_a_sweep(program: Program) -> None:
         lambda cfg: seen.append((cfg.structure._target_, cfg.permutation._target_, cfg.model.dim)),
         "experiment=structures",
         "structure=block",
+        "hydra/launcher=basic",
     )
     assert (code, err) == (0, "")
     assert len(set(seen)) == len(seen) == 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import os
 import platform
@@ -29,6 +28,7 @@ from padst_exp.atomic import (
 from padst_exp.engine.checkpoint import Checkpoints, require_same_config
 from padst_exp.engine.distributed import World
 from padst_exp.engine.environment import package_version
+from padst_exp.engine.folders import is_run, newest
 from padst_exp.engine.lock import Lock
 from padst_exp.engine.records import read_metrics, read_summary, to_json
 from padst_exp.errors import UserError
@@ -106,7 +106,7 @@ class RunDirectory:
                 draft = _Draft(config_text, overrides, str(world.device))
                 made = [folder for folder in (root, *root.parents) if not folder.exists()]
                 while True:
-                    path = _newest(root, name) if resume == "auto" else None
+                    path = newest(root, name) if resume == "auto" else None
                     found = path is not None
                     if path is None:
                         path = draft.publish(root, name, anew=resume == "never")
@@ -279,7 +279,7 @@ class _Draft:
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                         raise
-                if not anew and _is_run(path):
+                if not anew and is_run(path):
                     self.lock.release()
                     shutil.rmtree(draft)
                     return None
@@ -302,24 +302,8 @@ class _Draft:
 
 def can_continue(root: Path, name: str) -> bool:
     """Whether there is a run called `name` in `root` with a checkpoint to go on from."""
-    path = _newest(root, name)
+    path = newest(root, name)
     return path is not None and (path / "checkpoints" / "last.pt").exists()
-
-
-def _newest(root: Path, name: str) -> Path | None:
-    """Return the folder called `name`, or `name` with the highest suffix, that is a run's."""
-    found = {1: root / name}
-    for path in root.glob(f"{glob.escape(name)}-*"):
-        suffix = path.name.removeprefix(f"{name}-")
-        if suffix.isdigit():
-            found[int(suffix)] = path
-    runs = [number for number in sorted(found) if _is_run(found[number])]
-    return found[runs[-1]] if runs else None
-
-
-def _is_run(path: Path) -> bool:
-    marks = (path / "config.yaml", path / "checkpoints" / "last.pt", path / "lock.json")
-    return any(os.path.lexists(mark) for mark in marks)
 
 
 def _nothing_to_continue(root: Path, new: Path, config: Mapping[str, object]) -> str:

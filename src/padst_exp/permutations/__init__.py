@@ -16,6 +16,12 @@ from padst_exp.permutations.learners import (
 )
 from padst_exp.permutations.moves import Moves
 from padst_exp.permutations.permutation import Permutation, is_bijection
+from padst_exp.permutations.placebos import (
+    DrawnTarget,
+    RandomTarget,
+    Shuffled,
+    ShuffledPermutation,
+)
 from padst_exp.permutations.site import Site
 from padst_exp.permutations.straight_through import HeldPermutation, StraightThrough
 from padst_exp.permutations.transport import Partition, Transport
@@ -23,6 +29,7 @@ from padst_exp.permutations.transport import Partition, Transport
 __all__ = [
     "DoublyStochastic",
     "DrawnPermutation",
+    "DrawnTarget",
     "Evidence",
     "Exchange",
     "Givens",
@@ -38,8 +45,11 @@ __all__ = [
     "Permutation",
     "PermutationLearner",
     "RandomPermutation",
+    "RandomTarget",
     "Relaxed",
     "Search",
+    "Shuffled",
+    "ShuffledPermutation",
     "Site",
     "StraightThrough",
     "SwitchedPermutation",

@@ -238,7 +238,7 @@ class DoublyStochastic(Relaxed):
         if size == 1:
             return single(generator)
         logits = initial_logits((size, size), self.init, self.scale, generator)
-        return self._soft(logits)
+        return self.soften(logits, generator)
 
     def fit(self, site: Site, generator: torch.Generator) -> Permutation | None:
         fresh = self.create(site.size, generator)
@@ -247,9 +247,10 @@ class DoublyStochastic(Relaxed):
         # Its singular values are at least 2 keep - 1: trained weights can be read through it.
         noise = fresh.matrix().detach()
         identity = torch.eye(site.size, device=noise.device)
-        return self._soft((self.keep * identity + (1 - self.keep) * noise).log())
+        return self.soften((self.keep * identity + (1 - self.keep) * noise).log(), generator)
 
-    def _soft(self, logits: Tensor) -> Permutation:
+    def soften(self, logits: Tensor, generator: torch.Generator) -> Permutation:
+        """Return the soft permutation that begins with `logits` `[d, d]`, as of no projection."""
         return Permutation(
             logits.exp() if self.projected else logits,
             projected=self.projected,

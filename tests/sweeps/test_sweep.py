@@ -1,0 +1,242 @@
+"""A sweep: what is there is not run again, what fails and what came out is told at its end."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from padst_exp.config import GROUPS
+from padst_exp.errors import UserError
+from padst_exp.sweeps import Job
+from padst_exp.sweeps.local import Pool
+from padst_exp.sweeps.sweep import Sweep
+
+TINY = (
+    "logger=none", "device=cpu", "backend=torch", "model.depth=1", "model.dim=32", "model.heads=2",
+    "trainer.batch_size=8", "trainer.eval_interval=null", "structure=nm",
+)  # fmt: skip
+ROOT = Path(__file__).parents[2]
+
+
+class Fake:
+    """Stands for Hydra and a launcher: a run is a folder with a summary of its seed."""
+
+    def __init__(self, root: Path, failing: Sequence[int] = ()) -> None:
+        self.root, self.failing = root, failing
+        self.launched: list[list[str]] = []
+        choices = dict.fromkeys(("model", "structure", "dst", "permutation"), "x")
+        self.base = {
+            **dict.fromkeys(("init_from", "init_topology", "init_permutation", "init_values")),
+            **dict.fromkeys(("name", "arm")),
+            **{group: {} for group in GROUPS},
+            "sparse": [], "sparsity": 0.9, "distribution": "uniform", "low_rank": 0, "seed": 0,
+            "storage": "packed", "init_score": "magnitude", "init_batches": 1, "scale": "demo",
+            "resume": "never", "runs": str(root), "device": "cpu", "backend": "auto",
+            "hydra": {"runtime": {"choices": {**choices, "experiment": "trial"}}},
+        }  # fmt: skip
+
+    def load(self, overrides: list[str]) -> DictConfig:
+        cfg = OmegaConf.create(self.base)
+        cfg.merge_with_dotlist([override.replace('"', "") for override in overrides])
+        return cfg
+
+    def launch(self, overrides: list[list[str]], first: int) -> list[str | None]:
+        self.launched += overrides
+        for number, each in enumerate(overrides, first):
+            if number not in self.failing:
+                folder = self.sweep.numbered[number].runs / self.sweep.numbered[number].name
+                folder.mkdir(exist_ok=True)
+                (folder / "config.yaml").touch()
+                final = {"monitor": "top1", "final": {"top1": float(self.load(each).seed)}}
+                (folder / "summary.json").write_text(json.dumps(final))
+        end = first + len(overrides)
+        return ["of no use" if number in self.failing else None for number in range(first, end)]
+
+    def run(self, *jobs: Job) -> None:
+        self.launched = []
+        self.sweep = Sweep(jobs, load=self.load, launch=self.launch)
+        self.sweep.run()
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.root / "sweeps" / "trial.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def job(arm: str, seed: int, **starts_from: Job) -> Job:
+    return Job(arm, {}, [f"arm={arm}", f"sparsity=0.{len(arm)}", f"seed={seed}"], starts_from)
+
+
+def test_only_what_is_not_finished_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake(tmp_path, failing=[1])
+    jobs = [job("abc", 1), job("abcd", 2), job("cba", 1)]  # the last is the first again
+    with pytest.raises(UserError, match=r"^1 jobs of this sweep failed: 1$"):
+        fake.run(*jobs)
+    assert [each[2] for each in fake.launched] == ["seed=1", "seed=2"]
+    assert all(each[-1] == "resume=auto" for each in fake.launched)
+    said = capsys.readouterr().err
+    assert "arm=cba seed=1   top1 1 " in said and "arm=abcd seed=2  not finished" in said
+    fake.failing = []
+    fake.run(*jobs)
+    assert [each[2] for each in fake.launched] == ["seed=2"]
+    fake.run(*jobs)
+    assert not fake.launched
+    again = Job("abc", {}, [*job("abc", 1).overrides, "resume=never"])
+    fake.run(again)
+    assert len(fake.launched) == 1
+    # What belongs together is told in one file, also of runs that are made for several arms.
+    rows = fake.rows()
+    assert {row["arm"] for row in rows if row["run"] == rows[0]["run"]} == {"abc", "cba"}
+    assert rows[0]["replicate"] == rows[2]["replicate"] != rows[1]["replicate"]
+
+
+def test_what_a_run_starts_from_is_run_before(tmp_path: Path) -> None:
+    fake = Fake(tmp_path)
+    fake.run(job("ab", 3, init_permutation=job("abc", 4)), job("abcd", 3))
+    assert [each[0] for each in fake.launched] == ["arm=abcd", "arm=abc", "arm=ab"]
+    (start,) = [word for word in fake.launched[2] if word.startswith("init_permutation=")]
+    source = Path(start.partition("=")[2].strip('"'))
+    assert source.parent == tmp_path and (source / "summary.json").exists()
+    # It is a means, not a run of this sweep.
+    assert {row["arm"] for row in fake.rows()} == {"ab", "abcd"}
+
+
+def test_a_name_would_be_that_of_all_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^name: expected null in a sweep, got one$"):
+        Fake(tmp_path).run(Job(None, {}, ["name=one"]))
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-S", "-c", code]
+
+
+def pool(folder: Path, size: int, gpus: Sequence[str] = ()) -> Pool:
+    return Pool(size=size, gpus=gpus, logs=folder, label=str, outcome=lambda number: "fine")
+
+
+def test_processes_run_side_by_side_and_fail_each_for_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meet = f"import os, time; d = {str(tmp_path)!r}; open(d + '/a' + os.environ['{{}}'], 'x')"
+    wait = "\nwhile len([f for f in os.listdir(d) if f[0] == 'a']) < 2: time.sleep(0.01)"
+    gpu = python(meet.format("CUDA_VISIBLE_DEVICES") + wait)
+    error = python("print('padst_exp: error: k: expected 1, got 2'); raise SystemExit(1)")
+    killed = python("import os; os.kill(os.getpid(), 9)")
+    ended = pool(tmp_path, 2, ["3", "5"]).run([gpu, gpu, error, killed], first=7)
+    assert ended == [None, None, "k: expected 1, got 2", "ended by SIGKILL"]
+    assert (tmp_path / "a3").exists() and (tmp_path / "a5").exists()
+    said = capsys.readouterr().err
+    assert "9 failed: k: expected 1, got 2" in said and "7: fine" in said
+    assert "2 of 4 done, 0 running, 2 failed" in said
+
+
+def test_who_asks_a_sweep_to_end_asks_its_runs(tmp_path: Path) -> None:
+    """They save their work; what waits is not begun, and the sweep ends as they do."""
+    code = f"""
+import signal, sys, threading, os
+from pathlib import Path
+from padst_exp.sweeps.local import Pool
+work = "import signal, time, os; signal.signal(signal.SIGUSR1, lambda *a: os._exit(99)); " \
+    "open({str(tmp_path / "begun")!r}, 'x'); time.sleep(60)"
+pool = Pool(size=1, gpus=[], logs=Path({str(tmp_path)!r}), label=str, outcome=str)
+pool.run([[sys.executable, "-S", "-c", work]] * 2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment())
+    wait_for((tmp_path / "begun").exists)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 99
+    assert [path.name for path in tmp_path.glob("*.log")] == ["0.log"]
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT / "src"), str(ROOT / "kernels"), *sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 400) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "padst_exp.train", "-m", *TINY, *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(), text=True, stderr=subprocess.PIPE
+    )
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    summaries = (folder / "runs").glob("*/summary.json")
+    return {path.parent.name: json.loads(path.read_text())["final"] for path in summaries}
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    sweep = ("seed=0,1", "permutation=none,doubly_stochastic", "trainer.steps=60",
+             "trainer.checkpoint_interval=10", "hydra.launcher.n_jobs=2")  # fmt: skip
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir()
+    killed.mkdir()
+    process = start(straight, *sweep)
+    assert process.communicate(timeout=600) and process.returncode == 0
+    assert len(metrics(straight)) == 4
+    drawn = random.Random(0)
+    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        process = start(killed, *sweep)
+        before = len(list(killed.glob("runs/*/metrics.jsonl")))
+        wait_for(lambda: len(list(killed.glob("runs/*/metrics.jsonl"))) > min(before, 3) or  # noqa: B023
+                 process.poll() is not None)  # noqa: B023  # fmt: skip
+        time.sleep(drawn.uniform(0, 2))
+        process.send_signal(signum)
+        process.communicate()
+        wait_for(lambda: not list(killed.glob("runs/*/lock.json")))
+    process = start(killed, *sweep)
+    said = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, said
+    assert metrics(killed) == metrics(straight)
+    # And once more there is nothing to do, but to say so.
+    process = start(killed, *sweep)
+    said = process.communicate(timeout=600)[1]
+    assert process.returncode == 0 and "4 of 4 runs finished before" in said
+    assert said.count("top1 ") == 4
+
+
+@pytest.mark.slow
+def test_a_job_of_a_cluster_goes_back_into_the_queue_when_warned(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    sweep = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10",
+             "trainer.steps=3000", "trainer.log_interval=1")  # fmt: skip
+    for seed, signum in enumerate((signal.SIGUSR1, signal.SIGUSR2)):
+        process = start(tmp_path, *sweep, f"seed={seed}")
+        wait_for(lambda: list(tmp_path.glob("runs/*/lock.json")))
+        (run,) = [path.parent for path in tmp_path.glob("runs/*/lock.json")]
+        wait_for(lambda: (run / "metrics.jsonl").exists() and  # noqa: B023
+                 (run / "metrics.jsonl").stat().st_size > 2000)  # noqa: B023  # fmt: skip
+        pid = json.loads((run / "lock.json").read_text())["process"]
+        os.kill(pid, signum)
+        said = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, said
+        assert (run / "env-resume-1.json").exists()
+        assert json.loads((run / "summary.json").read_text())["steps"] == 3000
+
+
+@pytest.mark.slow
+def test_a_failed_job_of_a_cluster_does_not_stop_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    process = start(tmp_path, "hydra/launcher=submitit_local", "trainer.steps=2",
+                    "structure.n=0,1")  # fmt: skip
+    said = process.communicate(timeout=600)[1]
+    assert process.returncode == 1 and said.endswith("1 jobs of this sweep failed: 0\n")
+    assert len(metrics(tmp_path)) == 1
