@@ -1,6 +1,7 @@
 import csv
 import html
 import json
+import random
 import re
 import shutil
 import sys
@@ -30,7 +31,13 @@ def report(folder: Path, out: Path, **keys: object) -> tuple[list[str], str]:
 
 def compared(folder: Path, baseline: str | None = None) -> list[Table]:
     rows = [row for row, _ in store.rows(runs.find([folder]).placed)]
-    return compare.tables(rows, published.read(PUBLISHED), baseline=baseline)
+    by_experiment = store.merged(folder / "no tables", rows)
+    papers = published.read(PUBLISHED)
+    return [
+        table
+        for own in by_experiment.values()
+        for table in compare.tables(own, papers, baseline=baseline)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +241,44 @@ def test_a_sweep_takes_the_newest_finished_folder_of_a_name(tmp_path: Path) -> N
     placed = {run.path.name: place for place, run in runs.find([tmp_path]).placed}
     assert placed["run-2"].experiment == "e" and placed["run-2"].arm == "a"
     assert placed["run"].experiment == placed["run-3"].experiment == runs.NO_EXPERIMENT
+
+
+def test_an_arm_without_a_part_in_what_is_swept_stands_in_every_cell(tmp_path: Path) -> None:
+    """The layout of the headline experiments: a control of its own for every arm."""
+    sizes = ("16", "32")
+    wanted = [
+        *(("none", "structure=block", NONE, size) for size in sizes),
+        *(("random", "structure=block", RANDOM, size) for size in sizes),
+        *(("learned_paper", "structure=block", LEARNED, size) for size in sizes),
+        *(("transplanted", "structure=block", RANDOM, size) for size in sizes),
+        ("fan_in_16", "structure=fan_in", NONE, ""),
+        ("rigl", "structure=unstructured", NONE, ""),
+        ("rigl_learned", "structure=unstructured", LEARNED, ""),
+        ("dense", "structure=dense", NONE, ""),
+    ]
+    for number, (arm, structure, permutation, size) in enumerate(wanted):
+        for seed in range(3):
+            block = (f"structure.size={size}",) if size else ()
+            sparsity = "0" if arm == "dense" else "0.95"
+            value = 50.0 + number + random.Random(10 * number + seed).random()
+            made(tmp_path, f"{number}-{seed}", value, seed=seed,
+                 overrides=(structure, permutation, *block, f"sparsity={sparsity}"))  # fmt: skip
+            chosen = {"sparsity": float(sparsity)} | ({"structure.size": int(size)} if size else {})
+            swept(tmp_path, "headline", f"{number}-{seed}", arm, seed, swept=chosen)
+    (table,) = compared(tmp_path)
+    assert table.varying == ["structure.size"] and "sparsity=0.95" in tables.grid(table).caption
+    for size in sizes:
+        arms = {arm.name: arm for arm in table.arms if arm.swept["structure.size"] == size}
+        assert set(arms) == {arm for arm, *_ in wanted}
+        assert {name: arm.baseline for name, arm in arms.items()} == {
+            "none": "", "random": "none", "learned_paper": "random", "transplanted": "random",
+            "fan_in_16": "", "rigl": "", "rigl_learned": "rigl", "dense": "",
+        }  # fmt: skip
+        assert all(arm.sample is not None and arm.sample.n == 3 for arm in arms.values())
+    # rigl_learned against rigl is one test, although it stands in both cells.
+    assert table.comparisons == 7
+    _, page = report(tmp_path, tmp_path / "out")
+    assert "learned_paper structure.size=16" in page
 
 
 def test_published_numbers_stand_beside_ours() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from padst_exp.report import published, statistics
@@ -24,7 +24,7 @@ class Arm:
 
     Args:
         name: of the arm.
-        swept: what is swept beside it, e.g. "sparsity=0.9".
+        swept: what is swept beside it, e.g. `{"sparsity": "0.9"}`.
         rows: its runs, whatever their state.
         sample: over the seeds that have a finite value; None without any.
         not_finite: seeds that finished and have none.
@@ -38,7 +38,7 @@ class Arm:
     """
 
     name: str
-    swept: str
+    swept: Mapping[str, str]
     rows: tuple[Row, ...]
     sample: Sample | None
     not_finite: int
@@ -69,6 +69,10 @@ class Arm:
         chosen = str(self.first["permutation"])
         return "learned" if learned(chosen) else chosen or "none"
 
+    def words(self, keys: Collection[str]) -> str:
+        """What is swept, of some keys."""
+        return " ".join(f"{key}={value}" for key, value in self.swept.items() if key in keys)
+
     def by_seed(self) -> dict[int, float]:
         """The finite values."""
         return {row["seed"]: row["value"] for row in self.rows if row["value"] is not None}
@@ -88,6 +92,12 @@ class Table:
     metric: str
     arms: tuple[Arm, ...]
     comparisons: int
+
+    @property
+    def varying(self) -> list[str]:
+        """The keys that are swept, and not the same in all arms."""
+        keys = dict.fromkeys(key for arm in self.arms for key in arm.swept)
+        return [key for key in keys if len({arm.swept.get(key) for arm in self.arms}) > 1]
 
     @property
     def lower_is_better(self) -> bool:
@@ -138,7 +148,7 @@ def _table(
 ) -> Table:
     metric = next((row["metric"] for row in rows if row["metric"]), "")
     arms: list[Arm] = []
-    for swept, by_name in _cells(rows).items():
+    for swept, by_name in _cells(rows):
         plain = {name: _arm(name, swept, own, metric) for name, own in by_name.items()}
         arms += [_compared(arm, plain, named) for arm in plain.values()]
     # An arm that stands in several cells may be compared with another such: that is one test.
@@ -153,24 +163,35 @@ def _table(
     return Table(rows[0]["experiment"], scale, model, dataset, metric, tuple(arms), comparisons)
 
 
-def _cells(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+def _cells(rows: Sequence[Row]) -> list[tuple[dict[str, str], dict[str, list[Row]]]]:
     """The rows of each arm, for every choice of what is swept.
 
     An arm that has no part in a key (or is dense, whatever sparsity is swept) stands in all cells
     that differ in it alone.
     """
     chosen = [_chosen(row) for row in rows]
-    keys = {key for choice in chosen for key in choice}
-    whole = [choice for choice in chosen if choice.keys() == keys] or chosen
-    cells: dict[str, dict[str, list[Row]]] = {}
-    for choice in whole:
-        text = " ".join(f"{key}={value}" for key, value in choice.items())
-        if text not in cells:
-            cells[text] = defaultdict(list)
-            for row, other in zip(rows, chosen, strict=True):
-                if all(choice.get(key) == value for key, value in other.items()):
-                    cells[text][row["arm"]].append(row)
+    keys = dict.fromkeys(key for choice in chosen for key in choice)
+    whole = [choice for choice in chosen if choice.keys() == keys.keys()] or chosen
+    cells = []
+    for choice in sorted(_unique(whole), key=lambda one: [_natural(one.get(k, "")) for k in keys]):
+        by_name: dict[str, list[Row]] = defaultdict(list)
+        for row, other in zip(rows, chosen, strict=True):
+            if all(choice.get(key) == value for key, value in other.items()):
+                by_name[row["arm"]].append(row)
+        cells.append((choice, by_name))
     return cells
+
+
+def _unique(choices: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    return list({tuple(sorted(choice.items())): choice for choice in choices}.values())
+
+
+def _natural(text: str) -> tuple[bool, float, str]:
+    """Numbers by size, before everything else."""
+    try:
+        return False, float(text), text
+    except ValueError:
+        return True, 0.0, text
 
 
 def _chosen(row: Row) -> dict[str, str]:
@@ -190,7 +211,7 @@ def _test(arm: Arm) -> tuple[object, ...]:
     return arm.name, arm.baseline, tuple(row["run"] for row in arm.rows), sample
 
 
-def _arm(name: str, swept: str, rows: Sequence[Row], metric: str) -> Arm:
+def _arm(name: str, swept: Mapping[str, str], rows: Sequence[Row], metric: str) -> Arm:
     # Another metric (of averaged weights, say) is another quantity.
     rows = [row if row["metric"] in ("", metric) else {**row, "value": None} for row in rows]
     one_each: dict[int, Row] = {}
@@ -214,7 +235,7 @@ def _compared(arm: Arm, arms: Mapping[str, Arm], named: str | None) -> Arm:
     if base and base != arm.name:
         difference = statistics.paired(arm.by_seed(), arms[base].by_seed())
         arm = replace(arm, baseline=base, difference=difference)
-    lower, upper = _control(arm, arms), _upper(arms)
+    lower, upper = _lower(arm, arms), _upper(arms)
     if lower and upper and arm.name not in (lower, upper) and arm.sample:
         ends = (arms[name].by_seed() for name in (lower, upper))
         arm = replace(arm, closure=statistics.gap_closure(arm.by_seed(), *ends))
@@ -222,30 +243,41 @@ def _compared(arm: Arm, arms: Mapping[str, Arm], named: str | None) -> Arm:
 
 
 def _baseline(arm: Arm, arms: Mapping[str, Arm]) -> str:
-    """The arm that another one is to be compared with, empty for none."""
-    if arm.permutation == "learned" and (control := _control(arm, arms)):
-        return control
+    """The arm that another one is to be compared with, empty for none.
+
+    With a permutation that is one with a random one, else one without, of the same structure and
+    algorithm; what has another structure is no control.
+    """
+    if arm.permutation == "none":
+        return ""
     stem = arm.name.removesuffix("_learned").removesuffix("_random")
-    if stem != arm.name and stem in arms:
-        return stem
-    if PLAIN in arms:
-        return PLAIN
-    return "" if arm.permutation == "none" else _only(arm, arms, "none")
+    named = [stem, PLAIN] if arm.permutation == "random" else [f"{stem}_random", LOWER, stem, PLAIN]
+    if arm.permutation == "random" and arm.name != LOWER:
+        named.insert(0, LOWER)
+    for name in named:
+        if name != arm.name and name in arms and _alike(arm, arms[name]):
+            return name
+    found = _only(arm, arms, "random") if arm.permutation == "learned" else ""
+    return found or _only(arm, arms, "none")
 
 
-def _control(arm: Arm, arms: Mapping[str, Arm]) -> str:
-    """The arm with random permutations that belongs to one, empty for none."""
-    name = f"{arm.name.removesuffix('_learned')}_random"
-    return next((n for n in (name, LOWER) if n in arms), "") or _only(arm, arms, "random")
+def _lower(arm: Arm, arms: Mapping[str, Arm]) -> str:
+    """The arm with random permutations from which a gap is counted, empty for none."""
+    stem = arm.name.removesuffix("_learned")
+    named = next((name for name in (f"{stem}_random", LOWER) if name in arms), "")
+    return named or _only(arm, arms, "random")
+
+
+def _alike(arm: Arm, other: Arm) -> bool:
+    keys = ("structure", "dst", "transform")
+    return all(other.first[key] in (arm.first[key], "") for key in keys)
 
 
 def _only(arm: Arm, arms: Mapping[str, Arm], permutation: str) -> str:
     """The only arm of the same structure and algorithm with such permutations."""
-    keys = ("structure", "dst", "transform")
     found = [
         other.name for other in arms.values()
-        if other.permutation == permutation and other.name != arm.name
-        and all(other.first[key] == arm.first[key] for key in keys)
+        if other.permutation == permutation and other.name != arm.name and _alike(arm, other)
     ]  # fmt: skip
     return found[0] if len(found) == 1 else ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -20,7 +20,7 @@ from padst_exp.report.speeds import Measured, Speed
 from padst_exp.report.store import Row, learned
 from padst_exp.report.tables import Column, Grid, metric_name, span, value
 
-MOST_CURVES, MOST_PICTURES = 8, 6
+MOST_CURVES, MOST_PICTURES, FEWEST_POINTS = 8, 6, 3
 BITMAP = Markup(
     '<figure class="bitmap"><img alt="{}" src="{}"><figcaption>{}</figcaption></figure>'
 )
@@ -63,9 +63,11 @@ def results(table: Table) -> Exhibit | None:
         return None
     metric = metric_name(table.metric)
     title = f"{metric}, {table.model} on {table.dataset}, {table.scale} scale"
-    curves = _curves(arms)
+    curves = _curves(table, arms)
     if curves is None:
-        names = [f"{arm.name} {_told_apart(arm, table.arms)}".strip() for arm in arms]
+        # An arm that has no part in what is swept stands in several cells, and is one all the same.
+        arms = list({(arm.name, tuple(map(id, arm.rows))): arm for arm in arms}.values())
+        names = [_label(arm, table) for arm in arms]
         lines = [_series(name, [arm], [0.0]) for name, arm in zip(names, arms, strict=True)]
         cells = tuple(
             (line.label, str(arm.sample.n if arm.sample else 0), value(line.y[0]),
@@ -98,7 +100,7 @@ def frontiers(tables: Sequence[Table], measured: Sequence[Measured]) -> Iterator
                 continue
             series, cells = [], []
             for arm, speed in found:
-                name = f"{arm.name} {_told_apart(arm, table.arms)}".strip()
+                name = _label(arm, table)
                 series.append(_series(name, [arm], [speed.strongest]))
                 mean = value(series[-1].y[0])
                 cells.append((name, mean, f"{speed.strongest:.2f}", f"{speed.usual:.2f}"))
@@ -237,25 +239,28 @@ def _columns(first: str, *rest: str) -> tuple[Column, ...]:
     return Column(first, False), *(Column(heading, True) for heading in rest)
 
 
-def _curves(arms: Sequence[Arm]) -> tuple[str, list[Series]] | None:
+def _curves(table: Table, arms: Sequence[Arm]) -> tuple[str, list[Series]] | None:
     """The series of each arm over the one number that is swept, and what that is, if so."""
-    swept = {arm.swept for arm in arms}
-    keys = {text.rpartition("=")[0] for text in swept}
-    if len(keys) != 1 or len(swept) < 2:
+    if len(table.varying) != 1:
         return None
-    (name,) = keys
+    (name,) = table.varying
     by_name: dict[str, list[tuple[float, Arm]]] = defaultdict(list)
     try:
         for arm in arms:
-            by_name[arm.name].append((float(arm.swept.rpartition("=")[2]), arm))
-    except ValueError:
+            by_name[arm.name].append((float(arm.swept[name]), arm))
+    except (KeyError, ValueError):
+        return None
+    if len({x for points in by_name.values() for x, _ in points}) < FEWEST_POINTS:
         return None
     percent = name == "sparsity"
     series = []
+    variants: dict[Look, int] = defaultdict(int)
     for label, points in by_name.items():
         points.sort(key=lambda point: point[0])
         x = [round(100 * at, 6) if percent else at for at, _ in points]
-        series.append(_series(label, [arm for _, arm in points], x))
+        one = _series(label, [arm for _, arm in points], x)
+        series.append(replace(one, look=replace(one.look, variant=variants[one.look])))
+        variants[one.look] += 1
     return "sparsity (%)" if percent else name, series
 
 
@@ -266,9 +271,11 @@ def _series(label: str, arms: Sequence[Arm], x: Sequence[float]) -> Series:
     return Series(label, look, x, means, [sample.interval for sample in samples])
 
 
-def _told_apart(arm: Arm, arms: Sequence[Arm]) -> str:
-    """What is swept, where arms of one name differ in it."""
-    return arm.swept if len({other.swept for other in arms}) > 1 else ""
+def _label(arm: Arm, table: Table) -> str:
+    """The name of an arm, with what is swept where that tells its cells apart."""
+    own = {id(row) for row in arm.rows}
+    cells = sum(any(id(row) in own for row in other.rows) for other in table.arms)
+    return arm.name if cells > 1 else f"{arm.name} {arm.words(table.varying)}".strip()
 
 
 def _at(series: Series, x: float) -> str:

@@ -71,10 +71,14 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Look:
-    """How an arm is drawn: colour and mark by structure, fill and line by permutation."""
+    """How an arm is drawn: colour and mark by structure, fill and line by permutation.
+
+    Several lines of one look in one plot are `variant` 0, 1, ...: the others have other marks.
+    """
 
     structure: str
     permutation: str
+    variant: int = 0
 
     @property
     def colour(self) -> str:
@@ -84,8 +88,10 @@ class Look:
     def line(self, **more: Any) -> dict[str, Any]:
         """Keywords of `Axes.plot`."""
         fill = FILLS.get(self.permutation, "full")
+        marks = list(MARKS.values())
+        own = marks.index(MARKS.get(self.structure, "h"))
         return {
-            "color": self.colour, "marker": MARKS.get(self.structure, "h"), "ms": 5.5,
+            "color": self.colour, "marker": marks[(own + self.variant) % len(marks)], "ms": 5.5,
             "fillstyle": "full" if fill == "none" else fill,
             "mfc": _CARD if fill == "none" else self.colour, "mfcalt": _CARD,
             "mec": self.colour, "mew": 1.2, "lw": 1.4,
@@ -230,7 +236,7 @@ def swatch(look: Look, *, line: bool = True) -> str:
         axis.plot([0, 1, 2], [0, 0, 0], **style)
         axis.set_xlim(-0.2, 2.2)
         axis.set_ylim(-1, 1)
-        return svg(figure, f"{look.structure}, {look.permutation}, {line}")
+        return svg(figure, f"{look.structure}, {look.permutation}, {look.variant}, {line}")
 
 
 def svg(figure: Figure, title: str) -> str:

@@ -221,14 +221,14 @@ def _typed(row: Mapping[Any, Any]) -> Row:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    """By what is swept, then the arms as the experiment's file has them, then seeds."""
+    """By arms, as the experiment's file has them, then what is swept, then seeds."""
     order = arms(row["experiment"])
     place = order.index(row["arm"]) if row["arm"] in order else len(order)
     chosen = row["permutation"]
     softness = 2 if learned(chosen) else ("none", "random").index(chosen or "none")
     return (
-        row["scale"], row["model"], row["dataset"], row["swept"], row["sparsity"], place,
-        row["structure"], softness, row["arm"], row["seed"], row["run"],
+        row["scale"], row["model"], row["dataset"], place, row["structure"], softness, row["arm"],
+        row["swept"], row["sparsity"], row["seed"], row["run"],
     )  # fmt: skip
 
 

@@ -53,16 +53,16 @@ class Grid:
 
 def grid(table: Table) -> Grid:
     """The cells of a table of arms, without columns in which nothing stands."""
-    rows = [_cells(arm) for arm in table.arms]
-    swept = {row["swept"] for row in rows}
+    varying = table.varying
+    rows = [_cells(arm, varying) for arm in table.arms]
     used = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-    used = [heading for heading in used if heading != "swept" or len(swept) > 1]
     columns = tuple(Column(heading, heading not in _TEXT) for heading in used)
     better = "lower is better" if table.lower_is_better else "higher is better"
     what = f"{metric_name(table.metric)}, {better}" if table.metric else "no result yet"
-    same = ", ".join(filter(None, swept)) if len(swept) == 1 else ""
+    same = {key: value for key, value in table.arms[0].swept.items() if key not in varying}
+    held = ", ".join(f"{key}={value}" for key, value in same.items())
     data = f"{table.model or 'model unknown'} on {table.dataset or 'unknown data'}"
-    caption = "; ".join(filter(None, [what, data, same, SCALES[table.scale]]))
+    caption = "; ".join(filter(None, [what, data, held, SCALES[table.scale]]))
     return Grid(
         caption=f"{table.experiment}: {caption}",
         columns=columns,
@@ -111,14 +111,14 @@ def latex(grid: Grid) -> str:
 _TEXT = frozenset({"arm", "swept", "against", "published", "runs"})
 
 
-def _cells(arm: Arm) -> dict[str, str]:
+def _cells(arm: Arm, varying: Sequence[str]) -> dict[str, str]:
     sample, found, difference = arm.sample, arm.closure, arm.difference
     density = [row["density"] for row in arm.rows if row["density"] is not None]
     gone = [f"{arm.not_finite} not finite"] * bool(arm.not_finite)
     gone += [f"{arm.missing} not finished"] * bool(arm.missing)
     return {
         "arm": arm.name,
-        "swept": arm.swept,
+        "swept": arm.words(varying),
         "density": f"{sum(density) / len(density):.4f}" if density else "",
         "mean": value(sample.mean) if sample else "",
         "sd": value(sample.sd) if sample and sample.sd is not None else "",

@@ -47,6 +47,7 @@ def report(
             known = ", ".join(stored) or "none"
             raise UserError(f"experiments: expected some of {known}, got {', '.join(missing)}")
         stored = {name: stored[name] for name in experiments}
+    stored = dict(sorted(stored.items(), key=lambda item: _prominence(item[0])))
     compared = {
         name: compare.tables(own, papers, baseline=baseline) for name, own in stored.items()
     }
@@ -73,6 +74,11 @@ def report(
     if not any(row["value"] is not None for own in stored.values() for row in own):
         yield f"no finished runs in {', '.join(map(str, folders))}; {page.NOTHING} makes some"
     yield f"wrote {path}"
+
+
+def _prominence(experiment: str) -> tuple[bool, bool, str]:
+    """The headline question first, single runs last."""
+    return experiment == runs.NO_EXPERIMENT, not experiment.startswith("headline"), experiment
 
 
 published_numbers = published.read
