@@ -116,7 +116,7 @@ def test_results_are_readable_and_what_is_slow_is_counted(tmp_path: Path) -> Non
 
 
 def test_accuracies_are_means_at_a_density(tmp_path: Path) -> None:
-    (tmp_path / "a_accuracy.csv").write_text(
+    (tmp_path / "demo_accuracy.csv").write_text(
         "dataset,seed,model,structure,density,value\ndigits,0,demo,nm group=16,0.1,97\n"
         "digits,1,demo,nm group=16,0.1009,98\ndigits,0,zeroed,,,10\n"
         "digits,2,demo,nm group=16,0.1,\ntext,0,gpt2,unstructured,0.1,30\n"

@@ -278,7 +278,7 @@ def test_an_arm_without_a_part_in_what_is_swept_stands_in_every_cell(tmp_path: P
     # rigl_learned against rigl is one test, although it stands in both cells.
     assert table.comparisons == 7
     _, page = report(tmp_path, tmp_path / "out")
-    assert "learned_paper structure.size=16" in page
+    assert "learned_paper size=16" in page
 
 
 def test_published_numbers_stand_beside_ours() -> None:

@@ -145,7 +145,8 @@ def span(values: pd.Series[Any]) -> str:
 def accuracies(tables: Path, density: float) -> pd.DataFrame:
     """What demo models reached, by structure and data set; mean of all seeds."""
     wanted = ["structure", "dataset", "seed", "density", "value"]
-    frames = [pd.read_csv(path)[wanted] for path in sorted(tables.glob("*_accuracy.csv"))]
+    paths = [tables / f"{name}_accuracy.csv" for name in ("demo", "structure")]
+    frames = [pd.read_csv(path)[wanted] for path in paths if path.exists()]
     frame = pd.concat([pd.DataFrame(columns=wanted), *frames]).dropna()
     near = frame[(frame.density.astype(float) - density).abs() <= NEAR * density]
     # A run can stand in more than one table.

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from padst_exp.errors import UserError
-from padst_exp.report import figures
+from padst_exp.messages import say
+from padst_exp.report import figures, store
 from padst_exp.report.choices import structure_of
 from padst_exp.report.compare import Arm, Table
 from padst_exp.report.figures import Look, Series
@@ -149,22 +150,19 @@ def penalties(runs: Sequence[tuple[Row, Run]]) -> Iterator[Exhibit]:
 
 def pictures(runs: Sequence[tuple[Row, Run]]) -> Iterator[Exhibit]:
     """The mask, the permutation, and both together, of a run of each structure."""
-    best: dict[str, tuple[tuple[bool, bool, int], Row, Run]] = {}
+    candidates: dict[str, list[tuple[Row, Run]]] = defaultdict(list)
     for row, run in runs:
-        label, chosen = row["structure"], row["permutation"]
-        if run.state == "finished" and structure_of(label) not in ("dense", "own", ""):
-            rank = (not learned(chosen), chosen == "none", row["seed"])
-            if label not in best or rank < best[label][0]:
-                best[label] = rank, row, run
-    drawn = 0
-    for label, (_, row, run) in best.items():
-        if drawn == MOST_PICTURES:
-            return
+        # Of many runs the checkpoints are deleted, or lie elsewhere.
+        saved = run.state == "finished" and any((run.path / "checkpoints").glob("*.pt"))
+        if saved and structure_of(row["structure"]) not in ("dense", "own", ""):
+            candidates[row["structure"]].append((row, run))
+    for label, own in list(candidates.items())[:MOST_PICTURES]:
+        row, run = min(own, key=lambda pair: _interest(pair[0]))
         try:
             found = picture(run)
-        except UserError:  # its checkpoint is gone, or of something else
+        except UserError as error:
+            say(f"warning: no picture of {run.path.name}: {error}")
             continue
-        drawn += 1
         colour = Look(structure_of(label), "learned").colour
         images = [("mask", found.mask)]
         if found.permutation is not None:
@@ -244,9 +242,11 @@ def _curves(table: Table, arms: Sequence[Arm]) -> tuple[str, list[Series]] | Non
     if len(table.varying) != 1:
         return None
     (name,) = table.varying
-    by_name: dict[str, list[tuple[float, Arm]]] = defaultdict(list)
+    order = store.arms(table.experiment)
+    by_name: dict[str, list[tuple[float, Arm]]] = {name: [] for name in order}
     try:
         for arm in arms:
+            by_name.setdefault(arm.name, [])
             by_name[arm.name].append((float(arm.swept[name]), arm))
     except (KeyError, ValueError):
         return None
@@ -256,6 +256,8 @@ def _curves(table: Table, arms: Sequence[Arm]) -> tuple[str, list[Series]] | Non
     series = []
     variants: dict[Look, int] = defaultdict(int)
     for label, points in by_name.items():
+        if not points:
+            continue
         points.sort(key=lambda point: point[0])
         x = [round(100 * at, 6) if percent else at for at, _ in points]
         one = _series(label, [arm for _, arm in points], x)
@@ -275,7 +277,10 @@ def _label(arm: Arm, table: Table) -> str:
     """The name of an arm, with what is swept where that tells its cells apart."""
     own = {id(row) for row in arm.rows}
     cells = sum(any(id(row) in own for row in other.rows) for other in table.arms)
-    return arm.name if cells > 1 else f"{arm.name} {arm.words(table.varying)}".strip()
+    if cells > 1:
+        return arm.name
+    swept = [f"{key.rpartition('.')[2]}={arm.swept.get(key)}" for key in table.varying]
+    return " ".join([arm.name, *swept])
 
 
 def _at(series: Series, x: float) -> str:
@@ -288,6 +293,12 @@ def _legend(series: Sequence[Series], *, line: bool = True) -> Legend:
 
 def _swatch(look: Look, *, line: bool = True) -> Markup:
     return Markup(figures.swatch(look, line=line))
+
+
+def _interest(row: Row) -> tuple[bool, bool, int]:
+    """Learned permutations first, then random ones, then none."""
+    chosen = row["permutation"]
+    return not learned(chosen), chosen == "none", row["seed"]
 
 
 def _speed(arm: Arm, speeds: Measured) -> Speed | None:

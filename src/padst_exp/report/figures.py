@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,7 @@ def bitmap(matrix: NDArray[np.bool_], colour: str) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+@cache
 def swatch(look: Look, *, line: bool = True) -> str:
     """A small picture of how an arm is drawn, for a legend; without `line` its mark alone."""
     with rc_context(_STYLE):

@@ -31,6 +31,7 @@ _MARKS = frozenset({"config.yaml", "summary.json", "metrics.jsonl", "checkpoints
 SCALES = ("demo", "small", "paper")
 NO_EXPERIMENT = "single_runs"
 # What becomes the name of a file, and of an anchor of the page.
+_HASH = re.compile(r"[0-9a-f]{8}")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,80}", re.ASCII)
 
 
@@ -45,6 +46,7 @@ class Place:
         swept: what else differs between runs, beside the seed: values by key.
         seed: the replicate.
         overrides: a command line of this run.
+        hash: of its config, as the sweep had it; empty outside of sweeps.
     """
 
     experiment: str
@@ -53,6 +55,7 @@ class Place:
     swept: Mapping[str, object]
     seed: int
     overrides: tuple[str, ...]
+    hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,7 @@ def _entry(line: str, experiment: str) -> tuple[Place, str] | None:
         run, seed = content["run"], content["seed"]
         swept, arm = content.get("swept") or {}, content.get("arm")
         overrides = content.get("overrides") or []
-        scale = content.get("scale")
+        scale, digits = content.get("scale"), content.get("config_hash")
         sound = isinstance(run, str) and type(seed) is int and isinstance(overrides, list)
         # Names of folders, not paths to anywhere.
         if not sound or not isinstance(swept, dict) or Path(run).name != run:
@@ -263,7 +266,8 @@ def _entry(line: str, experiment: str) -> tuple[Place, str] | None:
     overrides = tuple(str(override) for override in overrides)
     swept = {str(key): value for key, value in swept.items()}
     name = "" if arm is None else str(arm)
-    return Place(_safe(experiment), _scale(scale), name, swept, seed, overrides), run
+    known = digits if isinstance(digits, str) and _HASH.fullmatch(digits) else ""
+    return Place(_safe(experiment), _scale(scale), name, swept, seed, overrides, known), run
 
 
 def _newest(folder: Path, name: str, runs: Mapping[Path, Run]) -> Path:

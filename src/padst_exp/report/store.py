@@ -149,7 +149,8 @@ def _row(place: Place, run: Run) -> Row:
         **{key: environment.get(key) for key in
            ("device", "device_name", "processes", "threads", "python")},
         **{key: packages.get(key) for key in _PACKAGES},
-        "config_hash": run.hash,
+        # The places of data are part of it, and may be others by now.
+        "config_hash": place.hash or run.hash,
         "run": run.path.name,
         # Whoever pastes them into a shell gets words, whatever is in them.
         "overrides": shlex.join(_telling(place.overrides or run.overrides)),
