@@ -42,7 +42,7 @@ def made(
     path = folder / name
     path.mkdir(parents=True)
     whole = {**copy.deepcopy(_composed(overrides)), "seed": seed, **(config or {})}
-    (path / "config.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    (path / "config.yaml").write_text(yaml.dump(whole, Dumper=yaml.CSafeDumper))
     (path / "overrides.yaml").write_text(json.dumps([*overrides, f"seed={seed}"]))
     environment = {"git_commit": "0" * 40, "git_dirty": False, "device": "cpu", "threads": 1,
                    "processes": 1, "python": "3.11", "packages": {"torch": "2.14.1"}}  # fmt: skip

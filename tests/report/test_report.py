@@ -13,7 +13,7 @@ import pytest
 from hostile import DAMAGED, HOSTILE_YAML, undone
 from padst_exp.errors import UserError
 from padst_exp.report import __main__ as command
-from padst_exp.report import choices, compare, published, runs, store, tables, write
+from padst_exp.report import choices, compare, exhibits, published, runs, store, tables, write
 from padst_exp.report.compare import Table
 from report.made import made, swept
 
@@ -277,8 +277,10 @@ def test_an_arm_without_a_part_in_what_is_swept_stands_in_every_cell(tmp_path: P
         assert all(arm.sample is not None and arm.sample.n == 3 for arm in arms.values())
     # rigl_learned against rigl is one test, although it stands in both cells.
     assert table.comparisons == 7
-    _, page = report(tmp_path, tmp_path / "out")
-    assert "learned_paper size=16" in page
+    drawn = exhibits.results(table)
+    assert drawn is not None
+    names = [row[0] for row in drawn.grid.cells]
+    assert "learned_paper size=16" in names and names.count("rigl") == 1
 
 
 def test_published_numbers_stand_beside_ours() -> None:
@@ -349,9 +351,13 @@ def command_line(
 
 
 def test_the_command(
-    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = [f"runs={sweep}", f"out={tmp_path}", f"published={PUBLISHED}", f"kernels={tmp_path}"]
+    folder = tmp_path / "runs"
+    for arm in ("rigl", "set"):
+        made(folder, arm, 50.0, overrides=("structure=unstructured", f"dst={arm}", NONE))
+        swept(folder, "small_one", arm, arm, 0)
+    keys = [f"runs={folder}", f"out={tmp_path}", f"published={PUBLISHED}", f"kernels={tmp_path}"]
     assert command_line([*keys, "experiments=[small_one]", "baseline=rigl"], monkeypatch) == 0
     assert "report.html" in capsys.readouterr().err
     for wrong, message in (

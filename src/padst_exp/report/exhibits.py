@@ -66,8 +66,7 @@ def results(table: Table) -> Exhibit | None:
     title = f"{metric}, {table.model} on {table.dataset}, {table.scale} scale"
     curves = _curves(table, arms)
     if curves is None:
-        # An arm that has no part in what is swept stands in several cells, and is one all the same.
-        arms = list({(arm.name, tuple(map(id, arm.rows))): arm for arm in arms}.values())
+        arms = _once(arms)
         names = [_label(arm, table) for arm in arms]
         lines = [_series(name, [arm], [0.0]) for name, arm in zip(names, arms, strict=True)]
         cells = tuple(
@@ -95,7 +94,7 @@ def frontiers(tables: Sequence[Table], measured: Sequence[Measured]) -> Iterator
     for table in tables:
         metric = metric_name(table.metric)
         for speeds in measured:
-            known = [(arm, _speed(arm, speeds)) for arm in table.arms if arm.sample]
+            known = [(arm, _speed(arm, speeds)) for arm in _once(table.arms) if arm.sample]
             found = [(arm, speed) for arm, speed in known if speed is not None]
             if len({structure_of(arm.first["structure"]) for arm, _ in found}) < 2:
                 continue
@@ -113,7 +112,7 @@ def frontiers(tables: Sequence[Table], measured: Sequence[Measured]) -> Iterator
                 f"speed of {what}, forward, {speeds.tokens} {speeds.unit}, {speeds.device}",
                 Markup(drawn),
                 Grid("", columns, tuple(cells), (f"Speed: {speeds.name}: {speeds.where}.",)),
-                _legend(series, line=False),
+                _looks(series),
             )
 
 
@@ -287,8 +286,23 @@ def _at(series: Series, x: float) -> str:
     return next((value(y) for at, y in zip(series.x, series.y, strict=True) if at == x), "")
 
 
-def _legend(series: Sequence[Series], *, line: bool = True) -> Legend:
-    return tuple((_swatch(one.look, line=line), one.label) for one in series)
+def _once(arms: Sequence[Arm]) -> list[Arm]:
+    """Without repetition: one that has no part in what is swept stands in several cells."""
+    return list({(arm.name, tuple(map(id, arm.rows))): arm for arm in arms}.values())
+
+
+def _legend(series: Sequence[Series]) -> Legend:
+    return tuple((_swatch(one.look), one.label) for one in series)
+
+
+def _looks(series: Sequence[Series]) -> Legend:
+    """A legend of what is drawn alike."""
+    names = {"none": "no permutation", "random": "random", "learned": "learned"}
+    looks = dict.fromkeys(one.look for one in series)
+    return tuple(
+        (_swatch(look, line=False), f"{look.structure}, {names[look.permutation]}")
+        for look in looks
+    )
 
 
 def _swatch(look: Look, *, line: bool = True) -> Markup:

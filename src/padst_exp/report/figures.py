@@ -43,8 +43,8 @@ MARKS = {
 }  # fmt: skip
 DASHES: Mapping[str, Any] = {"none": (0, (1, 1.6)), "random": (0, (5, 2)), "learned": "solid"}
 
-WIDTH = 4.6
-LONGEST_LABEL = 30
+WIDTH = 4.3
+LONGEST_LABEL = 27
 MOST_PIXELS = 192
 
 FILLS = {"none": "none", "random": "left", "learned": "full"}
@@ -56,7 +56,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # what is drawn may come from anybody's files
     "axes.unicode_minus": True,
-    "font.size": 8.5,
+    "font.size": 9,
     "axes.edgecolor": _LINE,
     "axes.labelcolor": _MUTED,
     "text.color": _INK,

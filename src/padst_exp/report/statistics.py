@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,11 +170,14 @@ def gap_closure(
     return Closure(len(seeds), float((x - random).mean() / (best - random).mean()), interval)
 
 
+@cache
 def _resamples(n: int) -> NDArray[np.int64] | None:
     """Which of n seeds each resample takes, `[RESAMPLES, n]`: the same at every call."""
     if n < FEWEST:
         return None
-    return np.random.default_rng(0).integers(0, n, size=(RESAMPLES, n))
+    drawn = np.random.default_rng(0).integers(0, n, size=(RESAMPLES, n))
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _percentiles(values: Floats) -> Interval:
