@@ -13,7 +13,7 @@ REQUIREMENTS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb
 
 export PYTHONPATH := src:kernels
 
-.PHONY: help setup fmt lint types test test-slow fuzz kills smoke demo bench test-compile test-gpu ci clean
+.PHONY: help setup fmt lint types test test-slow fuzz kills smoke demo experiments bench test-compile test-gpu ci clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s ':'
@@ -67,6 +67,9 @@ smoke: $(STAMP)  ## train a few steps and evaluate, in a throw-away folder
 
 demo: $(STAMP)  ## train a sparse ViT on real data that needs no download
 	$(PYTHON) -m padst_exp.train model=vit structure=nm sparsity=0.9
+
+experiments: $(STAMP)  ## every experiment at demo size, seed 0: hours; goes on where it was
+	$(PYTHON) -m padst_exp.train -m 'experiment=glob(*)' scale=demo seed=0 logger=none
 
 bench: $(STAMP)  ## measure what has a limit, and speed beside dense: hours on 2 cores
 	$(PYTHON) scripts/bench_framework.py

@@ -72,6 +72,7 @@ def command_line(
                 try:
                     _require_keys()
                     check_hydra(cast(DictConfig, HydraConfig.get()))
+                    _meet_peers()
                     task(cfg)
                 except Interrupted as stop:
                     _ask_for_requeue(stop.signum)
@@ -146,6 +147,16 @@ def _without(arguments: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+def _meet_peers() -> None:
+    """Let the tasks of a job of submitit be the processes of one run, as those of torchrun are."""
+    if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        peers = TorchDistributedEnvironment()
+        if peers.world_size > 1:
+            peers.export(set_cuda_visible_devices=False)
 
 
 def _ask_for_requeue(signum: int) -> None:

@@ -215,26 +215,30 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path
 
 @pytest.mark.slow
 def test_a_job_of_a_cluster_goes_back_into_the_queue_when_warned(tmp_path: Path) -> None:
-    pytest.importorskip("submitit")
-    sweep = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10",
+    sweep = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60",
              "trainer.steps=3000", "trainer.log_interval=1")  # fmt: skip
-    for seed, signum in enumerate((signal.SIGUSR1, signal.SIGUSR2)):
-        process = start(tmp_path, *sweep, f"seed={seed}")
-        wait_for(lambda: list(tmp_path.glob("runs/*/lock.json")))
-        (run,) = [path.parent for path in tmp_path.glob("runs/*/lock.json")]
-        wait_for(lambda: (run / "metrics.jsonl").exists() and  # noqa: B023
-                 (run / "metrics.jsonl").stat().st_size > 2000)  # noqa: B023  # fmt: skip
-        pid = json.loads((run / "lock.json").read_text())["process"]
-        os.kill(pid, signum)
-        said = process.communicate(timeout=600)[1]
+    # One process that hears a signal submitit does not know; one of two that work together.
+    for signum, tasks in ((signal.SIGUSR1, 1), (signal.SIGUSR2, 2)):
+        folder = tmp_path / str(tasks)
+        folder.mkdir()
+        process = start(folder, *sweep, f"hydra.launcher.tasks_per_node={tasks}")
+
+        def rows(folder: Path = folder) -> list[Path]:
+            found = folder.glob("runs/*/metrics.jsonl")
+            return [path for path in found if path.stat().st_size > 2000]
+
+        wait_for(rows)
+        run = rows()[0].parent
+        os.kill(json.loads((run / "lock.json").read_text())["process"], signum)
+        said = process.communicate(timeout=900)[1]
         assert process.returncode == 0, said
         assert (run / "env-resume-1.json").exists()
-        assert json.loads((run / "summary.json").read_text())["steps"] == 3000
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["steps"], summary["timing"]["processes"]) == (3000, tasks)
 
 
 @pytest.mark.slow
 def test_a_failed_job_of_a_cluster_does_not_stop_the_others(tmp_path: Path) -> None:
-    pytest.importorskip("submitit")
     process = start(tmp_path, "hydra/launcher=submitit_local", "trainer.steps=2",
                     "structure.n=0,1")  # fmt: skip
     said = process.communicate(timeout=600)[1]

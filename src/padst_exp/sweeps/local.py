@@ -90,7 +90,8 @@ class Pool:
                     for each in [r for r in running if r.process.poll() is not None]:
                         running.remove(each)
                         failures[each.number] = self._failure(each)
-                        self._tell(board, each, failures[each.number], len(running))
+                        if not asked:
+                            self._tell(board, each, failures[each.number], len(running))
             if interruption.signum is not None:
                 say("sweep interrupted; the same command goes on with it")
                 raise Interrupted(interruption.signum)
