@@ -31,7 +31,7 @@ def report(folder: Path, out: Path, **keys: object) -> tuple[list[str], str]:
 
 def compared(folder: Path, baseline: str | None = None) -> list[Table]:
     rows = [row for row, _ in store.rows(runs.find([folder]).placed)]
-    by_experiment = store.merged(folder / "no tables", rows)
+    by_experiment, _ = store.merged(folder / "no tables", rows)
     papers = published.read(PUBLISHED)
     return [
         table
@@ -211,9 +211,23 @@ def test_rows_stay_until_a_run_takes_their_place(tmp_path: Path) -> None:
     shutil.rmtree(folder / "run-1")
     made(folder, "run-1", 77.0, overrides=("experiment=structures",), seed=1)
     (folder / "run-2" / "summary.json").unlink()  # begun anew, not finished
-    report(folder, out)
+    said, _ = report(folder, out)
+    assert not any("another config" in line for line in said)
     kept = {row["seed"]: row["value"] for row in store.read(out / "tables" / "structures.csv")}
     assert kept == {0: 50.0, 1: 77.0, 2: 52.0}
+    # Runs of another config at the same place are named; what tells them apart is never averaged.
+    shutil.rmtree(folder)
+    made(folder, "run-1", 78.0, overrides=("experiment=structures", "trainer.steps=50"), seed=1)
+    said, _ = report(folder, out)
+    assert "structures: 1 rows were of runs with another config" in said
+    for steps in (60, 70):
+        more = ("experiment=structures", f"trainer.steps={steps}")
+        made(folder, f"run-{steps}", float(steps), overrides=more, seed=2)
+    report(folder, out)
+    (table,) = compare.tables(store.read(out / "tables" / "structures.csv"), [])
+    cells = {arm.swept["trainer.steps"]: arm.by_seed() for arm in table.arms}
+    assert cells == {"50": {1: 78.0}, "60": {2: 60.0}, "70": {2: 70.0}, "another": cells["another"]}
+    assert cells["another"] == {0: 50.0, 1: 78.0, 2: 52.0}
     # A table of something else is never overwritten.
     (out / "tables" / "structures.csv").write_text("what,ratio\na,1\n")
     said, _ = report(folder, out)
@@ -281,6 +295,30 @@ def test_an_arm_without_a_part_in_what_is_swept_stands_in_every_cell(tmp_path: P
     assert drawn is not None
     names = [row[0] for row in drawn.grid.cells]
     assert "learned_paper size=16" in names and names.count("rigl") == 1
+
+
+def test_runs_of_one_arm_that_differ_in_more_than_their_seed_are_never_averaged(
+    tmp_path: Path,
+) -> None:
+    for steps in (100, 200):
+        for arm, permutation in (("nm", NONE), ("nm_random", RANDOM)):
+            for seed in (0, 1):
+                name, more = f"{arm}-{steps}-{seed}", (f"trainer.steps={steps}", "dst=set")
+                made(tmp_path, name, steps / 4 + seed + seed * (arm == "nm"), seed=seed,
+                     overrides=("structure=nm", permutation, *more))  # fmt: skip
+                said = [f"arm={arm}", "structure=nm", permutation, *more]
+                swept(tmp_path, "twice", name, arm, seed, overrides=said)
+    (table,) = compared(tmp_path)
+    assert table.varying == ["trainer.steps"]
+    found = {(arm.name, arm.swept["trainer.steps"]): arm for arm in table.arms}
+    assert len(found) == 4 and all(arm.sample and arm.sample.n == 2 for arm in found.values())
+    assert found["nm_random", "200"].baseline == "nm"
+    assert found["nm_random", "200"].sample.mean == 50.5  # type: ignore[union-attr]
+    # What was on the command line is in the command that makes the numbers again.
+    *made_by, reported = tables.grid(table).commands
+    start = "python -m padst_exp.train -m experiment=twice scale=demo structure=nm"
+    assert set(made_by) == {f"{start} trainer.steps={n} dst=set seed=0,1" for n in (100, 200)}
+    assert reported == "python -m padst_exp.report experiments=[twice]"
 
 
 def test_published_numbers_stand_beside_ours() -> None:

@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from padst_exp.report import published, statistics
+from padst_exp.report import published, statistics, store
 from padst_exp.report.published import Published
 from padst_exp.report.statistics import Closure, Difference, Sample
 from padst_exp.report.store import Row, learned
 
 UPPER, LOWER, PLAIN = "rigl", "random", "none"
 """Arms that span the gap to close, and one without permutations, where an experiment has them."""
+UNKNOWN = "another"
 # What is swept is written as key=value key=value.
 _WORDS = re.compile(r" (?=[\w.@/]+=)", re.ASCII)
 
@@ -104,17 +105,6 @@ class Table:
         """Whether less of the metric is better."""
         return any(word in self.metric for word in ("perplexity", "loss"))
 
-    @property
-    def command(self) -> str:
-        """What makes these runs again."""
-        if self.scale == "unknown":
-            return ""
-        seeds = sorted({row["seed"] for arm in self.arms for row in arm.rows})
-        return (
-            f"python -m padst_exp.train -m experiment={self.experiment} scale={self.scale} "
-            f"seed={','.join(map(str, seeds))}"
-        )
-
 
 def tables(
     rows: Sequence[Row], papers: Sequence[Published], *, baseline: str | None = None
@@ -166,11 +156,15 @@ def _table(
 def _cells(rows: Sequence[Row]) -> list[tuple[dict[str, str], dict[str, list[Row]]]]:
     """The rows of each arm, for every choice of what is swept.
 
-    An arm that has no part in a key (or is dense, whatever sparsity is swept) stands in all cells
-    that differ in it alone.
+    An arm that has no part in a key of the experiment (or is dense, whatever sparsity is swept)
+    stands in all cells that differ in it alone.
     """
     chosen = [_chosen(row) for row in rows]
     keys = dict.fromkeys(key for choice in chosen for key in choice)
+    # What tells runs apart that an experiment does not sweep is not known of earlier rows.
+    own = store.params(rows[0]["experiment"])
+    foreign = [key for key in keys if own and key not in (*own, "sparsity")]
+    chosen = [dict.fromkeys(foreign, UNKNOWN) | choice for choice in chosen]
     whole = [choice for choice in chosen if choice.keys() == keys.keys()] or chosen
     cells = []
     for choice in sorted(_unique(whole), key=lambda one: [_natural(one.get(k, "")) for k in keys]):
@@ -198,8 +192,8 @@ def _chosen(row: Row) -> dict[str, str]:
     """What is swept beside arm and seed, of one run."""
     words = [word.partition("=")[::2] for word in _WORDS.split(str(row["swept"])) if word]
     chosen = dict(words)
-    if not chosen and row["sparsity"] != "":
-        chosen["sparsity"] = str(row["sparsity"])
+    if row["sparsity"] != "":
+        chosen.setdefault("sparsity", str(row["sparsity"]))
     if row["structure"] == "dense":
         chosen.pop("sparsity", None)
     return chosen

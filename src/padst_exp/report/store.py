@@ -50,23 +50,29 @@ _LEFT_OUT = FREE | LOCATIONS | {"seed", "experiment", "scale", "arm"}
 
 
 def rows(placed: Iterable[tuple[Place, Run]]) -> list[tuple[Row, Run]]:
-    """One row for each run in each experiment, arms of runs outside of sweeps named."""
+    """One row for each run in each experiment; where it has no arm, its choices are one."""
     found = [(_row(place, run), run) for place, run in placed]
-    _name_arms([(row, run) for row, run in found if not row["arm"]])
+    for row, _ in found:
+        row["arm"] = row["arm"] or _name_arm(row)
+    _tell_apart(found)
     return sorted(found, key=lambda pair: _order(pair[0]))
 
 
-def merged(folder: Path, new: Iterable[Row]) -> dict[str, list[Row]]:
+def merged(folder: Path, new: Iterable[Row]) -> tuple[dict[str, list[Row]], list[str]]:
     """The rows of each experiment: `new` ones, and of its table the others.
 
     Args:
         folder: of the tables; those that hold something else are left alone.
         new: from `rows`.
 
+    Returns:
+        The rows by experiment, and what is to be said of them.
+
     Raises:
         UserError: a table of ours is damaged.
     """
     tables: dict[str, list[Row]] = {}
+    said = []
     for path in sorted(folder.glob("*.csv")) if folder.is_dir() else ():
         old = read(path)
         if old:
@@ -76,10 +82,17 @@ def merged(folder: Path, new: Iterable[Row]) -> dict[str, list[Row]]:
         # What has no result must not hide one that was there.
         had = [row for row in tables.get(experiment, []) if row["value"] is not None]
         known = {_place(row): row for row in had}
+        changed = sum(
+            row["value"] is not None
+            and row["config_hash"] != known.get(_place(row), row)["config_hash"]
+            for row in own
+        )
+        if changed:
+            said.append(f"{experiment}: {changed} rows were of runs with another config")
         own = [row if row["value"] is not None else known.get(_place(row), row) for row in own]
         kept = [row for row in tables.get(experiment, []) if _place(row) not in places]
         tables[experiment] = sorted([*own, *kept], key=_order)
-    return tables
+    return tables, said
 
 
 def read(path: Path) -> list[Row]:
@@ -188,21 +201,34 @@ def method(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return f"{name} + learned permutation" if learned(row["permutation"]) else name
 
 
-def _name_arms(unnamed: Sequence[tuple[Row, Run]]) -> None:
-    """Give runs outside of sweeps an arm: their choices, and whatever else tells them apart."""
-    alike: dict[tuple[str, ...], list[tuple[Row, Run]]] = defaultdict(list)
-    for row, run in unnamed:
-        words = [row["structure"] or row["run"], row["dst"], row["permutation"], row["transform"]]
-        usual = ("", "rigl", "none", "none")
-        row["arm"] = " ".join(w for w, u in zip(words, usual, strict=True) if w and w != u)
-        same = ("experiment", "arm", "swept", "model", "dataset", "sparsity")
-        alike[tuple(str(row[key]) for key in same)].append((row, run))
-    for runs in alike.values():
-        leaves = [dict(flat(results_part(run.config))) for _, run in runs]
-        keys = dict.fromkeys(key for one in leaves for key in one if key not in _LEFT_OUT)
-        varying = [key for key in keys if len({repr(one.get(key)) for one in leaves}) > 1]
-        for (row, _), one in zip(runs, leaves, strict=True):
-            row["arm"] = one_line(" ".join([row["arm"], *(f"{k}={one.get(k)}" for k in varying)]))
+def _name_arm(row: Row) -> str:
+    """An arm for a run outside of a sweep of arms: its choices."""
+    words = [row["structure"] or row["run"], row["dst"], row["permutation"], row["transform"]]
+    usual = ("", "rigl", "none", "none")
+    return " ".join(w for w, u in zip(words, usual, strict=True) if w and w != u)
+
+
+def _tell_apart(found: Sequence[tuple[Row, Run]]) -> None:
+    """Let runs of one arm that differ in more than their seed differ in what is swept."""
+    tables: dict[tuple[str, ...], list[tuple[Row, Run]]] = defaultdict(list)
+    for row, run in found:
+        if run.config:
+            keys = ("experiment", "scale", "model", "dataset")
+            tables[tuple(row[key] for key in keys)].append((row, run))
+    for own in tables.values():
+        leaves = [dict(flat(results_part(run.config))) for _, run in own]
+        arms: dict[tuple[str, ...], list[Mapping[str, object]]] = defaultdict(list)
+        for (row, _), one in zip(own, leaves, strict=True):
+            arms[row["arm"], row["swept"], str(row["sparsity"])].append(one)
+        varying = {
+            key: None
+            for alike in arms.values()
+            for key in dict.fromkeys(key for one in alike for key in one)
+            if key not in _LEFT_OUT and len({repr(one.get(key)) for one in alike}) > 1
+        }
+        for (row, _), one in zip(own, leaves, strict=True):
+            words = [f"{key}={one[key]}" for key in varying if key in one]
+            row["swept"] = one_line(" ".join(filter(None, [row["swept"], *words])))
 
 
 def _typed(row: Mapping[Any, Any]) -> Row:
@@ -233,12 +259,21 @@ def _order(row: Row) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-@cache
 def arms(experiment: str) -> tuple[str, ...]:
     """The arms of an experiment in the order of its file; none where there is no such file."""
+    return _sweeper(experiment, "arms")
+
+
+def params(experiment: str) -> tuple[str, ...]:
+    """The keys that an experiment sweeps besides arms."""
+    return _sweeper(experiment, "params")
+
+
+@cache
+def _sweeper(experiment: str, part: str) -> tuple[str, ...]:
     path = config_dir() / "experiment" / f"{experiment}.yaml"
     content = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else None
-    for key in ("hydra", "sweeper", "arms"):
+    for key in ("hydra", "sweeper", part):
         content = content.get(key) if isinstance(content, dict) else None
     return tuple(map(str, content)) if isinstance(content, dict) else ()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from padst_exp.report.compare import Arm, Table
 from padst_exp.report.statistics import Interval
+from padst_exp.report.store import Row, params
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 SCALES = {
@@ -68,7 +71,7 @@ def grid(table: Table) -> Grid:
         columns=columns,
         cells=tuple(tuple(row[heading] for heading in used) for row in rows),
         notes=tuple(_notes(table)),
-        commands=tuple(filter(None, [table.command, *_commands(table)])),
+        commands=tuple(_commands(table)),
     )
 
 
@@ -173,14 +176,39 @@ def _notes(table: Table) -> Iterator[str]:
 
 
 def _commands(table: Table) -> Iterator[str]:
-    """A command for each arm of runs outside of a sweep; a sweep has one for all."""
-    if table.scale != "unknown":
-        yield f"python -m padst_exp.report experiments=[{table.experiment}]"
-        return
+    """What makes these runs, and this table, again."""
+    cells: dict[tuple[str, ...], list[Arm]] = defaultdict(list)
     for arm in table.arms:
-        seeds = ",".join(str(row["seed"]) for row in arm.rows)
-        chosen = str(arm.first["overrides"])
-        yield f"python -m padst_exp.train -m {chosen} seed={seeds}".replace("  ", " ")
+        cells[arm.name if table.scale == "unknown" else "", arm.words(table.varying)].append(arm)
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for arms in cells.values():
+        rows = [row for arm in arms for row in arm.rows]
+        seeds[shlex.join(_in_common(rows))].update(row["seed"] for row in rows)
+    for overrides, own in seeds.items():
+        sweep = "" if table.scale == "unknown" else f"experiment={table.experiment} "
+        scale = f"scale={table.scale} " if sweep else ""
+        more = f"{overrides} " if overrides else ""
+        listed = ",".join(map(str, sorted(own)))
+        yield f"python -m padst_exp.train -m {sweep}{scale}{more}seed={listed}"
+    yield f"python -m padst_exp.report experiments=[{table.experiment}]"
+
+
+def _in_common(rows: Sequence[Row]) -> list[str]:
+    """The overrides that all of these runs had beside those of their experiment."""
+    known = {"experiment", "scale", "arm", "seed", *params(rows[0]["experiment"])}
+    if rows[0]["scale"] == "unknown":
+        known = {"seed"}
+    words = []
+    for row in rows:
+        try:
+            words.append(shlex.split(str(row["overrides"])))
+        except ValueError:
+            words.append([])
+    shared = set(words[0]).intersection(*words[1:])
+    return [
+        word for word in words[0]
+        if word in shared and word.lstrip("+~").partition("=")[0] not in known
+    ]  # fmt: skip
 
 
 def value(number: float | None) -> str:

@@ -40,7 +40,7 @@ def report(
     measured = speeds.read(kernels)
     folder = out / "tables"
     pairs = store.rows(found.placed)
-    stored = store.merged(folder, [row for row, _ in pairs])
+    stored, notes = store.merged(folder, [row for row, _ in pairs])
     if experiments is not None:
         missing = [name for name in experiments if name not in stored]
         if missing:
@@ -70,6 +70,7 @@ def report(
     except OSError as error:
         why = error.strerror
         raise UserError(f"out: expected a folder to write to, got {out} ({why})") from error
+    yield from notes
     yield from found.problems
     if not any(row["value"] is not None for own in stored.values() for row in own):
         yield f"no finished runs in {', '.join(map(str, folders))}; {page.NOTHING} makes some"
