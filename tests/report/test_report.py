@@ -9,12 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from hostile import DAMAGED, HOSTILE_YAML, undone
+from padst_exp.analysis.masks import connections, mask
+from padst_exp.engine.distributed import World
 from padst_exp.errors import UserError
+from padst_exp.layers import sparse_layers
 from padst_exp.report import __main__ as command
 from padst_exp.report import choices, compare, exhibits, published, runs, store, tables, write
 from padst_exp.report.compare import Table
+from padst_exp.report.pictures import picture
+from padst_exp.restore import restore_run
 from report.made import made, swept
 
 RANDOM, LEARNED, NONE = "permutation=random", "permutation=doubly_stochastic", "permutation=none"
@@ -355,6 +361,24 @@ def test_a_difference_to_a_paper_is_given_at_its_scale_on_its_data_only(tmp_path
 
 
 SCALE = {"paper": "paper scale", "small": "not the papers' numbers"}
+
+
+def test_a_mask_is_drawn_from_a_checkpoint(real_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    shutil.copytree(real_run, folder / "run")
+    _, page = report(folder, tmp_path / "out")
+    assert page.count('src="data:image/png;base64,') == 3  # the mask, the permutation, and both
+    found = picture(runs.read(folder / "run"))
+    model = restore_run(folder / "run", World()).model
+    layer = sparse_layers(model)[found.layer]
+    assert torch.equal(found.mask, mask(layer.parts()[0]))
+    assert torch.equal(found.connections, connections(layer)[0])
+    assert found.permutation is not None and found.density == found.mask.double().mean()
+    assert bool((found.permutation.sum(0) == 1).all() and (found.permutation.sum(1) == 1).all())
+    for damage in (lambda p: p.write_bytes(b"PK"), Path.unlink):
+        for path in (folder / "run" / "checkpoints").glob("*.pt"):
+            damage(path)
+        assert "data:image/png" not in report(folder, tmp_path / "out")[1]
 
 
 def test_options_are_found_again() -> None:

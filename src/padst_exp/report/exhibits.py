@@ -162,12 +162,13 @@ def pictures(runs: Sequence[tuple[Row, Run]]) -> Iterator[Exhibit]:
         except UserError as error:
             say(f"warning: no picture of {run.path.name}: {error}")
             continue
-        colour = Look(structure_of(label), "learned").colour
         images = [("mask", found.mask)]
         if found.permutation is not None:
             images += [("permutation", found.permutation), ("both", found.connections)]
         shown = Markup("").join(
-            BITMAP.format(f"{name} of {label}", figures.bitmap(matrix.numpy(), colour), name)
+            BITMAP.format(
+                f"{name} of {label}", figures.bitmap(matrix.numpy(), structure_of(label)), name
+            )
             for name, matrix in images
         )
         rows, columns = found.mask.shape

@@ -216,12 +216,13 @@ def timings(rows: Sequence[tuple[str, Look, float, float]]) -> str:
     return svg(figure, f"milliseconds of {', '.join(label for label, *_ in rows)}")
 
 
-def bitmap(matrix: NDArray[np.bool_], colour: str) -> str:
-    """A matrix as a PNG in a data URI: True in a colour that suits dark and light, False clear."""
+def bitmap(matrix: NDArray[np.bool_], structure: str) -> str:
+    """A matrix as a PNG in a data URI: True in the colour of a structure, False clear."""
     matrix = _pooled(matrix)
     pixels = np.zeros((*matrix.shape, 4), dtype=np.uint8)
-    rgb = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
-    pixels[matrix] = (*rgb, 255)
+    # Halfway between those of a light and of a dark page: a picture cannot change its own.
+    pair = [bytes.fromhex(colour[1:]) for colour in COLOURS.get(structure, COLOURS["dense"])]
+    pixels[matrix] = (*((one + other) // 2 for one, other in zip(*pair, strict=True)), 255)
     file = io.BytesIO()
     imsave(file, pixels, format="png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
