@@ -200,6 +200,22 @@ def _raising_hydra() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """End the program as `command_line` does, where a block without a config of its own fails."""
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        with _raising_hydra():
+            yield
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if full_error or not _is_expected(error):
+            raise
+        _exit_with(error)
+
+
 def explain(error: BaseException) -> str:
     """One line for an expected error, naming the key and what would be right where known."""
     cause = error.__cause__

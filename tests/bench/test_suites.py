@@ -120,7 +120,7 @@ def test_damaged_tables_are_one_line_and_nothing_is_written(tmp_path: Path) -> N
     own, accuracies = tmp_path / "own", tmp_path / "tables"
     own.mkdir()
     accuracies.mkdir()
-    table, known = own / "memory-a-float32.csv", accuracies / "a_accuracy.csv"
+    table, known = own / "memory-a-float32.csv", accuracies / "demo_accuracy.csv"
     (sound,) = (RESULTS / "kernels").glob("memory-*.csv")
     table.write_bytes(sound.read_bytes())
     known.write_text("structure,dataset,seed,density,value\nnm,digits,0,0.1,97\n")
@@ -156,7 +156,7 @@ def test_damaged_tables_are_one_line_and_nothing_is_written(tmp_path: Path) -> N
 
 
 def test_accuracies_are_means_at_a_density(tmp_path: Path) -> None:
-    (tmp_path / "a_accuracy.csv").write_text(
+    (tmp_path / "demo_accuracy.csv").write_text(
         "dataset,seed,model,structure,density,value\ndigits,0,demo,nm group=16,0.1,97\n"
         "digits,1,demo,nm group=16,0.1009,98\ndigits,0,zeroed,,,10\n"
         "digits,2,demo,nm group=16,0.1,\ntext,0,gpt2,unstructured,0.1,30\n"

@@ -74,9 +74,6 @@ def test_of_other_packages_only_warnings_are_passed_on(program: Program) -> None
             run = [] if name in ("config", "bench") else ["run=x"]
             said = program(task, *run, config=name)
             assert said == (0, "", "warning: slow\na line of ours\n"), name
-        status, out, error = program(task, "-m", "seed=0,1")
-        assert (status, error) == (0, 2 * "warning: slow\na line of ours\n")
-        assert out == "Launching 2 jobs locally\n\t#0 : seed=0\n\t#1 : seed=1\n"
     finally:
         root.setLevel(before[0])
         root.handlers[:] = before[1]
@@ -93,7 +90,7 @@ def test_mistakes_are_one_line(program: Program) -> None:
         "structure=null": "structure: expected one of block, ",
         "structure=5": "structure: expected one of block, ",
         "structure=[nm]": "structure: expected one of block, ",
-        "+trainer={}": "trainer: expected one of default, got {}",
+        "+trainer={}": "trainer: expected one of default, longer, got {}",
         "model=vit.yaml": "model=vit.yaml: unknown option; choose from ",
         "model=../model/vit": "model=../model/vit: unknown option; choose from ",
         "dst=_base": "dst=_base: unknown option; choose from ",

@@ -16,6 +16,7 @@ from hostile import trained_run
 from padst_exp import dispatch, identity, stored
 from padst_exp import evaluate as entry
 from padst_exp.analyze import AnalyzeSchema, analyze
+from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.lock import Lock
 from padst_exp.errors import UserError
@@ -257,5 +258,7 @@ def test_a_run_from_before_there_were_scales_is_read(real_run: Path, tmp_path: P
     kept = [line for line in lines if not line.startswith(("scale:", "arm:"))]
     assert len(kept) == len(lines) - 2
     (run / "config.yaml").write_text("".join(kept))
+    for path in (run / "checkpoints").iterdir():  # which have it as well
+        checkpoint.write({**checkpoint.read(path), "config_text": "".join(kept)}, path)
     config = open_run(run).config
     assert config.scale is None and config.arm is None

@@ -32,6 +32,15 @@ OTHERS = {
     "data.corpora": {"_hub_tokenizer"},  # of the hub's cache
     "data.tokens": {"_remapped"},  # opens again what was found sound
     "data.sources": {"_load", "load_hub", "__str__"},  # in blocks of its caller; tells of a row
+    "data.imagenet_variants": {"_lines", "_relabelled"},  # timm's own lists
+    "report.plan": {"_own_dim"},  # our own conf/
+    "report.runs": {
+        "_entry",
+        "_yaml",
+    },  # of what was read: told by None, or in blocks of its callers
+    "report.store": {"_sweeper"},  # our own conf/
+    "sweeps.local": {"_start", "_failure"},  # what our own processes say
+    "sweeps.sweep": {"record"},  # writes
     "data.text": {"__init__"},  # our own asset
 }
 

@@ -205,12 +205,12 @@ def test_a_config_cut_short_is_replaced_by_its_checkpoint_s(
     whole = config_of(run)
     without = {key: value for key, value in whole.items() if key != "sparse"}
     shallower = {**whole, "model": {**whole["model"], "heads": 1}}
-    for what, text in {
-        "has no": "".join(lines[: len(lines) // 2]),
-        "has no sparse": yaml.safe_dump(without),
-        "has no backend": "".join(lines[: lines.index("logger:\n")]),
-        "model.heads=2 there and 1 here": yaml.safe_dump(shallower),
-    }.items():
+    for what, text in (
+        ("has no", "".join(lines[: len(lines) // 2])),
+        ("has no sparse", yaml.safe_dump(without)),
+        ("has no", "".join(lines[: lines.index("logger:\n")])),
+        ("model.heads=2 there and 1 here", yaml.safe_dump(shallower)),
+    ):
         file.write_text(text)
         assert isinstance(yaml.safe_load(text), dict)
         said = of_no_use(lambda: evaluated(run), what, capsys)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from door.test_every_file import WORDS, byte_level, idx
 from door.test_stored_configs import PLANTED
-from from_yaml import leaf
+from from_yaml import asked, leaf
 from fuzz.damage import RAN, damages
 from fuzz.program import Reached, fault
 from fuzz.test_command_lines import DRAWS, SEED
@@ -219,9 +219,7 @@ def test_damaged_files_are_taken_or_refused_in_one_line(
     evaluated = evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", lambda *a: found.append(evaluated(*a)) or found[-1])
     expected = evaluated(
-        evaluate.EvaluateSchema(
-            run=str(sound / "run"), batch_size=None, device="cpu", trust=(), changes=()
-        ),
+        asked("evaluate", evaluate.EvaluateSchema, run=str(sound / "run"), device="cpu"),
         World(),
     )[1]
 

@@ -265,12 +265,15 @@ def test_a_head_of_zeros_exports_and_what_diverged_is_refused(tmp_path: Path) ->
     assert not folder.exists()
 
 
-def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_brings_its_config_or_is_one_line(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
+    text = (run / "config.yaml").read_text()
     others = {"deeper": "model.depth=2", "blocks": "structure=block"}
     for name, override in others.items():
         other = make_run(tmp_path / name, override)
         shutil.copy(other / "checkpoints" / "last.pt", run / "checkpoints" / "last.pt")
+        assert metrics_of(run) == metrics_of(other)
+        edit_checkpoint(run, lambda payload: payload.update(config_text=text))
         with pytest.raises(UserError, match=r"^.*last\.pt: does not fit this model: [^\n]*$"):
             restore_run(run, World())
 
@@ -305,8 +308,9 @@ def test_backends_that_do_not_fit_are_not_taken_over(tmp_path: Path) -> None:
     assert_equal(hardened_logits(run, inputs), expected, "torch")
 
 
-def test_a_damaged_config_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_config_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
+    expected = metrics_of(run)
     folder, _ = export(keys(run), World())
     description = json.loads((folder / "model.json").read_text())
     for text, message in (
@@ -319,10 +323,13 @@ def test_a_damaged_config_is_one_line(tmp_path: Path) -> None:
     ):
         (run / "config.yaml").write_text(text)
         (folder / "model.json").write_text(json.dumps({**description, "config": text}))
-        for path, name in ((run, "config.yaml"), (folder, "model.json")):
-            wanted = rf"^run: expected a training config, got .*{name} \({message}[^\n]*\)$"
-            with pytest.raises(UserError, match=wanted):
-                metrics_of(path)
+        wanted = rf"run: expected a training config, got .*%s \({message}[^\n]*\)"
+        with pytest.raises(UserError, match=f"^{wanted % 'model.json'}$"):
+            metrics_of(folder)
+        capsys.readouterr()  # a run has its config in its checkpoint as well
+        assert metrics_of(run) == expected
+        said = capsys.readouterr().err
+        assert re.match(f"warning: {wanted % 'config.yaml'}; taking the one in .*last.pt", said)
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

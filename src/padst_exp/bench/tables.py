@@ -206,9 +206,10 @@ def accuracies(tables: Path, density: float) -> pd.DataFrame:
     """What demo models reached, by structure and data set; mean of all seeds."""
     wanted = ["structure", "dataset", "seed", "density", "value"]
     frames = []
-    for path in sorted(tables.glob("*_accuracy.csv")):
-        with reading("out", path, "a table of accuracies"):
-            frames.append(pd.read_csv(path)[wanted])
+    for path in (tables / f"{name}_accuracy.csv" for name in ("demo", "structure")):
+        if path.exists():
+            with reading("out", path, "a table of accuracies"):
+                frames.append(pd.read_csv(path)[wanted])
     frame = pd.concat([pd.DataFrame(columns=wanted), *frames]).dropna()
     near = frame[(frame.density.astype(float) - density).abs() <= NEAR * density]
     # A run can stand in more than one table.

@@ -1,0 +1,186 @@
+"""What a few seeds can say: intervals, paired differences, and what they could have detected.
+
+The seed is the replicate. Nothing here knows where the numbers come from; values that are not
+finite belong to runs that failed, and whoever calls this counts them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+LEVEL = 0.95
+POWER = 0.8
+FEWEST = 5
+"""Seeds below which nothing is bootstrapped: their resamples are hardly others than themselves."""
+RESAMPLES = 9_999
+# Differences that are equal but for rounding have no spread.
+ROUNDING = 1e-12
+
+Interval = tuple[float, float]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A mean over seeds.
+
+    Args:
+        n: seeds.
+        mean: over them.
+        sd: standard deviation of one seed, None for fewer than two.
+        interval: 95% t interval of the mean, None for fewer than two.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two arms, seed by seed.
+
+    Args:
+        sample: of the differences.
+        p: two-sided, of the paired t test; None where the differences have no spread.
+        detectable: least difference that so many seeds, spread like these, find with a power of
+            80% at 5%; None as for `p`.
+        bootstrap: 95% percentile interval of the mean over resampled seeds; None for few seeds.
+    """
+
+    sample: Sample
+    p: float | None
+    detectable: float | None
+    bootstrap: Interval | None
+
+
+@dataclass(frozen=True)
+class Closure:
+    """The share of the gap between two arms that a third one closes: 0 the lower, 1 the upper.
+
+    Args:
+        n: seeds that all three arms have.
+        value: the ratio of mean differences.
+        interval: 95% percentile interval over resampled seeds, or None for few seeds.
+    """
+
+    n: int
+    value: float
+    interval: Interval | None
+
+
+def sample(values: Sequence[float]) -> Sample:
+    """Mean, spread and t interval of one or more finite values."""
+    x = np.asarray(values, dtype=np.float64)
+    if not len(x) or not np.isfinite(x).all():
+        raise ValueError(f"values: expected finite numbers, got {values}")
+    n, mean = len(x), float(x.mean())
+    if n < 2:
+        return Sample(n, mean, None, None)
+    sd = float(x.std(ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
+    return Sample(n, mean, sd, (mean - half, mean + half))
+
+
+def paired(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Compare two arms over the seeds that both have; None where there is none.
+
+    Args:
+        ours, baseline: finite values by seed.
+    """
+    seeds = sorted(ours.keys() & baseline.keys())
+    if not seeds:
+        return None
+    differences = np.array([ours[seed] - baseline[seed] for seed in seeds])
+    size = max(abs(value) for arm in (ours, baseline) for value in arm.values())
+    found = sample(differences.tolist())
+    if found.sd is None or found.sd <= ROUNDING * size:
+        # Equal throughout: a mean, and nothing to judge it by.
+        return Difference(Sample(found.n, found.mean, found.sd, None), None, None, None)
+    statistic = found.mean / (found.sd / math.sqrt(found.n))
+    p = float(2 * stats.t.sf(abs(statistic), found.n - 1))
+    resampled = _resamples(found.n)
+    bootstrap = None if resampled is None else _percentiles(differences[resampled].mean(axis=1))
+    return Difference(found, p, detectable(found.sd, found.n), bootstrap)
+
+
+def detectable(sd: float, n: int) -> float:
+    """The least mean difference that a paired t test finds with a power of 80% at a level of 5%.
+
+    Args:
+        sd: of the differences.
+        n: pairs, at least two.
+    """
+    freedom = n - 1
+    critical = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
+
+    def lack(shift: float) -> float:
+        # That it is found with the wrong sign has a probability below 1e-5 here.
+        return float(stats.nct.sf(critical, freedom, shift)) - POWER
+
+    most = 2 * critical + 4
+    return float(optimize.brentq(lack, 0.0, most)) * sd / math.sqrt(n)
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """Adjust a family of p values (Holm 1979); those that are None are no tests, and stay so."""
+    tests = sorted((p, place) for place, p in enumerate(ps) if p is not None)
+    adjusted: list[float | None] = [None] * len(ps)
+    largest = 0.0
+    for rank, (p, place) in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - rank) * p))
+        adjusted[place] = largest
+    return adjusted
+
+
+def gap_closure(
+    ours: Mapping[int, float], lower: Mapping[int, float], upper: Mapping[int, float]
+) -> Closure | None:
+    """`(ours - lower) / (upper - lower)`, over the seeds that all three arms have.
+
+    Args:
+        ours, lower, upper: finite values by seed.
+
+    Returns:
+        None where the 95% interval of `upper - lower` includes zero, or cannot be told: there is
+        then no gap to close.
+    """
+    seeds = sorted(ours.keys() & lower.keys() & upper.keys())
+    gap = paired(*({seed: arm[seed] for seed in seeds} for arm in (upper, lower)))
+    if gap is None or gap.sample.interval is None:
+        return None
+    low, high = gap.sample.interval
+    if low <= 0 <= high:
+        return None
+    x, random, best = (np.array([arm[seed] for seed in seeds]) for arm in (ours, lower, upper))
+    resampled = _resamples(len(seeds))
+    interval = None
+    if resampled is not None:
+        denominators = (best - random)[resampled].mean(axis=1)
+        if (denominators != 0).all():
+            interval = _percentiles((x - random)[resampled].mean(axis=1) / denominators)
+    return Closure(len(seeds), float((x - random).mean() / (best - random).mean()), interval)
+
+
+@cache
+def _resamples(n: int) -> NDArray[np.int64] | None:
+    """Which of n seeds each resample takes, `[RESAMPLES, n]`: the same at every call."""
+    if n < FEWEST:
+        return None
+    drawn = np.random.default_rng(0).integers(0, n, size=(RESAMPLES, n))
+    drawn.flags.writeable = False
+    return drawn
+
+
+def _percentiles(values: Floats) -> Interval:
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
