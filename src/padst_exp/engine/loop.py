@@ -22,12 +22,14 @@ from padst_exp.engine.backends import (
 )
 from padst_exp.engine.checkpoint import require_same_config, restoring
 from padst_exp.engine.distributed import World
+from padst_exp.engine.efficiency import Efficiency, energy_meter, flops_per_step, peak_of
 from padst_exp.engine.environment import changed, numerics
 from padst_exp.engine.evaluation import evaluate
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.interruption import Interrupted, Interruption
 from padst_exp.engine.loggers import numbers
 from padst_exp.engine.plots import plot_curves, plot_topologies
+from padst_exp.engine.profiling import StepProfiler
 from padst_exp.engine.progress import Progress
 from padst_exp.engine.records import read_metrics
 from padst_exp.engine.run_directory import RunDirectory
@@ -164,6 +166,8 @@ class _Training:
                     f"{path}: other data than before, {_told(saved['data'])} then and "
                     f"{_told(data)} now; choose another name, or resume=never"
                 )
+        else:
+            StepProfiler.require_steps(self.trainer.profile, self.total)
         experiment.model.to(world.device)
         if self.trainer.precision == "float64":
             experiment.model.double()
@@ -183,8 +187,17 @@ class _Training:
         self.saved: int | None = None if saved is None else saved["step"]
         self.watched: float | None = None
         self.baselines: dict[str, float] = {}
+        self.profiler = StepProfiler(
+            self.trainer.profile if world.main else None,
+            folder=directory.path / "profile",
+            device=world.device,
+            left=self.total - self.state.step,
+            say=self.say,
+        )
+        self.joules = energy_meter(world.device)
         self.started = self.mark = time.perf_counter()
-        self.marked_step = self.state.step
+        self.waited = 0.0
+        self.first_step = self.marked_step = self.state.step
 
     def train(self, interruption: Interruption) -> None:
         """Do all steps that are left."""
@@ -203,6 +216,7 @@ class _Training:
             workers=trainer.workers,
         )
         state.start_generators(self.experiment.seed)
+        self.joules_before = 0.0 if self.joules is None else self.joules()
         self.mark = time.perf_counter()
         if self.evaluation_due and not evaluated:  # the run ended amid it
             self.save(self.evaluate())
@@ -237,6 +251,9 @@ class _Training:
         """One step, and what is due after it."""
         state, trainer = self.state, self.trainer
         self.stepper.step(iter(self.fetch(batches)))
+        began = time.perf_counter()
+        self.profiler.step()
+        self.mark += time.perf_counter() - began
         self.follow_densities()
         self.progress.advance()
         at_end = state.step == self.total
@@ -268,10 +285,12 @@ class _Training:
         parts: list[Batch] = []
         error: Exception | None = None
         if self.interruption.signum is None:
+            began = time.perf_counter()
             try:
                 parts = self.stepper.parts(batches)
             except Exception as failure:
                 error = failure
+            self.waited += time.perf_counter() - began
         if self.world.largest(int(error is not None or self.interruption.signum is not None)):
             self.leave(error)
         return parts
@@ -355,6 +374,7 @@ class _Training:
             values["grad_norm"] = sum(state.norms) / len(state.norms)
         values["epoch"] = state.step * self.trainer.batch_size / len(self.task.train)
         timing = {"seconds": seconds, "samples_per_second": speed}
+        timing["input_wait_share"] = self.waited / seconds
         shown = f"{speed:,.0f} samples/s"
         if self.task.items_per_sample > 1:
             timing["tokens_per_second"] = speed * self.task.items_per_sample
@@ -365,7 +385,7 @@ class _Training:
         metric = "" if self.watched is None else f"{self.task.monitor[0]} {self.watched:.4g}, "
         self.progress.show(f"loss {values['loss']:.4f}, {metric}{shown}")
         state.losses, state.norms = [], []
-        self.mark, self.marked_step = time.perf_counter(), state.step
+        self.mark, self.marked_step, self.waited = time.perf_counter(), state.step, 0.0
 
     def evaluate(self) -> bool:
         """Record the validation metrics; return whether they are the best so far.
@@ -464,6 +484,7 @@ class _Training:
             monitor=self.task.monitor,
             world=self.world,
             seconds=time.perf_counter() - self.started,
+            efficiency=self.efficiency(),
         )
         summary["backends"] = summarize_backends(self.picks)
         plot_curves(rows, self.task.monitor[0], self.baselines, path / "curves.png")
@@ -473,9 +494,26 @@ class _Training:
         self.directory.close()
         return summary
 
+    def efficiency(self) -> Efficiency:
+        """What the steps of this process took."""
+        trainer, device = self.trainer, self.world.device
+        steps, joules = self.state.step - self.first_step, None
+        if self.joules is not None and steps:
+            used = self.joules() - self.joules_before
+            joules = used * self.world.size / (steps * trainer.batch_size)
+        peak, peak_from = peak_of(device, trainer)
+        return Efficiency(
+            batch_size=trainer.batch_size,
+            flops_per_step=flops_per_step(self.state.model, self.task, trainer, device),
+            peak_flops=peak,
+            peak_from=peak_from,
+            joules_per_sample=joules,
+        )
+
     def abort(self, error: BaseException) -> None:
         """Close the logs of a run that does not reach its end."""
         self.progress.close()
+        self.profiler.close()
         if self.world.main:
             code = 128 + error.signum if isinstance(error, Interrupted) else 1
             self.logger.finish({}, exit_code=code)

@@ -37,7 +37,9 @@ from padst_exp.messages import say
 
 # Fields of metrics.jsonl and summary.json that tell of time or of the machine. All others are
 # equal, bit by bit, in a straight run and in one that was killed and resumed.
-TIME_FIELDS = frozenset({"seconds", "samples_per_second", "tokens_per_second", "timing"})
+TIME_FIELDS = frozenset(
+    {"seconds", "samples_per_second", "tokens_per_second", "input_wait_share", "timing"}
+)
 
 COMPARED, FEW = 20, 3
 """Runs that a new one is compared with; keys in which one may differ to be worth a word."""
@@ -50,7 +52,7 @@ class RunDirectory:
 
     Contents: `config.yaml`, `overrides.yaml`, `env.json` (and `env-resume-<n>.json`),
     `metrics.jsonl`, `checkpoints/`, and at the end `summary.json`, `curves.png`, `topology.png`;
-    `lock.json` while a process works on it.
+    `profile/` if asked for; `lock.json` while a process works on it.
 
     Attributes:
         path: the folder.

@@ -36,6 +36,9 @@ class Trainer:
         compile: `torch.compile` the repeated blocks of the model.
         workers: processes that load data, per training process; 0: none but itself.
         keep_last: how many of the latest checkpoints to keep, `best.pt` aside.
+        profile: steps to profile after a warm-up, into the folder `profile` of the run; None: none.
+        peak_flops: FLOP/s that one device could reach in this precision, which MFU is a share of;
+            None: that of a known GPU in bfloat16, else unknown.
     """
 
     steps: int | None
@@ -52,6 +55,8 @@ class Trainer:
     compile: bool
     workers: int
     keep_last: int
+    profile: int | None = None
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         one = (self.steps is None) != (self.epochs is None)
@@ -66,6 +71,7 @@ class Trainer:
             "checkpoint_interval",
             "log_interval",
             "keep_last",
+            "profile",
         ):
             self._require(key, lambda value: value >= 1, "at least 1")
         wanted = f"from 0 to {MOST_WORKERS}"
@@ -73,6 +79,8 @@ class Trainer:
         self._require("epochs", lambda value: 0 < value < math.inf, "a positive number")
         wanted = "positive, or null for no clipping"
         self._require("clip_norm", lambda value: 0 < value < math.inf, wanted)
+        wanted = "FLOP/s of one device, or null where unknown"
+        self._require("peak_flops", lambda value: 0 < value < math.inf, wanted)
         wanted = "between 0 and 1, or null for no average"
         self._require("ema_decay", lambda value: 0 < value < 1, wanted)
 

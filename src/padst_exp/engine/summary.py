@@ -12,6 +12,7 @@ from torch import nn
 
 from padst_exp.dst import Gate
 from padst_exp.engine.distributed import World
+from padst_exp.engine.efficiency import Efficiency
 from padst_exp.engine.tracker import TopologyTracker
 from padst_exp.layers import sparse_layers, sparse_weights
 from padst_exp.permutations import distance_to_identity
@@ -32,6 +33,7 @@ def summarize(
     monitor: tuple[str, str],
     world: World,
     seconds: float,
+    efficiency: Efficiency,
 ) -> dict[str, Any]:
     """Return the contents of `summary.json`.
 
@@ -44,6 +46,7 @@ def summarize(
         monitor: the watched metric and whether "max" or "min" of it is best.
         world: for the device.
         seconds: that this process has run.
+        efficiency: what a step took.
     """
     evaluations = list(_of(rows, "eval"))
     name, direction = monitor
@@ -71,7 +74,7 @@ def summarize(
         | {"distance_to_identity": distances(model)},
         "selections": _choices(rows, "selection", gates),
         "sparsification": report.to_dict(),
-        "timing": _timing(rows, world, seconds),
+        "timing": _timing(rows, world, seconds, efficiency),
     }
 
 
@@ -148,7 +151,9 @@ def distances(model: nn.Module) -> dict[str, float]:
     return found
 
 
-def _timing(rows: Sequence[Row], world: World, seconds: float) -> dict[str, object]:
+def _timing(
+    rows: Sequence[Row], world: World, seconds: float, efficiency: Efficiency
+) -> dict[str, object]:
     training = list(_of(rows, "train"))
     # ru_maxrss is in bytes on macOS, in kilobytes elsewhere.
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -161,6 +166,13 @@ def _timing(rows: Sequence[Row], world: World, seconds: float) -> dict[str, obje
     for key in ("samples_per_second", "tokens_per_second"):
         if training and key in training[0]:
             timing[key] = statistics.median(row[key] for row in training)
+    told = [row for row in training if "input_wait_share" in row]
+    if told:
+        waited = sum(row["input_wait_share"] * row["seconds"] for row in told)
+        timing["input_wait_share"] = waited / sum(row["seconds"] for row in told)
+    speed = timing.get("samples_per_second")
+    assert speed is None or isinstance(speed, float)
+    timing |= efficiency.timing(speed, world.size)
     if world.device.type == "cuda":
         timing["peak_device_memory_mb"] = torch.cuda.max_memory_allocated(world.device) / 2**20
     return timing
