@@ -1,10 +1,13 @@
 """Sessions, keys and models small enough to run every suite within seconds."""
 
+import sys
 from typing import Any
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 
+from padst_exp.bench import __main__ as command
 from padst_exp.bench import choices
 from padst_exp.bench.choices import Keys, keys_of
 from padst_exp.bench.session import Ceilings, Session, Timer, columns
@@ -47,3 +50,14 @@ def keys(suite: str, **changes: Any) -> Keys:
             "models": MODELS[:1], "batches": [2], "scopes": ["all"], "images": IMAGES,
             "text": TEXT}  # fmt: skip
     return keys_of({**cfg, **tiny, "suite": suite, **changes})
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The command line in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    try:
+        command.main()
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+    return 0

@@ -9,27 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.bench_cases import CPU, NM, keys
+from bench.bench_cases import CPU, NM, keys, run
 from gpu.kernel_checks import checks
 from hostile import DAMAGED, undone
-from padst_exp.bench import __main__ as command
 from padst_exp.bench import choices, tables
 from padst_exp.bench.choices import Layer
 from padst_exp.config import config_dir
 from padst_exp.errors import UserError
 
 RESULTS = config_dir().parent / "results"
-
-
-def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The command line in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    try:
-        command.main()
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
 
 
 def test_the_command_measures_and_writes(

@@ -37,6 +37,9 @@ MOST_THREADS = 1024
 
 Entry = str | Mapping[str, Any]
 
+# Keys that ask about one layer, see `payoff`.
+QUESTION = ("shape", "structure", "sparsity")
+
 # Options of the group `permutation` by the state that its permutations are in.
 LEARNERS = {"none": "none", "hard": "random", "soft": "doubly_stochastic"}
 
@@ -240,8 +243,11 @@ def keys_of(cfg: Mapping[str, Any]) -> Keys:
         UserError: in one line that names the key.
     """
     own, suites = dict(cfg), cfg["suites"]
-    require(own["suite"] in suites, "suite", own["suite"], f"{', '.join(suites)} or gpu_all")
+    known = f"{', '.join(suites)} or gpu_all, or a shape instead"
+    require(own["suite"] in suites, "suite", own["suite"], known)
     given = {key: value for key, value in own.items() if value is not None}
     keys = {**own, **suites[own["suite"]], **given}
-    others = "suites", "gpu_all", "check_seconds", "table"
+    for key in QUESTION:
+        require(key not in given, key, "one", "none beside suite, which has its own")
+    others = "suites", "gpu_all", "check_seconds", "table", *QUESTION
     return read_keys(OmegaConf.create({k: v for k, v in keys.items() if k not in others}), Keys)

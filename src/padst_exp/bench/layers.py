@@ -39,10 +39,10 @@ def run(keys: Keys, session: Session) -> Iterator[pd.DataFrame]:
         about: Row = {"suite": keys.suite, "case": layer.label}
         for tokens, what in itertools.product(keys.tokens or (), PASSES):
             name = f"{layer.label}, {tokens} tokens, {what}"
-            cell = {**about, "tokens": tokens, "pass": what}
-            yield from session.tried(name, partial(_cell, session, layer, made, cell))
-        cell = {**about, "tokens": 0, "pass": "conversion"}
-        yield from session.tried("conversions", partial(_conversions, session, made, cell))
+            here = {**about, "tokens": tokens, "pass": what}
+            yield from session.tried(name, partial(cell, session, layer, made, here))
+        here = {**about, "tokens": 0, "pass": "conversion"}
+        yield from session.tried("conversions", partial(_conversions, session, made, here))
         session.say(f"{keys.suite}: {layer.label} at density {density:g}")
 
 
@@ -69,7 +69,7 @@ def _contenders(
     return made
 
 
-def _cell(session: Session, layer: Layer, made: Sequence[Contender], about: Row) -> pd.DataFrame:
+def cell(session: Session, layer: Layer, made: Sequence[Contender], about: Row) -> pd.DataFrame:
     """One kind of pass of all contenders over so many tokens."""
     torch.compiler.reset()  # every cell is a variant, and the number of variants is limited
     tokens, products = about["tokens"], PASSES[about["pass"]]
