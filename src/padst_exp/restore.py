@@ -285,12 +285,15 @@ def _keys(config: Mapping[str, object]) -> set[str]:
 def _complete(cfg: DictConfig, where: Path) -> DictConfig:
     """A training config of `_ours` for a model whose weights are all there, checked."""
     cfg = alone(cfg)
-    for key in ("scale", "arm"):  # older runs have none
+    # Older runs have none of these.
+    for key in ("scale", "arm"):
         cfg.setdefault(key, None)
     try:
         run_settings(cfg)
     except UserError as error:
         raise UserError(f"run: expected {TRAINING_CONFIG}, got {where} ({error})") from error
+    for key in ("profile", "peak_flops"):
+        cfg.trainer.setdefault(key, None)
     return cfg
 
 

@@ -71,9 +71,9 @@ def flops_per_step(
 
     None for a model that cannot be followed without computing it.
     """
-    batches = validation_loader(task, batch_size=1, rank=0, world_size=1, workers=0)
-    inputs, _ = to_device(next(iter(batches)), device, trainer.precision)
     try:
+        batches = validation_loader(task, batch_size=1, rank=0, world_size=1, workers=0)
+        inputs, _ = to_device(next(iter(batches)), device, trainer.precision)
         with eagerly(trainer.compile):
             return PASSES * trainer.batch_size * count(model, inputs).flops
     except Exception:  # whatever somebody's model does with shapes; the training itself is done

@@ -55,8 +55,8 @@ class Trainer:
     compile: bool
     workers: int
     keep_last: int
-    profile: int | None = None
-    peak_flops: float | None = None
+    profile: int | None
+    peak_flops: float | None
 
     def __post_init__(self) -> None:
         one = (self.steps is None) != (self.epochs is None)
