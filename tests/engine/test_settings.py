@@ -18,6 +18,8 @@ def test_mistakes_name_the_key() -> None:
         "trainer.epochs: expected a positive": {"epochs": 0.0},
         "trainer.batch_size: expected at least 1, got 0": {"steps": 1, "batch_size": 0},
         "trainer.workers": {"steps": 1, "workers": -1},
+        "trainer.profile: expected from 1 to 1000": {"steps": 1, "profile": 0},
+        "trainer.profile: .* got 1001": {"steps": 2000, "profile": 1001},
         "trainer.precision: .* got 'fp16'": {"steps": 1, "precision": "fp16"},
         "trainer.clip_norm": {"steps": 1, "clip_norm": 0.0},
         "trainer.ema_decay": {"steps": 1, "ema_decay": 1.0},

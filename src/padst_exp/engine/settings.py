@@ -11,6 +11,8 @@ from padst_exp.errors import require
 
 # More would never end, or never begin.
 MOST_STEPS, MOST_WORKERS = 10**15, 1024
+# Each takes megabytes of memory, and of disk.
+MOST_PROFILED = 1000
 
 Precision = Literal["float32", "bfloat16", "float64"]
 
@@ -71,11 +73,12 @@ class Trainer:
             "checkpoint_interval",
             "log_interval",
             "keep_last",
-            "profile",
         ):
             self._require(key, lambda value: value >= 1, "at least 1")
         wanted = f"from 0 to {MOST_WORKERS}"
         self._require("workers", lambda value: 0 <= value <= MOST_WORKERS, wanted)
+        wanted = f"from 1 to {MOST_PROFILED}, or null for none"
+        self._require("profile", lambda value: 1 <= value <= MOST_PROFILED, wanted)
         self._require("epochs", lambda value: 0 < value < math.inf, "a positive number")
         wanted = "positive, or null for no clipping"
         self._require("clip_norm", lambda value: 0 < value < math.inf, wanted)
