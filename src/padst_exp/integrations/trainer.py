@@ -1,6 +1,6 @@
 """Dynamic sparse training in transformers' own `Trainer`, as a callback.
 
-algorithm = DropGrow(drop=Magnitude(), grow=Gradient(), counts=Constant(), ...)
+algorithm = DropGrow(drop=Magnitude(), grow=Gradient(), counts=Constant(), moments="zero", ...)
 sparsify(model, rules, structure=..., density=0.1, learner=learner, algorithm=algorithm)
 Trainer(model, arguments, callbacks=[SparseTraining(algorithm=algorithm, learner=learner)], ...)
 """
@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from padst_exp.atomic import replacing
 from padst_exp.dst import Algorithm
 from padst_exp.engine import changes, exchanges
+from padst_exp.engine.adamw import AgeAwareAdamW
 from padst_exp.engine.distributed import World
 from padst_exp.engine.step import looking_at, require_finite
 from padst_exp.engine.tracker import Births, TopologyTracker
@@ -33,9 +34,9 @@ STATE = "padst_state.pt"
 class SparseTraining(TrainerCallback):
     """Changes topologies and hardens permutations of a sparsified model while a `Trainer` trains.
 
-    It does what `padst_exp.engine.Stepper` does, with two differences. Moments of grown entries are
-    zero and their bias corrections do not start anew, which wants `moments="zero"`. What is added
-    to gradients of weights under soft selections is added after clipping.
+    It does what `padst_exp.engine.step.Stepper` does, but that what is added to gradients of
+    weights under soft selections is added after clipping. An algorithm with `moments="age"` wants
+    `Trainer(optimizer_cls_and_kwargs=(AgeAwareAdamW, {"lr": ...}))`, of `engine.adamw`.
 
     Each checkpoint folder gets a `padst_state.pt`; to resume, the folder is in the output folder,
     or `TrainingArguments(resume_from_checkpoint=...)` names it.
@@ -53,8 +54,8 @@ class SparseTraining(TrainerCallback):
         average: None; there is no moving average.
 
     Raises:
-        UserError: when training starts, for what a callback cannot do: several processes, float16
-            (whose steps may be skipped), a compiled or a dense model.
+        UserError: from `Trainer` and its `train`, for what a callback cannot do: several
+            processes, float16 (whose steps may be skipped), a compiled or a dense model.
     """
 
     model: nn.Module
@@ -66,7 +67,6 @@ class SparseTraining(TrainerCallback):
     def __init__(
         self, *, algorithm: Algorithm, learner: PermutationLearner | None = None, seed: int = 0
     ) -> None:
-        require(algorithm.moments == "zero", "dst.moments", algorithm.moments, "zero")
         self.algorithm = algorithm
         self.learner = NoPermutation() if learner is None else learner
         selections = algorithm.selection_learner
@@ -100,6 +100,14 @@ class SparseTraining(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.model, optimizer = kwargs["model"], kwargs["optimizer"]
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
+        grows = type(self.algorithm).drop_fraction is not Algorithm.drop_fraction
+        aged = grows and self.algorithm.moments == "age"
+        require(
+            not aged or isinstance(self.optimizer, AgeAwareAdamW),
+            "dst.moments",
+            f"age with {type(self.optimizer).__name__}",
+            "zero, or age with AgeAwareAdamW as optimizer_cls_and_kwargs of Trainer",
+        )
         self.step, self.total_steps = state.global_step, state.max_steps
         self.world = World(device=args.device)
         weights = sparse_weights(self.model)
