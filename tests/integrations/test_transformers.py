@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
-import padst_exp.integrations.transformers  # noqa: F401
 from from_yaml import asked
 from hostile import trained_run
 from inference.small_models import assert_equal
@@ -21,7 +26,11 @@ from padst_exp.errors import UserError
 from padst_exp.export import ExportSchema, export
 from padst_exp.inference import PackedLinear
 from padst_exp.inference.packing import harden
+from padst_exp.integrations.transformers import pack_pretrained
 from padst_exp.restore import restore, restore_run
+from padst_exp.sparsify import Rule, sparsify
+from permutation_cases import learned
+from structure_cases import STRUCTURES
 
 WORDS = "The quick brown fox jumps over a lazy dog and it barks at all of them.\n"
 # A tiled structure and a companion; single entries, whose columns are uint16.
@@ -102,6 +111,22 @@ def test_what_is_saved_again_is_the_same(folder: Path, tmp_path: Path) -> None:
     assert_equal(again(tokens()).logits, first(tokens()).logits, "parts")
 
 
+def test_a_model_that_transformers_itself_trained_is_saved_packed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=211, **sizes)).eval()
+    with pytest.raises(UserError, match=r"^model: expected one after sparsify, got a dense one$"):
+        pack_pretrained(model)
+    rules = [Rule("transformer.h.*.mlp.c_*")]
+    sparsify(model, rules, structure=STRUCTURES["unstructured"], density=0.2, learner=learned())
+    harden(model)
+    expected = model(tokens()).logits.detach()
+    pack_pretrained(model)
+    assert_equal(model(tokens()).logits, expected, "packed")
+    model.save_pretrained(tmp_path)
+    assert_equal(loaded(tmp_path)(tokens()).logits, expected, "loaded")
+
+
 def test_card_and_tokens(run: Path, folder: Path) -> None:
     described = json.loads((folder / "model.json").read_text())
     card = (folder / "README.md").read_text()
@@ -163,7 +188,7 @@ def toggle_bias(state: dict[str, Any]) -> None:
 
 DAMAGES = {
     "a bias": (changed_tensors(toggle_bias), "damaged at layer .*: (no|a) bias, unlike"),
-    "a flipped byte": (flipped, "its digest is not the one in model.json"),
+    "a flipped byte": (flipped, "its digest is another one"),
     "beyond": (
         changed_tensors(lambda state: first(state, "columns").view(torch.int16).fill_(30000)),
         "damaged at layer .*: columns",

@@ -176,11 +176,9 @@ def read_state(folder: Path, description: Description) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, damaged or another one, or holds what is no finite number.
     """
-    path = folder / WEIGHTS
-    with reading("export", path, f"the tensors that {DESCRIPTION} describes"):
-        if sha256(path) != description["tensors"]:
-            raise ValueError("its digest is another one")
-        state = read_tensors(path)
+    path, wanted = folder / WEIGHTS, f"the tensors that {DESCRIPTION} describes"
+    state = read_tensors("export", path, wanted, digest=description["tensors"])
+    with reading("export", path, wanted):
         for name, source in description["shared"].items():
             if name in state:
                 raise ValueError(f"{name} is there twice")
@@ -188,21 +186,28 @@ def read_state(folder: Path, description: Description) -> dict[str, Tensor]:
     return state
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(key: str, path: Path, wanted: str, *, digest: str | None) -> dict[str, Tensor]:
     """All tensors of one file by name, on the CPU.
 
+    Args:
+        key, path, wanted: as in `reading`.
+        digest: of the file, where it is known.
+
     Raises:
-        SafetensorError, TypeError, ValueError: it is damaged, or holds what is no finite number.
+        UserError: the file is missing, damaged or another one, or holds what is no finite number.
     """
-    with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            continue
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} is of {tensor.dtype}")
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} is not finite")
+    with reading(key, path, wanted):
+        if digest is not None and sha256(path) != digest:
+            raise ValueError("its digest is another one")
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dtype not in DTYPES:
+                raise TypeError(f"{name} is of {tensor.dtype}")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} is not finite")
     return state
 
 

@@ -21,8 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from padst_exp.errors import UserError
-from padst_exp.files import reading, sha256
+from padst_exp.errors import UserError, require
 from padst_exp.inference.files import (
     DESCRIPTION,
     FORMAT,
@@ -32,6 +31,7 @@ from padst_exp.inference.files import (
 )
 from padst_exp.inference.linear import PackedLinear
 from padst_exp.inference.loading import put_layers
+from padst_exp.inference.packing import harden, pack
 from padst_exp.inference.weights import PackedEntries, PackedTiles
 
 NAME = "padst"
@@ -117,6 +117,25 @@ class PadstQuantizer(HfQuantizer):
         return False
 
 
+def pack_pretrained(model: PreTrainedModel) -> None:
+    """Pack a sparse model of transformers, in place: `save_pretrained` then writes it packed.
+
+    Args:
+        model: after `padst_exp.sparsify.sparsify` and training; what is soft still is hardened.
+
+    Raises:
+        UserError: no layer of it is sparse.
+    """
+    harden(model)
+    layers = pack(model)
+    require(bool(layers), "model", "a dense one", "one after sparsify")
+    quantizer = PadstQuantizer(PadstConfig(layers=layers))
+    attributes = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": NAME}
+    for name, value in attributes.items():  # as from_pretrained leaves them
+        setattr(model, name, value)
+    quantizer.postprocess_model(model)
+
+
 def _read_all(paths: Sequence[Path]) -> dict[str, Tensor]:
     """The tensors of all files of a model, on the CPU.
 
@@ -127,10 +146,7 @@ def _read_all(paths: Sequence[Path]) -> dict[str, Tensor]:
     for path in paths:
         description = path.with_name(DESCRIPTION)
         digest = read_description(path.parent)["tensors"] if description.is_file() else None
-        with reading("from_pretrained", path, "tensors of a packed model"):
-            if digest is not None and sha256(path) != digest:
-                raise ValueError(f"its digest is not the one in {DESCRIPTION}")
-            state |= read_tensors(path)
+        state |= read_tensors("from_pretrained", path, "tensors of a packed model", digest=digest)
     return state
 
 
