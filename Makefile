@@ -13,7 +13,7 @@ REQUIREMENTS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb
 
 export PYTHONPATH := src:kernels
 
-.PHONY: help setup fmt lint types test test-slow fuzz kills smoke demo experiments bench test-compile docs-test test-gpu ci clean
+.PHONY: help setup fmt lint types test test-slow test-thorough fuzz kills smoke demo experiments bench test-compile docs-test test-gpu ci clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s ':'
@@ -42,10 +42,13 @@ types: $(STAMP)  ## mypy --strict
 	$(PYTHON) -m mypy
 
 test: $(STAMP)  ## fast tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not docs"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow and not thorough and not gpu and not docs"
 
 test-slow: $(STAMP)  ## slow tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 3 --dist worksteal -m "slow and not gpu"
+
+test-thorough: $(STAMP)  ## tests that take a minute each: clusters, killed sweeps, every data worker
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal -m thorough
 
 kills: $(STAMP)  ## kill 60 trainings, at writes and at first use of caches too; end 40 by SIGTERM
 	KILLS=60 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/engine/test_kills.py

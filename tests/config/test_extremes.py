@@ -78,7 +78,7 @@ def test_no_number_is_taken_that_means_nothing(group: str) -> None:
         assert not negative or made(group, option, key, value) is None, (option, key, value)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("group", ("dst", "permutation", "structure", "optimizer"))
 def test_what_is_taken_trains(group: str) -> None:
     homes = {"srigl": ("fan_in", {"group": 1}), "dsb": ("shuffled_block", {"size": 4})}

@@ -188,7 +188,7 @@ def test_a_killed_worker_is_told_in_one_line_and_loses_nothing(
     assert not any(alive(pid) for pid in workers)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_whole_run_is_the_same_under_each_start_method(tmp_path: Path) -> None:
     """As a command, whose own module its workers import again."""
     small = "model.dim=16 model.depth=1 model.heads=2 trainer.epochs=null trainer.steps=3"

@@ -257,7 +257,7 @@ def test_damaged_files_are_taken_or_refused_in_one_line(
     check()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("measured")
 def test_programs_take_sound_files(sound: Path, tmp_path: Path) -> None:
     for name, reader in READERS.items():

@@ -191,7 +191,7 @@ def metrics(folder: Path) -> dict[str, Any]:
     return {path.parent.name: json.loads(path.read_text())["final"] for path in summaries}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: Path) -> None:
     sweep = ("seed=0,1", "permutation=none,doubly_stochastic", "trainer.steps=60",
              "trainer.checkpoint_interval=10", "hydra.launcher.n_jobs=2")  # fmt: skip
@@ -222,7 +222,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path
     assert said.count("top1 ") == 4
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_job_of_a_cluster_goes_back_into_the_queue_when_warned(tmp_path: Path) -> None:
     sweep = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60",
              "trainer.steps=300", "trainer.log_interval=1")  # fmt: skip
@@ -246,7 +246,7 @@ def test_a_job_of_a_cluster_goes_back_into_the_queue_when_warned(tmp_path: Path)
         assert (summary["steps"], summary["timing"]["processes"]) == (300, tasks)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_failed_job_of_a_cluster_does_not_stop_the_others(tmp_path: Path) -> None:
     process = start(tmp_path, "hydra/launcher=submitit_local", "trainer.steps=2",
                     "structure.n=0,1")  # fmt: skip
