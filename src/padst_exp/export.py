@@ -1,4 +1,4 @@
-"""Export a trained model: `python -m padst_exp.export run=<run directory> [format=dense]`."""
+"""Export a trained model: `python -m padst_exp.export run=<run directory> [format=...]`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class ExportSchema:
 
     Args:
         run: run directory, as printed at the end of a training, or a checkpoint file.
-        format: "packed" for `padst_exp.inference`, "dense" for plain timm and transformers.
-        out: folder to write; null is `export` (or `export-dense`) in the run.
+        format: "packed" for `padst_exp.inference`, "transformers" for that and for transformers
+            with `padst_exp.integrations.transformers`, "dense" for plain timm and transformers.
+        out: folder to write; null is `export`, or `export-<format>` if not packed, in the run.
         overwrite: whether an earlier export there may be replaced.
         batch_size: of the validation samples with which the export is compared with the run.
         device: "auto" takes the GPU where there is one.
@@ -40,7 +41,7 @@ class ExportSchema:
     """
 
     run: str
-    format: Literal["packed", "dense"]
+    format: Literal["packed", "dense", "transformers"]
     out: str | None
     overwrite: bool
     batch_size: int
@@ -92,6 +93,7 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     from padst_exp import dispatch
     from padst_exp.inference import files, pack
     from padst_exp.inference.packing import dense_state, harden
+    from padst_exp.integrations.hub_files import hub_files, require_language_model
     from padst_exp.restore import plain_model, restore_run
 
     if world.size > 1:
@@ -101,6 +103,8 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     files.require_free(folder, overwrite=keys.overwrite)
     restored = restore_run(source, world, trust=keys.trust, changes=keys.changes)
     model = restored.model.eval()
+    if keys.format == "transformers":
+        require_language_model(restored)
     dispatch.forced(model, "torch", world.device)
     hardened = harden(model)
     samples = _samples(restored, keys.batch_size)
@@ -108,8 +112,10 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     if not expected.isfinite().all():
         raise UserError(f"run: {restored.path} computes logits that are not finite")
 
-    layers = pack(model)
+    layers, metrics = pack(model), _metrics(restored)
     extra = {}
+    if keys.format == "transformers":
+        extra = hub_files(restored, layers, metrics)
     if keys.format == "dense":
         plain = plain_model(restored.config, restored.task)
         # Copies: a plain load_state_dict wants tied weights under each of their names.
@@ -129,7 +135,7 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         "density_of_model": restored.report.density("model"),
         "sparsification": [asdict(layer) for layer in restored.report.layers],
         "largest_difference": largest,
-        "metrics_of_checkpoint": _metrics(restored),
+        "metrics_of_checkpoint": metrics,
         "source": {
             "run": None if restored.run is None else str(restored.run.resolve()),
             "checkpoint": restored.path.name,
@@ -147,7 +153,7 @@ def _folder(keys: ExportSchema) -> Path:
     if keys.out is not None:
         return Path(keys.out)
     source = Path(keys.run)
-    name = "export" if keys.format == "packed" else "export-dense"
+    name = "export" if keys.format == "packed" else f"export-{keys.format}"
     inside = source.with_name(f"{source.stem}-{name}") if source.is_file() else source / name
     require_no_link("out", inside)
     return inside
@@ -205,8 +211,9 @@ def _logits(model: nn.Module, samples: Tensor) -> Tensor:
 
 def _configuration(model: nn.Module) -> dict[str, str]:
     """`config.json`, with which transformers' `from_pretrained` reads the folder."""
-    transformer = getattr(model, "transformer", None)
-    config = getattr(transformer, "config", None)
+    from padst_exp.integrations.hub_files import configuration_of
+
+    config = configuration_of(model)
     return {} if config is None else {"config.json": config.to_json_string()}
 
 

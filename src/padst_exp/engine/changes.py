@@ -9,19 +9,72 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from padst_exp.dst import Change
+from padst_exp.dst import Algorithm, Change
 from padst_exp.engine.adamw import birth_dtype
-from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.distributed import World
+from padst_exp.engine.ema import Average
 from padst_exp.engine.optimizers import lr_scale
-from padst_exp.engine.state import TrainingState
+from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import require
 from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
-from padst_exp.permutations import Permutation
+from padst_exp.permutations import Permutation, PermutationLearner
 from padst_exp.seeds import stream
 from padst_exp.soft import Learner
 
 # Of an optimizer's state, what is an average of gradients themselves.
 SIGNED = ("exp_avg", "momentum_buffer")
+
+
+class Method(Protocol):
+    """What changes a model: an `Experiment`, or a part of a program that trains otherwise."""
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """Changes the topologies."""
+
+    @property
+    def learner(self) -> PermutationLearner:
+        """Trains the permutations."""
+
+    @property
+    def seed(self) -> int:
+        """Of growth."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+
+
+class Trained(Protocol):
+    """What is changed: a `TrainingState`, or what has as much of one."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Sparse."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of all its values."""
+
+    @property
+    def world(self) -> World:
+        """Of this process."""
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+
+    @property
+    def average(self) -> Average | None:
+        """Of the model."""
+
+    @property
+    def tracker(self) -> TopologyTracker:
+        """Counts changes."""
+
+    @property
+    def births(self) -> Births | None:
+        """When each active unit was grown."""
 
 
 class Follower(Protocol):
@@ -96,7 +149,7 @@ class Moments:
         self.optimizer.state[move.new] = state
 
 
-def followers(experiment: Experiment, state: TrainingState) -> list[Follower]:
+def followers(experiment: Method, state: Trained) -> list[Follower]:
     """The one list of what moves along when a topology changes."""
     each: list[Follower | None] = [
         Moments(state.optimizer, experiment.algorithm.moments),
@@ -107,8 +160,21 @@ def followers(experiment: Experiment, state: TrainingState) -> list[Follower]:
     return [follower for follower in each if follower is not None]
 
 
+def changing(experiment: Method, model: nn.Module, step: int) -> list[SparseWeight]:
+    """The weights whose topology is to be decided after `step`."""
+    if not experiment.algorithm.is_due(step, experiment.total_steps):
+        return []
+    return [
+        weight
+        for weight in sparse_weights(model).values()
+        if weight.selection is None
+        and not weight.frozen
+        and experiment.algorithm.can_change(weight.topology())
+    ]
+
+
 def update_topologies(
-    experiment: Experiment, state: TrainingState, weights: Iterable[SparseWeight]
+    experiment: Method, state: Trained, weights: Iterable[SparseWeight]
 ) -> list[Move]:
     """Let the algorithm decide the next topology of each of `weights`, and adopt it.
 
@@ -138,8 +204,8 @@ def update_topologies(
 
 
 def harden(
-    experiment: Experiment,
-    state: TrainingState,
+    experiment: Method,
+    state: Trained,
     learners: Iterable[Learner],
     loss: Callable[[], float],
 ) -> tuple[list[dict[str, Any]], list[Move]]:
@@ -206,7 +272,7 @@ def adopt(
     return move
 
 
-def _settle(state: TrainingState, following: Iterable[Follower]) -> list[Move]:
+def _settle(state: Trained, following: Iterable[Follower]) -> list[Move]:
     """Adopt what hard selections have chosen."""
     moves = []
     for name, weight in sparse_weights(state.model).items():
@@ -216,7 +282,7 @@ def _settle(state: TrainingState, following: Iterable[Follower]) -> list[Move]:
     return moves
 
 
-def finish(state: TrainingState, what: str) -> None:
+def finish(state: Trained, what: str) -> None:
     """Derive anew what depends on topologies and choices, and make sure that ranks agree."""
     index_stale(state.model)
     if state.average is not None:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from padst_exp.engine.changes import adopt, finish, followers
-from padst_exp.engine.experiment import Experiment
-from padst_exp.engine.state import TrainingState
+from padst_exp.engine.changes import Method, Trained, adopt, finish, followers
 from padst_exp.layers import SparseWeight, evidence, places
 from padst_exp.permutations import Permutation
 
 
-def weights_of(state: TrainingState, due: Mapping[str, Permutation]) -> list[SparseWeight]:
+def weights_of(state: Trained, due: Mapping[str, Permutation]) -> list[SparseWeight]:
     """The sparse weights that these permutations act on, each once."""
     found = [place.weight for choice in due.values() for place in places(state.model, choice)]
     return list(dict.fromkeys(found))
 
 
-def exchange(
-    experiment: Experiment, state: TrainingState, due: Mapping[str, Permutation]
-) -> dict[str, Any]:
+def collecting(
+    experiment: Method,
+    state: Trained,
+    changing: Sequence[SparseWeight],
+    due: Mapping[str, Permutation],
+) -> list[SparseWeight]:
+    """Let the weights whose change needs dense gradients collect them, until told otherwise."""
+    found = list(changing) if "dense_gradient" in experiment.algorithm.needs else []
+    if halves := experiment.learner.parts:
+        for weight in weights_of(state, due):
+            weight.gradient_parts = halves
+            found.append(weight)
+    for weight in found:
+        weight.collect_dense_gradient = True
+    return found
+
+
+def exchange(experiment: Method, state: Trained, due: Mapping[str, Permutation]) -> dict[str, Any]:
     """Let the learner exchange those permutations that are due, by name.
 
     Returns:

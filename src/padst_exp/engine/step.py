@@ -16,7 +16,7 @@ from padst_exp.engine.checkpoint import random_state, restore_random_state
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.state import TrainingState
-from padst_exp.layers import Move, SparseWeight, sparse_weights
+from padst_exp.layers import Move, SparseWeight
 from padst_exp.permutations import Permutation
 from padst_exp.seeds import seed_of
 from padst_exp.soft import Learner, soft_choices
@@ -86,7 +86,7 @@ class Stepper:
                 are averaged, which ends with the last forward pass.
         """
         step, parts = self.state.step + 1, self.parts(batches)
-        changing = self._changing(step)
+        changing = changes.changing(self.experiment, self.model, step)
         due = self.experiment.learner.exchanges(
             step, self.experiment.total_steps, rewiring=bool(changing)
         )
@@ -145,46 +145,16 @@ class Stepper:
         state.step = step
         self._pending.append((loss, norm))
 
-        looking = [
-            learner
-            for learner in state.learners
-            if learner.choices and (step % learner.interval == 0 or step == total)
-        ]
+        looking = looking_at(state.learners, step, total)
         if changing or due or looking:
             self.settle()
-            self._require_finite(changing, due, looking)
+            require_finite(state, changing, due, looking)
         if changing:
             self._change(changing)
         if due:
             self.record("exchange", exchanges.exchange(self.experiment, state, due))
         if looking:
             self._harden(looking, seen)
-
-    def _require_finite(
-        self,
-        changing: Sequence[SparseWeight],
-        due: Mapping[str, Permutation],
-        looking: Sequence[Learner],
-    ) -> None:
-        """Nothing is chosen by what is no finite number, on no rank."""
-        weights = dict.fromkeys([*changing, *exchanges.weights_of(self.state, due)])
-        found = [
-            tensor
-            for weight in weights
-            for tensor in (
-                weight.values.detach(),
-                weight.dense_gradient,
-                weight.part_gradients,
-                weight.weight_gradient,
-            )
-        ]
-        found += [c.logits for learner in looking for c in learner.choices.values()]
-        tensors = [tensor.detach() for tensor in found if tensor is not None]
-        # A sum is finite only if all of it is, and takes a fraction of the time of a norm.
-        sums = [tensor.sum().double() for tensor in tensors]
-        finite = not sums or bool(torch.stack(sums).isfinite().all())
-        if self.world.largest(int(not finite)):
-            raise DivergedError("a gradient or a weight is not finite", self.state.step)
 
     def _remember(self) -> None:
         """Keep all but gradients that a pass through the model changes."""
@@ -241,18 +211,6 @@ class Stepper:
         self._statistics = [b for b in self.model.buffers() if b.is_floating_point() or b.ndim == 0]
         self._before = [buffer.clone() for buffer in self._statistics]
 
-    def _changing(self, step: int) -> list[SparseWeight]:
-        """The weights whose topology is to be decided after `step`."""
-        if not self.algorithm.is_due(step, self.experiment.total_steps):
-            return []
-        return [
-            weight
-            for weight in sparse_weights(self.model).values()
-            if weight.selection is None
-            and not weight.frozen
-            and self.algorithm.can_change(weight.topology())
-        ]
-
     def _accumulate(
         self,
         parts: Sequence[Batch],
@@ -261,13 +219,7 @@ class Stepper:
     ) -> tuple[Tensor, list[Batch]]:
         """Forward and backward of all micro-batches; return the mean loss and the batches."""
         trainer, world, task = self.trainer, self.world, self.experiment.task
-        collecting = list(changing) if "dense_gradient" in self.algorithm.needs else []
-        if halves := self.experiment.learner.parts:
-            for weight in exchanges.weights_of(self.state, due):
-                weight.gradient_parts = halves
-                collecting.append(weight)
-        for weight in collecting:
-            weight.collect_dense_gradient = True
+        collecting = exchanges.collecting(self.experiment, self.state, changing, due)
         # What is rare or passing is not worth another compilation of every block.
         passing = bool(collecting) or any(learner.half_hard for learner in self.state.learners)
         losses, seen = [], []
@@ -375,6 +327,46 @@ class Stepper:
         mean = torch.stack(losses).mean()
         self.world.mean_([mean])
         return float(mean)
+
+
+def looking_at(learners: Sequence[Learner], step: int, total: int) -> list[Learner]:
+    """The learners that look after `step` whether a choice is ready to harden."""
+    return [
+        learner
+        for learner in learners
+        if learner.choices and (step % learner.interval == 0 or step == total)
+    ]
+
+
+def require_finite(
+    state: changes.Trained,
+    changing: Sequence[SparseWeight],
+    due: Mapping[str, Permutation],
+    looking: Sequence[Learner],
+) -> None:
+    """Nothing is chosen by what is no finite number, on no rank.
+
+    Raises:
+        DivergedError: something is not.
+    """
+    weights = dict.fromkeys([*changing, *exchanges.weights_of(state, due)])
+    found = [
+        tensor
+        for weight in weights
+        for tensor in (
+            weight.values.detach(),
+            weight.dense_gradient,
+            weight.part_gradients,
+            weight.weight_gradient,
+        )
+    ]
+    found += [c.logits for learner in looking for c in learner.choices.values()]
+    tensors = [tensor.detach() for tensor in found if tensor is not None]
+    # A sum is finite only if all of it is, and takes a fraction of the time of a norm.
+    sums = [tensor.sum().double() for tensor in tensors]
+    finite = not sums or bool(torch.stack(sums).isfinite().all())
+    if state.world.largest(int(not finite)):
+        raise DivergedError("a gradient or a weight is not finite", state.step)
 
 
 def eagerly(wanted: bool) -> AbstractContextManager[Any]:

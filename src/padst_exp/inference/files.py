@@ -31,6 +31,8 @@ from padst_kernels.tiles import TileIndex
 
 FORMAT = 3
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+FOR_TRANSFORMERS = ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json")
+"""Further files of an export that transformers reads."""
 
 # Besides constructors of models, nothing else that a file names is ever called.
 REBUILD = "padst_exp.transforms.rebuild"
@@ -139,7 +141,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         raise UserError(
             f"out: {folder} holds an export already; overwrite=true replaces it, out=... keeps it"
         )
-    known = {WEIGHTS, DESCRIPTION, "config.json"}
+    known = {WEIGHTS, DESCRIPTION, *FOR_TRANSFORMERS}
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
     if foreign:
         raise UserError(f"out: {folder} also holds {foreign[0]}, which would be lost; remove it")
@@ -174,9 +176,28 @@ def read_state(folder: Path, description: Description) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, damaged or another one, or holds what is no finite number.
     """
-    path = folder / WEIGHTS
-    with reading("export", path, f"the tensors that {DESCRIPTION} describes"):
-        if sha256(path) != description["tensors"]:
+    path, wanted = folder / WEIGHTS, f"the tensors that {DESCRIPTION} describes"
+    state = read_tensors("export", path, wanted, digest=description["tensors"])
+    with reading("export", path, wanted):
+        for name, source in description["shared"].items():
+            if name in state:
+                raise ValueError(f"{name} is there twice")
+            state[name] = state[source]
+    return state
+
+
+def read_tensors(key: str, path: Path, wanted: str, *, digest: str | None) -> dict[str, Tensor]:
+    """All tensors of one file by name, on the CPU.
+
+    Args:
+        key, path, wanted: as in `reading`.
+        digest: of the file, where it is known.
+
+    Raises:
+        UserError: the file is missing, damaged or another one, or holds what is no finite number.
+    """
+    with reading(key, path, wanted):
+        if digest is not None and sha256(path) != digest:
             raise ValueError("its digest is another one")
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -187,10 +208,6 @@ def read_state(folder: Path, description: Description) -> dict[str, Tensor]:
                 raise TypeError(f"{name} is of {tensor.dtype}")
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"{name} is not finite")
-        for name, source in description["shared"].items():
-            if name in state:
-                raise ValueError(f"{name} is there twice")
-            state[name] = state[source]
     return state
 
 
@@ -249,11 +266,14 @@ def empty_layer(
         out_features += part["out_features"]
     if out_features != dense.matrix.shape[0]:
         raise ValueError(f"{out_features} features out, {dense.matrix.shape[0]} in the dense layer")
+    bias = state.get(f"{prefix}bias")
+    if (bias is None) != (dense.bias_tensor is None):
+        raise ValueError(f"{'no' if bias is None else 'a'} bias, unlike the dense layer")
     companion = None
     if described["rank"]:
         with torch.device("meta"):
             companion = LowRank(out_features, in_features, described["rank"], None)
-    rest = parts, state.get(f"{prefix}bias"), companion
+    rest = parts, bias, companion
     if isinstance(dense.module, nn.Conv2d):
         return PackedConv2d(Window.of(dense.module), *rest)
     return PackedLinear(*rest)

@@ -13,6 +13,7 @@ from padst_exp.files import one_line, reason
 from padst_exp.inference.files import (
     DESCRIPTION,
     WEIGHTS,
+    Layer,
     construct,
     empty_layer,
     read_description,
@@ -47,16 +48,32 @@ def load(
     if model is None:
         model = construct(description["model"], folder / DESCRIPTION)
     state = read_state(folder, description)
-    try:
-        for name, described in description["layers"].items():
-            _, dense = view_of(model, name)
-            dense.replace(model, empty_layer(described, state, f"{name}.", dense))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        why = reason(error)
-        raise UserError(f"{folder / WEIGHTS}: damaged at layer {name}: {why}") from error
+    put_layers(model, description["layers"], state, folder / WEIGHTS)
     _load_state(model, state, folder / WEIGHTS)
     _tie(model, description["shared"])
     return model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+
+
+def put_layers(
+    model: nn.Module, layers: Mapping[str, Layer], state: Mapping[str, Tensor], path: Path
+) -> None:
+    """Let packed layers, with their tensors of `state`, take the place of dense ones.
+
+    Args:
+        model: the dense model.
+        layers: described, by name.
+        state: all tensors by name.
+        path: where these are from.
+
+    Raises:
+        UserError: they do not fit each other, or are none that kernels may multiply by.
+    """
+    for name, described in layers.items():
+        try:
+            _, dense = view_of(model, name)
+            dense.replace(model, empty_layer(described, state, f"{name}.", dense))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: damaged at layer {name}: {reason(error)}") from error
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
