@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from padst_exp.errors import require
 from padst_exp.files import reading
@@ -90,6 +91,9 @@ class Llama(nn.Module):
         super().__init__()
         self.model = lm.model
         self.lm_head = lm.lm_head
+        # Its frequencies stand in no state, also where a model is built without any memory.
+        with torch.device("cpu"):
+            self.model.rotary_emb = LlamaRotaryEmbedding(lm.config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens, int64 `[B, T]`, to logits of the next ones, `[B, T, V]`."""
