@@ -32,6 +32,7 @@ from padst_exp.overrides import ambiguous, check_hydra, check_overrides, not_let
 from padst_exp.signals import WARNINGS
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+LONGEST_LINE = 2000
 
 # A launcher looks several times a second whether a process has ended, and then ends the others.
 SECONDS_TO_BE_ENDED = 3
@@ -332,4 +333,6 @@ def _exit_with(error: Exception) -> NoReturn:
 
 
 def _say(message: str) -> None:
+    if len(message) > LONGEST_LINE:  # with a value that nobody reads to its end
+        message = f"{message[: LONGEST_LINE // 2]} ... {message[-LONGEST_LINE // 2 :]}"
     sys.stderr.write(f"padst_exp: {printable(message)}\n")

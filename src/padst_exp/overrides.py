@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from padst_exp.config import closest, config_dir, options
 from padst_exp.errors import UserError
 
+LONGEST_NAME = 256  # of a file
+
 
 def check_overrides(arguments: Sequence[str]) -> None:
     """Refuse what Hydra would take without a word, or refuse without naming it.
@@ -78,6 +80,7 @@ def _require_option(group: str, choice: object) -> None:
         raise UserError(f"{group}: expected one of {known}, got {got}")
     parts = choice.split("/")
     named = not any(part in ("", ".", "..") or part[0] == "_" for part in parts)
+    named = named and len(choice.encode()) < LONGEST_NAME
     if not named or choice.endswith((".yaml", ".yml")) or "${" in choice:
         raise UserError(f"{group}={choice}: unknown option; choose from {known}")
 

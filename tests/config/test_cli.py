@@ -140,10 +140,13 @@ def test_nothing_is_given_a_value_without_a_meaning(program: Program) -> None:
         "name=' a'": "name: expected the name of one folder",
         f"name={'a' * 300}": "name: expected the name of one folder",
         "runs=": "runs: expected a folder",
+        f"transform={'y' * 5000}": "transform=yyy",
+        f"sparsity={'y' * 5000}": "sparsity: expected float, got 'yyy",
     }
     for argument, message in cases.items():
         code, out, err = program(checked, argument)
         assert (code, out, err.count("\n")) == (1, "", 1)
+        assert len(err) < 2100
         assert err.startswith(f"padst_exp: error: {message}"), err
 
 

@@ -86,6 +86,19 @@ def test_slots_that_live_and_die_together_are_one_group() -> None:
             assert torch.equal(groups[:, None] == groups, block[:, None] == block)
 
 
+def test_where_all_slots_are_one_group_nothing_is_penalized_and_a_step_can_be_made() -> None:
+    model = nn.Sequential(linear((16, 32)))
+    learner = from_yaml("permutation/transport", side="out", ramp_start=0.0, ramp_end=0.0)
+    sparsify(
+        model, [Rule("0")], structure=from_yaml("structure/nm", group=16), density=0.25,
+        learner=learner,
+    )  # fmt: skip
+    (partition,) = model[0].permutations().values()
+    assert len(partition.sizes) == 1 and float(partition.penalty()) == 0
+    (gradient,) = torch.autograd.grad(partition.penalty(), partition.logits)
+    assert not gradient.any()
+
+
 def test_the_layer_and_the_gradient_of_the_partition_are_those_of_the_formula() -> None:
     for name, layer, partition in layers():
         if not name.startswith(("block-8 ", "diag in", "nm-16 out")):

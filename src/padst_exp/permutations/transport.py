@@ -81,8 +81,10 @@ class Partition(Permutation):
 
     def penalty(self) -> Tensor:
         """Return how far Q is from a partition: 1 at uniform, 0 at one. Nothing inside a group."""
-        if self.logits is None or len(self.sizes) == 1:
+        if self.logits is None:
             return torch.zeros((), device=self.index.device)
+        if len(self.sizes) == 1:
+            return self.logits.sum() * 0
         uniform = (self.sizes / self.size).square().sum()
         return (1 - self.shares().square().sum() / self.size) / (1 - uniform)
 
