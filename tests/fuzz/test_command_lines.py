@@ -16,6 +16,7 @@ from fuzz.command_lines import command_lines, meaningless
 from fuzz.program import Reached, fault
 from padst_exp import train
 from padst_exp.engine import loop
+from padst_exp.sweeps.sweep import Sweep
 
 DRAWS = int(os.environ.get("FUZZ_DRAWS", "15"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -46,17 +47,20 @@ def drawn(number: int) -> Callable[[Callable[[list[str]], None]], Callable[[], N
     return decorate
 
 
-def stopping_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*_: object) -> None:
-        raise Reached
+def reached(*_: object) -> None:
+    raise Reached
 
-    monkeypatch.setattr(loop, "run", run)
+
+@pytest.fixture(autouse=True)
+def no_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a sweep are processes of their own, whose time nobody limits."""
+    monkeypatch.setattr(Sweep, "launch", reached)
 
 
 def test_a_command_is_run_or_refused_in_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopping_before_training(monkeypatch)
+    monkeypatch.setattr(loop, "run", reached)
 
     @drawn(2 * DRAWS // 3)  # the rest are files
     def check(arguments: list[str]) -> None:
