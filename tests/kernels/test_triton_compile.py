@@ -101,16 +101,11 @@ def test_representative_kernels_compile_well() -> None:
     check(90, "bfloat16", REPRESENTATIVE)
 
 
-@pytest.mark.slow
-def test_representative_kernels_compile_well_on_an_older_gpu() -> None:
-    check(80, "bfloat16", REPRESENTATIVE)
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     # In float32 only shared memory is asserted, and compiling takes longest.
-    [(90, "float16"), (80, "float16"), (90, "float32"), (80, "float32")],
+    [(80, "bfloat16"), (90, "float16"), (80, "float16"), (90, "float32"), (80, "float32")],
 )
 def test_representative_kernels_compile_well_everywhere(arch: int, dtype: str) -> None:
     check(arch, dtype, REPRESENTATIVE)
