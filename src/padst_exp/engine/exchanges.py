@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from padst_exp.engine.changes import Method, Trained, adopt, finish, followers
@@ -31,6 +31,20 @@ def collecting(
     for weight in found:
         weight.collect_dense_gradient = True
     return found
+
+
+def stop_collecting(weights: Iterable[SparseWeight]) -> None:
+    """Let them collect dense gradients no more; what they have stays."""
+    for weight in weights:
+        weight.collect_dense_gradient, weight.gradient_parts = False, 0
+
+
+def keep_gradients(experiment: Method, changing: Iterable[SparseWeight]) -> None:
+    """Keep what scores ask of the gradients of values, before clipping."""
+    if "weight_gradient" in experiment.algorithm.needs:
+        for weight in changing:
+            gradient = weight.values.grad
+            weight.weight_gradient = None if gradient is None else gradient.clone()
 
 
 def exchange(experiment: Method, state: Trained, due: Mapping[str, Permutation]) -> dict[str, Any]:

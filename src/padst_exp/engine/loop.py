@@ -271,8 +271,9 @@ class _Training:
 
     def follow_densities(self) -> None:
         """Measure again those layers whose density became another one by a factor of two."""
-        if self.experiment.backend != "auto":
+        if self.experiment.backend != "auto" or not self.stepper.resized:
             return
+        self.stepper.resized = False
         now = octaves(self.experiment.model)
         if now == self.octaves:
             return

@@ -54,6 +54,7 @@ class Stepper:
         lr: learning rate of the last step.
         sound: whether the state is that of a whole number of steps. Only while weights and
             topologies change it is not: an error before that leaves the state as it was.
+        resized: whether numbers of entries have changed; for whoever looks to set back.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Stepper:
         self.model, self.world = state.model, state.world
         self.lr = 0.0
         self.sound = True
+        self.resized = False
         self._pending: list[tuple[Tensor, Tensor | None]] = []
         if self.trainer.compile:
             compile_blocks(self.model)
@@ -116,7 +118,7 @@ class Stepper:
             learner.zero_grad()
         loss, seen = self._accumulate(parts, changing, due)
         self._average_soft_gradients()
-        self._keep_gradients(changing)
+        exchanges.keep_gradients(self.experiment, changing)
         for learner in self.state.learners:
             learner.regularize_weights()
         return loss, seen
@@ -250,8 +252,7 @@ class Stepper:
             if world.largest(int(failed is not None)):
                 raise PassError(failed)
             loss.backward()
-        for weight in collecting:
-            weight.collect_dense_gradient, weight.gradient_parts = False, 0
+        exchanges.stop_collecting(collecting)
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0], seen
 
     def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
@@ -264,13 +265,6 @@ class Stepper:
         """Average over ranks what the replica leaves out, since it may come and go."""
         logits = [c.logits for learner in self.state.learners for c in learner.choices.values()]
         self.world.mean_([p.grad for p in logits if p is not None and p.grad is not None])
-
-    def _keep_gradients(self, changing: Sequence[SparseWeight]) -> None:
-        """Keep what scores ask for, before clipping."""
-        if "weight_gradient" in self.algorithm.needs:
-            for weight in changing:
-                gradient = weight.values.grad
-                weight.weight_gradient = None if gradient is None else gradient.clone()
 
     def _change(self, changing: Sequence[SparseWeight]) -> None:
         """Let the algorithm decide the topologies of these weights."""
@@ -305,6 +299,7 @@ class Stepper:
         """Take the parameters anew where a change of the number of entries made other ones."""
         if all(move.new is move.old for move in moves):
             return
+        self.resized = True
         if self.trainer.compile:
             # Code of shapes that are no more would fill up what torch keeps for each block.
             torch.compiler.reset()

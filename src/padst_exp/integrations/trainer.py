@@ -131,14 +131,10 @@ class SparseTraining(TrainerCallback):
         self._gradients = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for weight in self._collecting:
-            weight.collect_dense_gradient, weight.gradient_parts = False, 0
+        exchanges.stop_collecting(self._collecting)
         for logits, gradient in self._gradients.items():
             logits.grad = gradient
-        if "weight_gradient" in self.algorithm.needs:
-            for weight in self._changing:
-                own = weight.values.grad
-                weight.weight_gradient = None if own is None else own.clone()
+        exchanges.keep_gradients(self, self._changing)
         for learner in self.learners:
             learner.regularize_weights()
 
