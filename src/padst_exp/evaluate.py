@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the command line must answer --help before torch is importe
 
     from padst_exp.data.task import Task
     from padst_exp.engine.distributed import World
+    from padst_exp.engine.settings import Trainer
     from padst_exp.restore import Restored
 
 IMAGENET = "padst_exp.data.imagenet.Imagenet1k"
@@ -113,7 +114,7 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
     trainer = restored.trainer
     batches = validation_loader(
         restored.task,
-        batch_size=keys.batch_size or trainer.eval_batch_size or trainer.micro_batch_size(1),
+        batch_size=_batch_size(keys, trainer),
         rank=world.rank,
         world_size=world.size,
         workers=trainer.workers,
@@ -155,15 +156,19 @@ def downstream(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, floa
     from padst_exp.integrations.lm_eval import evaluate_tasks
 
     restored = restore(Path(keys.run), world, trust=keys.trust, changes=keys.changes)
-    trainer = restored.trainer
     results = evaluate_tasks(
         restored,
         keys.tasks,
         include_path=keys.include_path,
         limit=keys.limit,
-        batch_size=keys.batch_size or trainer.eval_batch_size or trainer.micro_batch_size(1),
+        batch_size=_batch_size(keys, restored.trainer),
     )
     return restored.path, results
+
+
+def _batch_size(keys: EvaluateSchema, trainer: Trainer) -> int:
+    """As asked for, else that of the run."""
+    return keys.batch_size or trainer.eval_batch_size or trainer.micro_batch_size(1)
 
 
 def _tune(export: Restored, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> None:

@@ -76,11 +76,18 @@ def read_mapping(key: str, path: Path, wanted: str) -> dict[Any, Any]:
         UserError: as in `reading`; it is none, or stands for more than its text shows.
     """
     with reading(key, path, wanted):
-        text = read_text(key, path, wanted, most=MOST_YAML)
-        require_modest_yaml(text)
-        found = yaml.load(text, _LOADER)
+        found = read_yaml(key, path, wanted)
         if not isinstance(found, dict):
             raise ValueError("it is no mapping")
+        return found
+
+
+def read_yaml(key: str, path: Path, wanted: str) -> object:
+    """What stands in a YAML file, as `read_mapping`, be it a mapping or not."""
+    with reading(key, path, wanted):
+        text = read_text(key, path, wanted, most=MOST_YAML)
+        require_modest_yaml(text)
+        found: object = yaml.load(text, _LOADER)
         return found
 
 

@@ -12,6 +12,7 @@ from padst_exp.bench import choices
 from padst_exp.bench.choices import Keys, keys_of
 from padst_exp.bench.session import Ceilings, Session, Timer, columns
 from padst_exp.config import config_dir
+from programs import exit_status
 
 CPU = torch.device("cpu")
 NM = {"structure": "nm", "group": 16, "permutations": ["hard"]}
@@ -55,9 +56,4 @@ def keys(suite: str, **changes: Any) -> Keys:
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """The command line in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    try:
-        command.main()
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
+    return exit_status(command.main)

@@ -19,6 +19,7 @@ from padst_exp.config import build, config_dir
 from padst_exp.errors import UserError
 from padst_exp.messages import say
 from padst_exp.train import run_settings
+from programs import exit_status
 
 Program = Callable[..., tuple[int, str, str]]
 
@@ -41,12 +42,7 @@ def program(
         task: Callable[[DictConfig], None], *arguments: str, config: str = "config"
     ) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["padst-train", *arguments])
-        status = 0
-        try:
-            command_line(config)(task)()
-        except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            status = stop.code
+        status = exit_status(command_line(config)(task))
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -34,10 +34,7 @@ OTHERS = {
     "data.sources": {"_load", "load_hub", "__str__"},  # in blocks of its caller; tells of a row
     "data.imagenet_variants": {"_lines", "_relabelled"},  # timm's own lists
     "report.plan": {"_own_dim"},  # our own conf/
-    "report.runs": {
-        "_entry",
-        "_yaml",
-    },  # of what was read: told by None, or in blocks of its callers
+    "report.runs": {"_entry"},  # a line of what was read
     "report.store": {"_sweeper"},  # our own conf/
     "sweeps.local": {"_start", "_failure"},  # what our own processes say
     "sweeps.sweep": {"record"},  # writes

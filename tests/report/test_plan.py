@@ -5,6 +5,7 @@ import pytest
 
 from padst_exp.report import __main__ as command
 from padst_exp.report.plan import plan
+from programs import exit_status
 from report.made import made
 
 SMALL = ("structure=nm", "permutation=none", "trainer.steps=1000", "trainer.batch_size=100")
@@ -56,12 +57,7 @@ def test_the_command_plans_and_starts_nothing(
 
     def status(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["report", "plan", *arguments])
-        try:
-            command.main()
-        except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            return stop.code
-        return 0
+        return exit_status(command.main)
 
     assert status("experiment=row_groups", "scale=demo", "seed=range(2)") == 0
     assert "2 seeds of" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from padst_exp.report import choices, compare, exhibits, published, runs, store,
 from padst_exp.report.compare import Table
 from padst_exp.report.pictures import picture
 from padst_exp.restore import restore_run
+from programs import exit_status
 from report.made import made, swept
 
 RANDOM, LEARNED, NONE = "permutation=random", "permutation=doubly_stochastic", "permutation=none"
@@ -404,12 +405,7 @@ def command_line(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, main: Callable[[], None] = command.main
 ) -> int:
     monkeypatch.setattr(sys, "argv", ["report", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
+    return exit_status(main)
 
 
 def test_the_command(

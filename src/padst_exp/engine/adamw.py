@@ -59,6 +59,11 @@ def birth_dtype(births: Tensor) -> torch.dtype:
     return torch.int16 if len(births) <= 1 << 15 else torch.int32
 
 
+def risen(born: Tensor, ages: Tensor, warmup: int) -> Tensor:
+    """Share of its learning rate that each entry has: grown ones get theirs over `warmup` steps."""
+    return torch.where(born > 0, (ages / warmup).clamp(max=1), 1)
+
+
 def _correct_bias(
     parameters: list[Tensor],
     states: list[Mapping[str, Tensor]],
@@ -90,7 +95,7 @@ def _correct_bias(
     ]
     steps = torch.cat(counts)
     ages = steps - born
-    ramp = torch.where(born > 0, (ages / warmup).clamp(max=1), 1) if warmup else None
+    ramp = risen(born, ages, warmup) if warmup else None
     difference = torch._foreach_sub(factors(steps), factors(ages, ramp))
     means = [state["exp_avg"] for state in states]
     torch._foreach_addcmul_(parameters, means, difference, value=float(group["lr"]))

@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from padst_exp.engine.adamw import AgeAwareAdamW
+from padst_exp.engine.adamw import AgeAwareAdamW, risen
 from padst_exp.layers import SparseWeight
 from padst_exp.layers.views import view
 from padst_exp.sparsify import output_layer
@@ -97,8 +97,7 @@ class SparseMuon(AgeAwareAdamW):
             update = _on_support(update, weight, self.ns_steps)
         if self.regrowth_warmup and "birth" in state:
             born = state["births"][state["birth"].int()]
-            risen = ((state["step"] - born) / self.regrowth_warmup).clamp(max=1)
-            update = update * torch.where(born > 0, risen, 1)
+            update = update * risen(born, state["step"] - born, self.regrowth_warmup)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         scale = ADAMW_RMS * math.sqrt(max(rows, columns))
         parameter.add_(update, alpha=-group["lr"] * scale)

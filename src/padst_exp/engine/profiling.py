@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from padst_exp.atomic import replace_text, sync, temporary_name
+from padst_exp.atomic import replace_text, replacing
 from padst_exp.errors import require
 
 # Steps before the profiled ones: compilations, caches, and the start of the profiler itself.
@@ -96,13 +96,8 @@ class StepProfiler:
         # A run that trains well is not ended by what it tells of itself.
         try:
             replace_text(self.folder / "table.txt", f"{self._steps} steps\n{table}\n")
-            temporary = temporary_name(self.trace)
-            try:
-                done.export_chrome_trace(str(temporary))
-                sync(temporary)
-                os.replace(temporary, self.trace)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(self.trace) as file:
+                done.export_chrome_trace(file.name)
         except OSError as error:
             self.say(f"warning: no profile could be written to {self.folder}: {error}")
             return

@@ -12,17 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-import yaml
-
 from padst_exp.engine.records import Rows, read_metrics
 from padst_exp.errors import UserError
 from padst_exp.files import (
-    MOST_YAML,
+    TRAINING_CONFIG,
     one_line,
+    read_mapping,
     read_text,
+    read_yaml,
     reading,
     reason,
-    require_modest_yaml,
 )
 from padst_exp.identity import name_hash
 
@@ -147,9 +146,7 @@ def find(folders: Iterable[Path]) -> Found:
 def read(path: Path) -> Run:
     """One run directory."""
     try:
-        text = read_text("run", path / "config.yaml", "a training config", most=MOST_YAML)
-        with reading("run", path / "config.yaml", "a training config"):
-            config = _config(text)
+        config = _config(path / "config.yaml")
     except UserError as error:
         return Run(path, "damaged", one_line(str(error)))
     environment = _quietly(path / "env.json")
@@ -183,20 +180,14 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return abs(value) < 1e300
 
 
-def _config(text: str) -> dict[str, Any]:
+def _config(path: Path) -> dict[str, Any]:
     """A training config as plain containers; nothing in it is resolved, let alone called."""
-    config = _yaml(text)
-    if not isinstance(config, dict):
-        raise TypeError("it is no mapping of keys")
-    if type(config.get("seed")) is not int:
-        raise ValueError("it has no seed")
-    json.dumps(config)  # dates, sets and the like are in no config of ours
+    config = read_mapping("run", path, TRAINING_CONFIG)
+    with reading("run", path, TRAINING_CONFIG):
+        if type(config.get("seed")) is not int:
+            raise ValueError("it has no seed")
+        json.dumps(config)  # dates, sets and the like are in no config of ours
     return config
-
-
-def _yaml(text: str) -> object:
-    require_modest_yaml(text)
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -218,9 +209,7 @@ def _quietly(path: Path) -> dict[str, Any]:
 
 def _overrides(path: Path) -> tuple[str, ...]:
     try:
-        text = read_text("run", path, "a list", most=MOST_YAML)
-        with reading("run", path, "a list"):
-            content = _yaml(text)
+        content = read_yaml("run", path, "a list")
     except UserError:
         return ()
     return tuple(map(str, content)) if isinstance(content, list) else ()
