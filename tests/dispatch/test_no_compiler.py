@@ -25,7 +25,7 @@ COMPILERS = {
     "fails": "exit 1",
     "fails with garbage": f"{GARBAGE} >&2; exit 1",
     "prints garbage": GARBAGE,
-    "makes garbage": 'while [ $# -gt 1 ]; do shift; done; head -c 99 /dev/zero > "$1"',
+    "makes garbage": 'while shift; do [ "$1" = -o ] && head -c 99 /dev/zero > "$2"; done; exit 0',
 }
 
 
