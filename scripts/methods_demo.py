@@ -6,8 +6,8 @@ Images (Fashion-MNIST where it is installed, else the digits) by the ViT demo, t
 text by the GPT-2 demo, perplexity. Both have two blocks, no permutations, 90 and 80% sparsity; the
 dense model beside. A random topology that stays is `static`. One thread a run, `jobs` at a time. A
 row is added as a run ends, and what has its row is not run again, so the command can be stopped and
-repeated. A pair that makes no sense is refused by the command itself, and has the reason in place
-of a value.
+repeated. Topologies are updated every 25 steps. A pair that makes no sense is refused by the
+command itself, and has the reason in place of a value.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def run(row: Row) -> Row:
             *DEMOS[row["dataset"]], "model.depth=2", *groups, "permutation=none",
             f"trainer.steps={row['steps']}",
         )  # fmt: skip
+        if "interval" in cfg.dst:
+            cfg.dst.interval = min(cfg.dst.interval, 25)
         with training(cfg) as (_, summary):
             metric = summary["monitor"]
         found = {
