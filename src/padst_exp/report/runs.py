@@ -12,7 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from padst_exp.engine.records import Rows, read_metrics
+import numpy as np
+from numpy.typing import NDArray
+
+from padst_exp.engine.records import OUTCOMES, Rows, read_metrics
 from padst_exp.errors import UserError
 from padst_exp.files import (
     TRAINING_CONFIG,
@@ -89,6 +92,20 @@ class Run:
     def hash(self) -> str:
         """Of what determines its results, as in its name; empty without a config."""
         return name_hash(self.config) if self.config else ""
+
+    def outcomes(self) -> NDArray[np.float64] | None:
+        """Those of `Task.outcomes`, `[N, 2]`; None where there are none that can be read."""
+        path = self.path / OUTCOMES
+        try:
+            with reading("run", path, "outcomes that training wrote"):
+                if path.stat().st_size > MOST_BYTES:
+                    return None
+                found = np.load(path, allow_pickle=False)
+                sound = found.dtype == np.float32 and found.ndim == 2 and found.shape[1] == 2
+                sound = sound and len(found) > 0 and bool(np.isfinite(found).all())
+                return found.astype(np.float64) if sound and found[:, 1].min() >= 0 else None
+        except UserError:
+            return None
 
     def metrics(self) -> Rows:
         """The rows of its `metrics.jsonl`, none where it cannot be read."""
