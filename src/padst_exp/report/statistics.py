@@ -20,11 +20,10 @@ POWER = 0.8
 FEWEST = 5
 """Seeds below which nothing is bootstrapped: their resamples are hardly others than themselves."""
 RESAMPLES = 9_999
-FIGURES: Mapping[str, Callable[[Floats], Floats]] = {
+_FIGURES: Mapping[str, Callable[[Floats], Floats]] = {
     "top1": lambda ratio: 100 * ratio,
     "perplexity": np.exp,
 }
-"""Metrics as functions of the ratio of sums that `Task.outcomes` speaks of."""
 # Differences that are equal but for rounding have no spread.
 ROUNDING = 1e-12
 
@@ -147,37 +146,36 @@ def paired_items(
 
     Args:
         ours, baseline: of the same seeds, the outcomes of all items, `[N, 2]` each.
-        metric: a key of `FIGURES`; of others nothing is known.
+        metric: see `figure_of`.
 
     Returns:
         95% percentile interval; None for few seeds, or where the items are not the same.
     """
-    figure = FIGURES.get(metric.removeprefix("ema_"))
     seeds = _resamples(len(ours))
     shapes = {outcomes.shape for outcomes in (*ours, *baseline)}
-    if figure is None or seeds is None or len(shapes) != 1:
+    if seeds is None or len(shapes) != 1:
         return None
-    first, second = (_over_items(np.stack(arm), figure) for arm in (ours, baseline))
+    first, second = (_over_items(np.stack(arm), metric) for arm in (ours, baseline))
+    if first is None or second is None:
+        return None
     differences = first - second
     drawn = seeds[: len(differences)]
     return _percentiles(np.take_along_axis(differences, drawn, axis=1).mean(axis=1))
 
 
 def compare_items(ours: Floats, theirs: Floats, metric: str) -> Items | None:
-    """Compare two models on the same items; None for a metric that is not in `FIGURES`.
+    """Compare two models on the same items; None for a metric that `figure_of` does not know.
 
     Args:
         ours, theirs: outcomes, `[N, 2]`.
         metric: what they are outcomes of.
     """
-    figure = FIGURES.get(metric.removeprefix("ema_"))
-    if figure is None:
-        return None
     both = np.stack([ours, theirs])
-    whole = both.sum(axis=1)
-    first, second = figure(whole[:, 0] / whole[:, 1])
-    difference = float(first - second)
-    resampled = _over_items(both, figure)
+    figures = figure_of(metric, *both.sum(axis=1).T)
+    resampled = _over_items(both, metric)
+    if figures is None or resampled is None:
+        return None
+    difference = float(figures[0] - figures[1])
     interval = _percentiles(resampled[:, 0] - resampled[:, 1])
     if not np.isin(both, (0, 1)).all():
         return Items(len(ours), difference, interval, None, None)
@@ -255,12 +253,25 @@ def _resamples(n: int) -> NDArray[np.int64] | None:
     return drawn
 
 
-def _over_items(outcomes: Floats, figure: Callable[[Floats], Floats]) -> Floats:
-    """The figure of each model over resampled items: outcomes `[M, N, 2]` to `[R, M]`."""
+def figure_of(metric: str, numerators: Floats, denominators: Floats) -> Floats | None:
+    """A metric by the sums that `Task.outcomes` speaks of; None for one that is not made of them.
+
+    Args:
+        metric: "top1" or "perplexity", of averaged weights, too ("ema_top1").
+    """
+    figure = _FIGURES.get(metric.removeprefix("ema_"))
+    if figure is None:
+        return None
+    with np.errstate(all="ignore"):
+        return figure(numerators / denominators)
+
+
+def _over_items(outcomes: Floats, metric: str) -> Floats | None:
+    """The metric of each model over resampled items: outcomes `[M, N, 2]` to `[R, M]`."""
     models, n, _ = outcomes.shape
     flat = np.ascontiguousarray(outcomes.transpose(1, 0, 2).reshape(n, 2 * models), np.float64)
     sums = np.concatenate([part @ flat for part in _item_weights(n)]).reshape(-1, models, 2)
-    return figure(sums[..., 0] / sums[..., 1])
+    return figure_of(metric, sums[..., 0], sums[..., 1])
 
 
 @cache
