@@ -219,8 +219,8 @@ def _is_whole(library: Path) -> bool:
 
 
 def _run(command: list[str]) -> str:
-    # What a compiler says may be in any encoding.
+    # What a compiler says may be in any encoding. On a busy machine its 10 seconds can be minutes.
     done = subprocess.run(
-        command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=120
+        command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=900
     )
     return done.stdout
