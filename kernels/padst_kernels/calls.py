@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 
 P = ParamSpec("P")
 
+# Of the custom operators; PyTorch has one set of them for a process.
+NAMESPACE = "padst"
+
 # Looked up once: a product of one token takes no longer than a few such look-ups.
 _is_compiling = torch.compiler.is_compiling
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -69,7 +72,7 @@ def operator(
         return *arguments[:begin], kinds[begin]._make(arguments[begin:end]), *arguments[end:]
 
     custom = torch.library.custom_op(
-        f"padst::{name}",
+        f"{NAMESPACE}::{name}",
         lambda *arguments: forward(*nested(arguments)),  # type: ignore[call-arg]
         mutates_args=(),
         schema=f"({schema}) -> Tensor",

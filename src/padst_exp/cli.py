@@ -1,5 +1,6 @@
 """What every entry point shares: Hydra underneath, and one line for each mistake."""
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -106,7 +107,7 @@ def command_line(
                 if signal.getsignal(signal.SIGINT) is end_quietly:
                     signal.signal(signal.SIGINT, signal.default_int_handler)
                 check_overrides(sys.argv[1:])
-                with _raising_hydra(), _without(changes):
+                with _raising_hydra(), _lazy_help(), _without(changes):
                     program()
                 if failed:
                     numbers = ", ".join(map(str, failed))
@@ -199,6 +200,28 @@ def _raising_hydra() -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@contextlib.contextmanager
+def _lazy_help() -> Iterator[None]:
+    """Let Hydra give its parser help that is made when shown, which Python 3.14 refuses.
+
+    Hydra up to 1.3.8 does so (facebookresearch/hydra, issue 3121).
+    """
+    refuse = getattr(argparse.ArgumentParser, "_check_help", None)
+    if refuse is None:
+        yield
+        return
+
+    def refuse_strings(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
+        if isinstance(action.help, str):
+            refuse(parser, action)
+
+    setattr(argparse.ArgumentParser, "_check_help", refuse_strings)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(argparse.ArgumentParser, "_check_help", refuse)  # noqa: B010
 
 
 @contextlib.contextmanager

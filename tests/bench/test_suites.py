@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.bench_cases import CPU, NM, keys, run
 from gpu.kernel_checks import checks
 from hostile import DAMAGED, undone
-from padst_exp.bench import choices, tables
+from padst_exp.bench import choices, suites, tables
 from padst_exp.bench.choices import Layer
 from padst_exp.config import config_dir
 from padst_exp.errors import UserError
@@ -37,6 +37,15 @@ def test_the_command_measures_and_writes(
     for key in ("device", "dtype", "case", "density", "commit", "torch", "copy_gb_per_s"):
         assert all(row[key] for row in rows), key
     assert "nm group=16" in (out / "README.md").read_text()
+
+
+def test_a_gpu_is_measured_from_a_checkout_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="suite: expected a checkout"):
+        suites.gpu_all({}, print)
 
 
 def test_mistakes_end_in_one_line(

@@ -1,5 +1,6 @@
 """Mistakes end in one line on stderr and the right status; bugs keep their traceback."""
 
+import argparse
 import errno
 import logging
 import os
@@ -52,6 +53,25 @@ def program(
 def checked(cfg: DictConfig) -> None:
     run_settings(cfg)
     build(cfg.structure, "structure")
+
+
+def test_argparse_may_look_at_all_help_at_once_as_that_of_python_3_14(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = argparse.ArgumentParser.add_argument
+
+    def check(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
+        assert action.help is None or "%" not in action.help
+
+    def add_checked(parser: argparse.ArgumentParser, *names: str, **keys: object) -> object:
+        action = add(parser, *names, **keys)
+        parser._check_help(action)  # type: ignore[attr-defined]
+        return action
+
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", check, raising=False)
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", add_checked)
+    assert program(lambda cfg: None, **SMALL) == (0, "", "")
+    assert argparse.ArgumentParser._check_help is check
 
 
 def test_of_other_packages_only_warnings_are_passed_on(program: Program) -> None:

@@ -1,4 +1,5 @@
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,21 @@ def test_what_a_new_folder_holds(tmp_path: Path) -> None:
     environment = json.loads((path / "env.json").read_text())
     assert environment["device"] == "cpu" and environment["packages"]["torch"]
     assert environment["git_commit"] is None or len(environment["git_commit"]) == 40
+
+
+def test_a_copy_in_somebodys_repository_is_not_taken_for_their_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for arguments in (("init", "-q"), (*identity, "commit", "-q", "--allow-empty", "-m", "theirs")):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    copy = tmp_path / "run_directory.py"
+    copy.write_text("")
+    monkeypatch.setattr(run_directory, "__file__", str(copy))
+    found = run_directory.environment("cpu")
+    assert (found["git_commit"], found["git_dirty"]) == (None, None)
+    subprocess.run(["git", "-C", str(tmp_path), "add", copy.name], check=True)
+    assert len(str(run_directory.environment("cpu")["git_commit"])) == 40
 
 
 def test_never_takes_a_folder_of_its_own(tmp_path: Path) -> None:

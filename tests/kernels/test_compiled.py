@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from kernel_cases import DEVICE, needs, random_entries, random_tiles
+from padst_kernels import compiled as compiled_module
 from padst_kernels import entries, tiles
-from padst_kernels.compiled import compiled, own_folder
+from padst_kernels.compiled import LEVELS, compile_ahead, compiled, own_folder
 
 ONE = "int one() { return 1; }\n"
 
@@ -188,6 +189,41 @@ def test_only_a_folder_that_is_ours_alone_is_used(
         assert caplog.text.count("for this process alone") == 1 and said in caplog.text
         assert not os.path.exists(os.path.dirname(found._name))
     assert (cache / "elsewhere" / library.name).read_bytes() == whole
+
+
+def test_of_what_a_wheel_brings_the_best_that_this_cpu_runs_is_loaded(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, best = source.parent / "ahead", LEVELS[0].flags
+    ahead.mkdir()
+    source.write_text(f'extern "C" {ONE}')
+    monkeypatch.setattr(compiled_module, "AHEAD", ahead)
+    monkeypatch.setattr(compiled_module, "sources", lambda: (source,))
+    if not compile_ahead(ahead):
+        pytest.skip("no levels of this kind of CPU")
+
+    def level(flags: frozenset[str]) -> str | None:
+        monkeypatch.setattr(compiled_module, "_cpu_flags", lambda: flags)
+        found = compiled.__wrapped__(source)
+        return None if found is None else Path(found._name).name.split("-")[found.one()]
+
+    monkeypatch.setenv("CXX", "missing")
+    assert level(best | {"more"}) == "bf16"
+    assert level(best - {"avx512_bf16"}) == "v4"
+    # Of AVX-512 all that compilers take for granted, or none.
+    assert level(best - {"avx512dq"}) == level(LEVELS[2].flags) == "v3"
+    for missing in LEVELS[2].flags:
+        assert level(best - {missing}) is None
+    assert level(frozenset()) is None
+    # Nor one that is damaged, or was made of other code.
+    (library,) = ahead.glob("*bf16*")
+    library.write_bytes(library.read_bytes()[:-1])
+    assert level(best) == "v4"
+    source.write_text(f'extern "C" {ONE}\n')
+    assert level(best) is None
+    monkeypatch.delenv("CXX")
+    built(source)
+    assert kept(source)
 
 
 def test_users_who_share_a_cache_keep_their_own_libraries(

@@ -79,6 +79,8 @@ def gpu_all(cfg: Mapping[str, Any], say: Callable[[str], None]) -> None:
     require(
         torch.cuda.is_available(), "suite", "gpu_all", "another one, since there is no GPU here"
     )
+    whole = (ROOT / "tests" / "gpu").is_dir()
+    require(whole, "suite", "gpu_all", "a checkout, whose tests come first, or another one")
     tests = ["pytest", "-q", "-m", "gpu", "-n", str(os.cpu_count()), "tests/gpu"]
     parts = [(f"{cfg['check_seconds']}", tests)]
     for part in cfg["gpu_all"]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from padst_exp import __version__
 from padst_exp.atomic import (
     own_descriptor,
     remove_leftovers,
@@ -339,12 +340,15 @@ def _nothing_to_continue(root: Path, new: Path, config: Mapping[str, object]) ->
 
 def environment(device: str) -> dict[str, object]:
     """Return what is needed to tell later where, with what and by which code a run was made."""
-    source = Path(__file__).parent
-    commit = _git(source, "rev-parse", "HEAD")
-    # Results are what measuring changes.
-    code = ":(top)", ":(top,exclude)results"
-    status = _git(source, "status", "--porcelain", "--untracked-files=no", "--", *code)
+    source, commit, status = Path(__file__).parent, None, None
+    # An environment with a copy of ours may stand in somebody's own repository.
+    if _git(source, "ls-files", "--error-unmatch", Path(__file__).name) is not None:
+        commit = _git(source, "rev-parse", "HEAD")
+        # Results are what measuring changes.
+        code = ":(top)", ":(top,exclude)results"
+        status = _git(source, "status", "--porcelain", "--untracked-files=no", "--", *code)
     return {
+        "version": __version__,
         "git_commit": commit,
         "git_dirty": None if status is None else bool(status),
         "host": socket.gethostname(),
