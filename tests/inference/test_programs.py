@@ -132,13 +132,8 @@ def test_a_process_with_the_kernels_alone_reads_programs_and_packages(
     torch._inductor.aoti_compile_and_package(whole, package_path=str(tmp_path / "package.pt2"))
     torch.save((x, outputs(model, x)), tmp_path / "example.pt")
     environment = {**os.environ, "PYTHONPATH": str(KERNELS)}
-    ended = subprocess.run(
-        [sys.executable, "-c", READER],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", READER]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
 
