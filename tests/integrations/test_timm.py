@@ -146,8 +146,8 @@ def test_a_name_of_another_model_is_no_source_of_weights(monkeypatch: pytest.Mon
         return timm.create_model(name, **sizes)
 
     monkeypatch.setattr(vision, "create_model", without_hub)
-    cfg = composed("config", *BY_NAME, CPU, "init_from=test_convnext")
-    message = "^init_from: expected weights of this model, got test_convnext, another one$"
+    cfg = composed("config", *BY_NAME, CPU, "init_from=test_efficientnet")
+    message = "^init_from: expected weights of this model, got test_efficientnet, another one$"
     with pytest.raises(UserError, match=message):
         build_experiment(cfg, World())
 
