@@ -1,21 +1,9 @@
-"""Sparse products: one folder for each kind of product, with a kernel for each kind of device."""
+"""Sparse products: one folder for each kind of product, with a kernel for each kind of device.
 
-from typing import Literal
+Importing it makes PyTorch know the operators, which saved programs (`torch.export`) call by name.
+"""
 
-from padst_kernels.compiled import has_native
+from padst_kernels import diagonals, entries, scatter, tiles
+from padst_kernels.backends import Backend, is_here
 
-# What multiplies. native: C++ compiled for this CPU. torch: plain PyTorch, on any device. triton,
-# cuda: kernels of a GPU. scatter: a dense product with a weight that lives only during a pass.
-# semi_structured: the same, whose forward product is that of a GPU's sparse tensor cores (2:4).
-Backend = Literal["native", "torch", "triton", "cuda", "scatter", "semi_structured"]
-
-
-def is_here(backend: Backend) -> bool:
-    """Whether a backend computes by itself: plain PyTorch stands in for kernels without a compiler.
-
-    Compiles the native kernels at the first use on a machine.
-    """
-    return backend != "native" or has_native()
-
-
-__all__ = ["Backend", "is_here"]
+__all__ = ["Backend", "diagonals", "entries", "is_here", "scatter", "tiles"]

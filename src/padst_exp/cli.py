@@ -29,8 +29,16 @@ from padst_exp.engine.interruption import Interrupted
 from padst_exp.errors import UserError, is_lack_of_memory
 from padst_exp.files import reading
 from padst_exp.messages import printable, say
-from padst_exp.overrides import ambiguous, check_hydra, check_overrides, not_letters, unreadable
+from padst_exp.overrides import (
+    ambiguous,
+    check_hydra,
+    check_options,
+    check_overrides,
+    not_letters,
+    unreadable,
+)
 from padst_exp.signals import WARNINGS
+from padst_exp.timm_options import OPTIONS
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST_LINE = 2000
@@ -106,6 +114,8 @@ def command_line(
             try:
                 if signal.getsignal(signal.SIGINT) is end_quietly:
                     signal.signal(signal.SIGINT, signal.default_int_handler)
+                if config_name == "config":
+                    check_options(sys.argv[1:], _training_keys(), OPTIONS)
                 check_overrides(sys.argv[1:])
                 with _raising_hydra(), _lazy_help(), _without(changes):
                     program()
@@ -129,20 +139,20 @@ def command_line(
 
 
 def _changes(config_name: str) -> list[str]:
-    """The overrides on the command line that are for a run: of keys that a training alone has.
-
-    Those are the groups, the keys of its own file, and the one that a model's file adds.
-    """
-    training, own = (
-        set(OmegaConf.load(config_dir() / f"{name}.yaml")) for name in ("config", config_name)
-    )
-    folders = {path.name for path in config_dir().iterdir() if path.is_dir()}
-    keys = {*folders, *map(str, training), "sparse"} - {*map(str, own), "defaults", "hydra"}
+    """The overrides on the command line that are for a run: of keys that a training alone has."""
+    own = set(OmegaConf.load(config_dir() / f"{config_name}.yaml"))
+    keys = _training_keys() - {*map(str, own), "defaults", "hydra"}
     return [
         argument
         for argument in sys.argv[1:]
         if re.split(r"[.=@]", argument.lstrip("+~"))[0] in keys and not argument.startswith("-")
     ]
+
+
+def _training_keys() -> set[str]:
+    """The groups, the keys of a training's own file, and the one that a model's file adds."""
+    folders = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    return {*folders, *map(str, OmegaConf.load(config_dir() / "config.yaml")), "sparse"}
 
 
 @contextlib.contextmanager

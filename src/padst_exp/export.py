@@ -30,7 +30,8 @@ class ExportSchema:
     Args:
         run: run directory, as printed at the end of a training, or a checkpoint file.
         format: "packed" for `padst_exp.inference`, "transformers" for that and for transformers
-            with `padst_exp.integrations.transformers`, "dense" for plain timm and transformers.
+            with `padst_exp.integrations.transformers`, "dense" for any reader of tensors, and for
+            plain transformers, "timm" for plain timm, dense too.
         out: folder to write; null is `export`, or `export-<format>` if not packed, in the run.
         overwrite: whether an earlier export there may be replaced.
         batch_size: of the validation samples with which the export is compared with the run.
@@ -41,7 +42,7 @@ class ExportSchema:
     """
 
     run: str
-    format: Literal["packed", "dense", "transformers"]
+    format: Literal["packed", "dense", "timm", "transformers"]
     out: str | None
     overwrite: bool
     batch_size: int
@@ -94,6 +95,7 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     from padst_exp.inference import files, pack
     from padst_exp.inference.packing import dense_state, harden
     from padst_exp.integrations.hub_files import hub_files, require_language_model
+    from padst_exp.integrations.timm import not_of_timm, timm_files, timm_model
     from padst_exp.restore import plain_model, restore_run
 
     if world.size > 1:
@@ -103,8 +105,13 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     files.require_free(folder, overwrite=keys.overwrite)
     restored = restore_run(source, world, trust=keys.trust, changes=keys.changes)
     model = restored.model.eval()
+    plain = None
     if keys.format == "transformers":
         require_language_model(restored)
+    elif keys.format == "timm":
+        plain = timm_model(restored)
+    elif keys.format == "dense":
+        plain = plain_model(restored.config, restored.task)
     dispatch.forced(model, "torch", world.device)
     hardened = harden(model)
     samples = _samples(restored, keys.batch_size)
@@ -116,15 +123,19 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     extra = {}
     if keys.format == "transformers":
         extra = hub_files(restored, layers, metrics)
-    if keys.format == "dense":
-        plain = plain_model(restored.config, restored.task)
+    if plain is not None:
         # Copies: a plain load_state_dict wants tied weights under each of their names.
         state = {name: tensor.clone() for name, tensor in dense_state(model, plain).items()}
         plain.load_state_dict(state, assign=True)
         model, layers = plain.to(world.device, restored.trainer.dtype).eval(), {}
-        extra = _configuration(model)
+        if keys.format == "timm":
+            extra = timm_files(restored, model, metrics)
+        else:
+            extra = _configuration(model)
     found = _logits(model, samples)
     largest = dispatch.difference(found, expected)
+    if keys.format == "timm" and not largest <= TOLERANCE:
+        raise not_of_timm(restored.config.model.name, "the model of timm computes something else")
     if not largest <= TOLERANCE:
         raise RuntimeError(f"the exported model differs by {largest:.2g}")
     description = {

@@ -103,6 +103,7 @@ class Inheritance:
             source = getattr(self.settings, key)
             if source is None:
                 continue
+            source = source.removeprefix("local-dir:")  # as timm says that it is a folder
             # So that nothing is rewritten before weights are loaded into it.
             keys = {**original.keys, "checkpoint": source}
             return replace(original, keys=keys, build=self._builder(key, source, original))
@@ -165,7 +166,13 @@ class Inheritance:
         def build(more: Mapping[str, object]) -> nn.Module:
             if not ours:
                 with _called(key):
-                    return original.build({**more, **changes})
+                    model = original.build({**more, **changes})
+                if "name" in changes:  # it may name another model, not just its weights
+                    with torch.device("meta"):
+                        own = original.build(more)
+                    alike = _shapes(own) == _shapes(model)
+                    require(alike, key, f"{source}, another one", "weights of this model")
+                return model
             model = original.build(more)
             _load(key, source, model, self._dense_state(key, source, model))
             return model
@@ -347,6 +354,10 @@ def _load(key: str, source: str, model: nn.Module, state: Mapping[str, Tensor]) 
     finite = all(t.isfinite().all() for t in state.values() if t.is_floating_point())
     require(finite, key, f"{source} with others", "weights that are finite")
     model.load_state_dict(state)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _short(node: object) -> str:

@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -42,6 +42,33 @@ def check_overrides(arguments: Sequence[str]) -> None:
         if not override.is_delete() and _is_group(override.key_or_group):
             for choice in _choices(override):
                 _require_option(override.key_or_group, choice)
+
+
+def check_options(
+    arguments: Sequence[str], own: Collection[str], others: Mapping[str, str | None]
+) -> None:
+    """Refuse options of another program, naming what does the same here, and keys with dashes.
+
+    Args:
+        arguments: of the command line.
+        own: keys.
+        others: names of the other program, without dashes, and the own keys for them.
+
+    Raises:
+        UserError: in one line.
+    """
+    for argument in arguments:
+        given, dashed = argument.partition("=")[0], argument.startswith("-")
+        name = given.lstrip("-").replace("-", "_")
+        if name in others and (dashed or name not in own):
+            ours = others[name]
+        elif dashed and name in own:
+            ours = name
+        else:
+            continue
+        what = "unknown option, expected key=value" if dashed else "unknown key"
+        hint = "nothing here does that" if ours is None else f"did you mean {ours}?"
+        raise UserError(f"{given}: {what}; {hint}")
 
 
 def _require_letters(argument: str) -> None:

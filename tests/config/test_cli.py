@@ -12,13 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from from_yaml import leaf
 from padst_exp import cli, config
 from padst_exp.cli import command_line
 from padst_exp.config import build, config_dir
 from padst_exp.errors import UserError
 from padst_exp.messages import say
+from padst_exp.timm_options import OPTIONS
 from padst_exp.train import run_settings
 from programs import exit_status
 
@@ -130,6 +132,34 @@ def test_mistakes_are_one_line(program: Program) -> None:
         assert (code, out) == (2 if "cannot be read" in message else 1, "")
         assert err.startswith(f"padst_exp: error: {message}"), err
         assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_options_of_timm_name_ours(program: Program) -> None:
+    cases = {
+        "lr=0.1": "lr: unknown key; did you mean optimizer.lr?",
+        "--batch-size=8": "--batch-size: unknown option, expected key=value; did you mean trainer.",
+        "--seed": "--seed: unknown option, expected key=value; did you mean seed?",
+        "--experiment": "--experiment: unknown option, expected key=value; did you mean name?",
+        "--sync-bn": "--sync-bn: unknown option, expected key=value; nothing here does that",
+    }
+    for argument, message in cases.items():
+        code, out, err = program(checked, argument, "1")
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith(f"padst_exp: error: {message}"), err
+    # Those of a group of the user's own are left alone.
+    assert "did you mean" not in program(checked, "+mixup=1")[2]
+
+
+def test_every_option_of_timm_leads_to_a_key() -> None:
+    own = OmegaConf.load(config_dir() / "config.yaml")
+    for option, ours in OPTIONS.items():
+        assert option == option.lower() and "-" not in option
+        if ours is None:
+            continue
+        group, _, key = ours.partition(" ")[0].partition("=")[0].partition(".")
+        assert group in own or (config_dir() / group).is_dir(), ours
+        calls = [leaf(f"{group}/{name}") for name in config.options(group)]
+        assert key in ("", "<key>") or any(key in call for call in calls), ours
 
 
 def test_values_that_hydra_cannot_read_are_shown_as_it_can(program: Program) -> None:

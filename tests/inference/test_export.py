@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_run(
-    folder: Path, *overrides: str, averaged: bool = False, own_model: bool = False
+    folder: Path,
+    *overrides: str,
+    averaged: bool = False,
+    own_model: bool = False,
+    sizes: Sequence[str] = SIZES,
 ) -> Path:
     """A run directory as a training leaves it at step 3, its permutations still soft."""
-    cfg = composed("config", "structure=nm", "sparsity=0.5", *SIZES, *overrides)
+    cfg = composed("config", "structure=nm", "sparsity=0.5", *sizes, *overrides)
     if own_model:
         cfg.model = OWN_MODEL
         cfg.sparse = [{"pattern": "hidden", "split": 1}]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from padst_kernels import Backend
+from padst_kernels.backends import Backend
 from padst_kernels.calls import operator
 from padst_kernels.checks import Part, require_index
 from padst_kernels.entries import passes

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from padst_kernels import Backend
 from padst_kernels.activations import aligned_features
+from padst_kernels.backends import Backend
 from padst_kernels.devices import runs_on_triton
 from padst_kernels.entries import native
 from padst_kernels.entries.index import EntryIndex

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from padst_kernels import Backend
 from padst_kernels.activations import has_aligned_rows
+from padst_kernels.backends import Backend
 from padst_kernels.tiles.index import TileIndex
 from padst_kernels.tiles.op import check, product
 

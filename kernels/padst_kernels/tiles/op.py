@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padst_kernels import Backend
 from padst_kernels.activations import empty_features
+from padst_kernels.backends import Backend
 from padst_kernels.calls import is_recorded, operator
 from padst_kernels.checks import Part, require_index
 from padst_kernels.devices import shared

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from padst_kernels import Backend
 from padst_kernels.activations import aligned_features, has_aligned_rows
+from padst_kernels.backends import Backend
 from padst_kernels.devices import pays_to_transpose, readable, runs_on_triton
 from padst_kernels.tiles import cuda, native, plain
 from padst_kernels.tiles.index import TileIndex

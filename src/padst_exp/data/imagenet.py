@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import posterize
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -239,6 +240,12 @@ class Imagenet1k(Classification):
         require(alike, "dataset.root", root, "the same classes in training and validation")
         self.train = TrainImages(train, augmented)
         self.validation = ValidationImages(validation, plain)
+        self.preprocessing = {
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": _plain(interpolation),
+            "crop_pct": crop_pct,
+        }
 
 
 def plain_transform(image_size: int, interpolation: str, crop_pct: float) -> Transform:
@@ -246,10 +253,15 @@ def plain_transform(image_size: int, interpolation: str, crop_pct: float) -> Tra
     require(0 < crop_pct <= 1, "dataset.crop_pct", crop_pct, "a share in (0, 1]")
     transform: Transform = create_transform(
         image_size,
-        interpolation="bicubic" if interpolation == "random" else interpolation,
+        interpolation=_plain(interpolation),
         crop_pct=crop_pct,
     )
     return transform
+
+
+def _plain(interpolation: str) -> str:
+    """How validation images are resized."""
+    return "bicubic" if interpolation == "random" else interpolation
 
 
 def _allow_no_bits(transform: Callable[..., object]) -> None:

@@ -65,6 +65,8 @@ class _SmallImages(Classification):
             sets.append(TensorImages(torch.tensor(images), torch.tensor(labels), mean, std))
         self.train = AugmentedImages(sets[0], shift=shift, flip=flip)
         self.validation = sets[1]
+        scaled = {"mean": [value / 255 for value in mean], "std": [value / 255 for value in std]}
+        self.preprocessing = {**scaled, "crop_pct": 1.0}
 
 
 class Digits(_SmallImages):

@@ -104,12 +104,17 @@ class Classification(Task):
         objective: softmax cross-entropy, or the binary cross-entropy per class, averaged over
             classes, of DeiT III and ResNet strikes back.
         mixup, cutmix: alpha of each, 0 for off; with both, one is drawn for each batch (timm).
+
+    Attributes:
+        preprocessing: what becomes of a validation image, by timm's names, where it is known:
+            mean and std (of pixels in [0, 1]), interpolation, crop_pct.
     """
 
     kind = "classification"
     gives = ("image_size", "channels", "num_classes")
     monitor = ("top1", "max")
     items_per_sample = 1
+    preprocessing: Mapping[str, object] = {}
 
     def __init__(
         self,

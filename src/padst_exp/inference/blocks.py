@@ -73,7 +73,7 @@ class FeatureBlock(nn.Module):
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.scale
         )
         y = y.transpose(1, 2).reshape(num_tokens, -1)
-        return _padded(y, len(qkv) - num_tokens)
+        return _padded(y)
 
 
 class FeatureStack(nn.Module):
@@ -106,16 +106,20 @@ class FeatureStack(nn.Module):
         if past_key_values is not None:
             raise ValueError("feature-major blocks keep no keys and values; use_cache=False")
         batch, length, _ = x.shape
-        tokens = x.reshape(batch * length, -1)
-        features = aligned_features(_padded(tokens, -len(tokens) % TOKENS)).t()
+        count = batch * length
+        features = aligned_features(_padded(x.reshape(count, -1))).t()
         for block in self.blocks:
             features = block(features, (batch, length), mask)
-        return features[: batch * length].contiguous().view(x.shape)
+        return features[:count].contiguous().view(x.shape)
 
 
-def _padded(x: Tensor, count: int) -> Tensor:
-    """`x` `[T, C]` with `count` tokens more, all zero, which no result is made of."""
-    return nn.functional.pad(x, (0, 0, 0, count)) if count else x
+def _padded(x: Tensor) -> Tensor:
+    """`x` `[T, C]` with tokens of zeros up to a multiple of 16, which no result is made of."""
+    count = x.shape[0]
+    more = -(-count // TOKENS) * TOKENS - count
+    # torch.export gives a symbol for any number, by which nothing can be decided.
+    is_none = isinstance(count, int) and more == 0
+    return x if is_none else nn.functional.pad(x, (0, 0, 0, more))
 
 
 def _statistics(x: Tensor, epsilon: float) -> Statistics:

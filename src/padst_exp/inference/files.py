@@ -31,8 +31,8 @@ from padst_kernels.tiles import TileIndex
 
 FORMAT = 3
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
-FOR_TRANSFORMERS = ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json")
-"""Further files of an export that transformers reads."""
+FOR_OTHERS = ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json")
+"""Further files of an export, which timm and transformers read."""
 
 # Besides constructors of models, nothing else that a file names is ever called.
 REBUILD = "padst_exp.transforms.rebuild"
@@ -141,7 +141,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         raise UserError(
             f"out: {folder} holds an export already; overwrite=true replaces it, out=... keeps it"
         )
-    known = {WEIGHTS, DESCRIPTION, *FOR_TRANSFORMERS}
+    known = {WEIGHTS, DESCRIPTION, *FOR_OTHERS}
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
     if foreign:
         raise UserError(f"out: {folder} also holds {foreign[0]}, which would be lost; remove it")

@@ -1,11 +1,23 @@
 """Image classifiers over timm: targets of conf/model/*.yaml. They map `[B, C, H, W]` to logits."""
 
-from timm.models import MlpMixer, VisionTransformer, mlp_mixer, vision_transformer
-from torch import nn
+from typing import Any
+
+import torch
+from timm.models import (
+    MlpMixer,
+    VisionTransformer,
+    create_model,
+    get_pretrained_cfg_value,
+    is_model,
+    mlp_mixer,
+    vision_transformer,
+)
+from torch import Tensor, nn
 
 from padst_exp.errors import require
+from padst_exp.files import reading
 from padst_exp.models.sizes import require_depth, require_hidden, require_rate
-from padst_exp.models.weights import load
+from padst_exp.models.weights import BESIDE_PRETRAINED, load
 
 
 def vit(
@@ -120,6 +132,54 @@ def mixer(
         checkpoint=checkpoint,
         classifier="head",
         convert=mlp_mixer.checkpoint_filter_fn,
+    )
+
+
+def by_name(
+    *,
+    name: str,
+    pretrained: bool,
+    checkpoint: str | None,
+    drop_path: float,
+    image_size: int,
+    channels: int,
+    num_classes: int,
+) -> nn.Module:
+    """Any classifier that timm makes under a name.
+
+    Args:
+        name: of `timm.list_models()`, with or without a tag for the weights.
+        pretrained, checkpoint: as in `vit`; a classifier for another number of classes starts
+            fresh.
+        drop_path: rate of stochastic depth, where the model has it; else 0.
+
+    Raises:
+        UserError: an unknown name, unavailable weights, or images that the model cannot take.
+    """
+    architecture, given = name.partition(".")[0], checkpoint is not None
+    require(is_model(architecture), "model.name", name, "a name of timm.list_models()")
+    require(not (given and pretrained), "model.checkpoint", checkpoint, BESIDE_PRETRAINED)
+    require_rate("drop_path", drop_path)
+    sizes: dict[str, Any] = {"in_chans": channels, "num_classes": num_classes}
+    if drop_path:
+        sizes["drop_path_rate"] = drop_path
+    wanted = f"a model for {channels} x {image_size} x {image_size} images, and its weights"
+    with reading("model.name", name, wanted):
+        if get_pretrained_cfg_value(architecture, "fixed_input_size"):
+            sizes["img_size"] = image_size
+        with torch.device("meta"), torch.no_grad():
+            images = torch.empty(2, channels, image_size, image_size)
+            logits = create_model(name, **sizes)(images)
+        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+            raise TypeError("it does not map them to logits")
+        model: Any = create_model(name, pretrained=pretrained, **sizes)
+        classifier = model.pretrained_cfg["classifier"]
+    return load(
+        model,
+        name=name,
+        pretrained=False,
+        checkpoint=checkpoint,
+        classifier=classifier if isinstance(classifier, str) else classifier[0],
     )
 
 

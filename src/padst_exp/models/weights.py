@@ -13,6 +13,8 @@ from padst_exp.errors import require
 from padst_exp.files import reading
 from padst_exp.messages import say
 
+BESIDE_PRETRAINED = "null beside model.pretrained=true"
+
 Convert = Callable[..., dict[str, Tensor]]
 
 
@@ -41,7 +43,7 @@ def load(
         UserError: unknown names, or unavailable weights.
     """
     if checkpoint is not None:
-        require(not pretrained, "model.checkpoint", checkpoint, "null beside model.pretrained=true")
+        require(not pretrained, "model.checkpoint", checkpoint, BESIDE_PRETRAINED)
         inside = [Path(checkpoint) / name for name in ("model.safetensors", "pytorch_model.bin")]
         checkpoint = str(next((path for path in inside if path.is_file()), checkpoint))
         require(Path(checkpoint).is_file(), "model.checkpoint", checkpoint, "an existing file")

@@ -1,0 +1,115 @@
+"""The model card of an export, for the hub of whichever library reads it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from padst_exp.errors import UserError
+from padst_exp.restore import RestoredRun
+from padst_exp.transforms import NoTransform
+
+CARD = """---
+library_name: {library}
+pipeline_tag: {task}
+tags: [sparse, padst]
+---
+# {architecture}, {structure}, density {density:.4g}
+
+Trained sparse by padst_exp, {storage}.
+
+```python
+{program}
+```
+
+| | |
+|---|---|
+{facts}
+
+| scope | density | weights kept | of |
+|---|---|---|---|
+{scopes}
+
+Speed was not measured for this card; `padst_exp.inference.tune` measures it where the model runs.
+"""
+METRICS = ("perplexity", "top1", "top5")
+
+
+def require_no_transform(restored: RestoredRun, library: str) -> None:
+    """Refuse a run whose model was made another one than `library` has.
+
+    Raises:
+        UserError: in one line.
+    """
+    transform = restored.config.transform._target_
+    if not transform.endswith(f".{NoTransform.__name__}"):
+        raise UserError(
+            f"format: expected packed or dense for a model with transform {transform}, which "
+            f"{library} does not have, got {library}"
+        )
+
+
+def model_card(
+    restored: RestoredRun,
+    metrics: Mapping[str, float],
+    *,
+    architecture: str,
+    library: str,
+    task: str,
+    storage: str,
+    program: str,
+) -> str:
+    """Its text.
+
+    Args:
+        restored: the model, as it is exported.
+        metrics: of the checkpoint, by name.
+        architecture: as the library calls it.
+        library, task: of the hub.
+        storage: how weights lie in the file, in words.
+        program: that loads it.
+    """
+    report, config = restored.report, restored.config
+    facts = {
+        "structure": report.structure,
+        "permutation": _short(config.permutation._target_),
+        "algorithm": _short(config.dst._target_),
+        "data": _short(config.dataset._target_),
+        "optimizer steps": restored.step,
+        **{
+            name: f"{value:.4g}"
+            for name, value in metrics.items()
+            if any(kind in name for kind in METRICS)
+        },
+    }
+    counts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for layer in report.layers:
+        # The name of a weight is <layer>.weights.<part>; layers of all blocks are one scope.
+        name = ".".join(
+            "*" if part.isdecimal() else part
+            for part in layer.name.split(".weights.")[0].split(".")
+        )
+        counts[name][0] += layer.parameters
+        counts[name][1] += layer.shape[0] * layer.shape[1]
+    scopes = [
+        f"| `{name}` | {kept / total:.4g} | {kept:,.0f} | {total:,.0f} |"
+        for name, (kept, total) in counts.items()
+    ]
+    scopes += [
+        f"| all {scope} | {report.density(scope):.4g} | | |" for scope in ("layers", "model")
+    ]
+    return CARD.format(
+        library=library,
+        task=task,
+        architecture=architecture,
+        storage=storage,
+        program=program,
+        structure=report.structure,
+        density=report.density("layers"),
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        scopes="\n".join(scopes),
+    )
+
+
+def _short(target: str) -> str:
+    return target.rpartition(".")[2]
