@@ -102,6 +102,7 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
     """
     from padst_exp.data.sampler import validation_loader
     from padst_exp.engine import evaluation
+    from padst_exp.engine.placement import Placement
     from padst_exp.restore import RestoredRun, restore
 
     restored = restore(
@@ -122,7 +123,11 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
     if not isinstance(restored, RestoredRun):
         _tune(restored, batches, world)
     metrics = evaluation.evaluate(
-        restored.model, restored.task, batches, precision=trainer.precision, world=world
+        restored.model,
+        restored.task,
+        batches,
+        precision=trainer.precision,
+        placement=Placement(world),
     )
     return restored.path, metrics
 
