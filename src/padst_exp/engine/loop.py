@@ -477,6 +477,7 @@ class _Training:
         if not self.state.is_finite():
             raise DivergedError("a weight is not finite", self.state.step)
         self.world.average_statistics(self.state.model)
+        self.world.first(self.directory.require_held)
         payload = self.state.payload()
         payload = self.state.placement.write(payload, self.directory.checkpoints.folder)
         self.world.first(lambda: self._write(payload, is_best))
