@@ -41,7 +41,14 @@ LARGE = (
     ("gpt2_medium", ("model=gpt2_medium", TOKENS, "dataset.pool=2"), 24, 4),
     ("vit_large", ("model=vit_large", IMAGES, "dataset.pool=2"), 24, 32),
 )
-SMALL = ("model=vit", IMAGES, "dataset.pool=16", "dataset.image_size=32", "model.patch_size=8")
+SMALL = (
+    "model=vit",
+    IMAGES,
+    "dataset.pool=16",
+    "dataset.image_size=32",
+    "model.patch_size=8",
+    "model.depth=4",
+)
 SAMPLES = 8
 RANKS = (1, 2, 4, 8)
 MB = 1e6
@@ -70,9 +77,9 @@ def main() -> None:
     for name, overrides, depth, samples in LARGE:
         rows += planned(name, overrides, depth, samples)
         print(*rows[-len(RANKS) :], sep="\n")
-    for row in planned("vit (16 tokens)", SMALL, 12, SAMPLES):
+    for row in planned("vit, depth 4, 16 tokens", SMALL, 4, SAMPLES, counted=SAMPLES):
         if row["ranks"] <= 2:
-            rows.append({**row, "measured_mb": measured(row["ranks"])})
+            rows.append(row | {"measured_mb": measured(row["ranks"])})
             print(rows[-1])
     write("memory_per_rank", rows)
 
@@ -84,17 +91,22 @@ def experiment(overrides: tuple[str, ...], samples: int, world: World, *more: st
     return build_experiment(compose(*COMMON, *overrides, *length, size, *more), world)
 
 
-def planned(name: str, overrides: tuple[str, ...], depth: int, samples: int) -> list[Row]:
-    """A row for each number of ranks, of `depth` blocks and so many samples of each rank."""
+def planned(
+    name: str, overrides: tuple[str, ...], depth: int, samples: int, *, counted: int = 1
+) -> list[Row]:
+    """A row for each number of ranks, of `depth` blocks and so many samples of each rank.
+
+    Activations are counted with `counted` samples; those that all share count as each one's.
+    """
     least, more = (
-        activations(experiment(overrides, 1, World(), f"model.depth={few}")) for few in (1, 2)
+        activations(experiment(overrides, counted, World(), f"model.depth={few}")) for few in (1, 2)
     )
     model = experiment(overrides, 1, World(), "model.depth=2").model
     (elements,) = blocks(model)
     repeated = part_of([elements[0]])
     inside = {module for each in elements for module in each.modules()}
     rest = part_of([module for module in model.modules() if module not in inside], recurse=False)
-    kept = samples * (least + (depth - 1) * (more - least))
+    kept = (least + (depth - 1) * (more - least)) * samples // counted
     rows = []
     for ranks in RANKS:
         parameters = rest.bytes(ranks) + depth * repeated.bytes(ranks)
@@ -110,11 +122,12 @@ def planned(name: str, overrides: tuple[str, ...], depth: int, samples: int) -> 
             "activations": kept,
         }
         columns = {f"{what}_mb": round(size / MB, 1) for what, size in sizes.items()}
-        total = round(sum(sizes.values()) / MB, 1)
+        # Gradients come where activations go.
+        total = sum(sizes.values()) - min(sizes["gradients"], sizes["activations"])
         rows.append(
             {"model": name, "structure": "nm 16", "sparsity": 0.9, "permutation": "hard",
              "precision": "float32", "samples_per_rank": samples, "ranks": ranks, **columns,
-             "planned_mb": total, "measured_mb": None}
+             "planned_mb": round(total / MB, 1), "measured_mb": None}
         )  # fmt: skip
     return rows
 
@@ -127,7 +140,7 @@ def part_of(modules: list[nn.Module], *, recurse: bool = True) -> Part:
 
 
 def activations(made: Experiment) -> int:
-    """Bytes that a forward pass of one sample leaves for the backward pass."""
+    """Bytes that the forward pass of a batch leaves for the backward pass."""
     model = made.model.train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}

@@ -234,7 +234,7 @@ CASES: dict[str, dict[str, Any]] = {
 def every_case(world: World, root: Path, parallel: str) -> None:
     for name, changes in CASES.items():
         run(world, root, name, parallel, **changes)
-    moves = from_yaml("permutation/moves", every=1, significance=0.0, deadline=1.0)
+    moves = from_yaml("permutation/moves", every=1, significance=1.0, deadline=1.0)
     run(world, root, "moves", parallel, algorithm=rigl(interval=5), learner=moves)
 
 
