@@ -53,6 +53,7 @@ def evaluate(
     *,
     precision: Precision,
     placement: Placement,
+    outcomes: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of `model` over all `batches` of all ranks.
 
@@ -62,6 +63,7 @@ def evaluate(
         batches: this rank's share, on the host; possibly none.
         precision: of the forward pass.
         placement: of the model over the ranks, whose sums are added up.
+        outcomes: to be filled with what the task says of this rank's samples, in order.
 
     Raises:
         Exception: what a batch or the model raised on this rank; what another rank met comes as a
@@ -80,6 +82,9 @@ def evaluate(
                     logits = model(inputs)
                 for name, value in task.metrics(logits, targets).items() if counts else ():
                     sums[name] = sums[name] + value if name in sums else value
+                if counts and outcomes is not None:
+                    each = task.outcomes(logits, targets)
+                    outcomes += [] if each is None else [each.cpu()]
     except LostError:
         raise
     except Exception as failure:
