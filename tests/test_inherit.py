@@ -22,6 +22,7 @@ from padst_exp.data.task import Task
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.state import TrainingState
 from padst_exp.errors import UserError
 from padst_exp.export import ExportSchema, export
@@ -81,7 +82,7 @@ def run(folder: Path, *overrides: str, hard: bool = False, seed: int = 7) -> Pat
     text = OmegaConf.to_yaml(cfg, resolve=True)
     (folder / "config.yaml").write_text(text)
     (folder / "metrics.jsonl").write_text("")
-    state = TrainingState(experiment, world=World(), saved=None, path=folder)
+    state = TrainingState(experiment, placement=Placement(World()), saved=None, path=folder)
     payload = {
         "data": {},
         "environment": {},

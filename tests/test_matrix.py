@@ -16,6 +16,7 @@ from padst_exp.dst import Algorithm, Static
 from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.loggers import NoLogger
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import Stepper
 from padst_exp.layers import permutations, sparse_weights
@@ -69,7 +70,7 @@ def train(
         trainer=from_yaml("trainer/default", steps=STEPS, batch_size=32, precision=precision),
         logger=NoLogger(), seed=0, backend="native" if storage == "packed" else "torch",
     )  # fmt: skip
-    state = TrainingState(experiment, world=World(), saved=None, path=Path())
+    state = TrainingState(experiment, placement=Placement(World()), saved=None, path=Path())
     hardened: list[Mapping[str, Any]] = []
     stepper = Stepper(
         experiment, state, say=lambda line: None,

@@ -162,6 +162,7 @@ def _evaluated(
     """The model with its metrics, and `outcomes` of its samples."""
     from padst_exp.data.sampler import validation_loader
     from padst_exp.engine import evaluation
+    from padst_exp.engine.placement import Placement
     from padst_exp.restore import RestoredRun, restore
 
     restored = restore(
@@ -186,7 +187,7 @@ def _evaluated(
         restored.task,
         batches,
         precision=trainer.precision,
-        world=world,
+        placement=Placement(world),
         outcomes=outcomes,
     )
     return restored, metrics

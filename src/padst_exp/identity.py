@@ -17,7 +17,7 @@ FREE = frozenset(
         *("logger", "runs", "resume", "name", "device", "backend", "scale", "arm"),
         *("trainer.workers", "trainer.log_interval", "trainer.checkpoint_interval"),
         *("trainer.eval_interval", "trainer.eval_batch_size", "trainer.keep_last"),
-        *("trainer.profile", "trainer.peak_flops"),
+        *("trainer.profile", "trainer.peak_flops", "trainer.parallel"),
     }
 )
 # Where data and trained weights lie. What the data are is in the checkpoint (`Task.describe`), and

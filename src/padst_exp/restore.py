@@ -292,8 +292,8 @@ def _complete(cfg: DictConfig, where: Path) -> DictConfig:
         run_settings(cfg)
     except UserError as error:
         raise UserError(f"run: expected {TRAINING_CONFIG}, got {where} ({error})") from error
-    for key in ("profile", "peak_flops"):
-        cfg.trainer.setdefault(key, None)
+    for key, value in (("profile", None), ("peak_flops", None), ("parallel", "ddp")):
+        cfg.trainer.setdefault(key, value)
     return cfg
 
 

@@ -37,6 +37,7 @@ from padst_exp.dst import Algorithm
 from padst_exp.engine import checkpoint
 from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import Stepper
 from padst_exp.inference import pack
@@ -80,7 +81,9 @@ class Trained:
         )
         self.model = self.experiment.model.double()
         self.weights = sparse_weights(self.model)
-        self.state = TrainingState(self.experiment, world=World(), saved=None, path=Path())
+        self.state = TrainingState(
+            self.experiment, placement=Placement(World()), saved=None, path=Path()
+        )
         self.rows: list[tuple[str, Mapping[str, Any]]] = []
         self.stepper = Stepper(
             self.experiment,

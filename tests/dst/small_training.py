@@ -16,6 +16,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.optimizers import OptimizerBuilder
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import Stepper
 from padst_exp.permutations import NoPermutation, PermutationLearner
@@ -123,7 +124,9 @@ def start(
         logger=NoLogger(), seed=0, backend="torch",
     )  # fmt: skip
     rows = list[dict[str, Any]]()
-    state = TrainingState(experiment, world=world or World(), saved=saved, path=Path())
+    state = TrainingState(
+        experiment, placement=Placement(world or World()), saved=saved, path=Path()
+    )
     stepper = Stepper(
         experiment, state, say=lambda line: None,
         record=lambda kind, values: rows.append({"kind": kind, **values}),

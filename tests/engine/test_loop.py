@@ -308,11 +308,6 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     checkpoint.write(payload, last)
     with pytest.raises(UserError, match=r"last\.pt: does not fit this model: .*6\.weight"):
         toy_run(tmp_path)
-    payload["random"] = payload["random"] * 2
-    payload["model"]["6.weight"] = torch.zeros(4, 32)
-    checkpoint.write(payload, last)
-    with pytest.raises(UserError, match="written by 2 processes, resumed by 1"):
-        toy_run(tmp_path)
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"one that training wrote, got \S*last\.pt"):
         toy_run(tmp_path)

@@ -25,6 +25,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.optimizers import OptimizerBuilder
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.records import read_metrics
 from padst_exp.engine.run_directory import TIME_FIELDS, RunDirectory
 from padst_exp.engine.settings import Trainer
@@ -169,7 +170,7 @@ def toy_experiment(
 
 def toy_state(experiment: Experiment) -> TrainingState:
     """The state of a training that has just begun."""
-    return TrainingState(experiment, world=World(), saved=None, path=Path("none.pt"))
+    return TrainingState(experiment, placement=Placement(World()), saved=None, path=Path("none.pt"))
 
 
 def toy_run(

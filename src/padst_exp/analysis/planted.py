@@ -23,6 +23,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.optimizers import OptimizerBuilder
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.settings import Trainer
 from padst_exp.engine.state import TrainingState
 from padst_exp.engine.step import Stepper
@@ -118,7 +119,7 @@ def learn_planted(
         task=task, model=model, report=report, algorithm=algorithm, learner=learner,
         optimizer=optimizer, trainer=trainer, logger=NoLogger(), seed=seed, backend="torch",
     )  # fmt: skip
-    state = TrainingState(experiment, world=World(), saved=None, path=Path())
+    state = TrainingState(experiment, placement=Placement(World()), saved=None, path=Path())
     hardened: list[tuple[str, float]] = []
 
     def record(kind: str, values: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from padst_exp.dst.counts import Counts
+from padst_exp.dst.counts import Constant, Counts
 from padst_exp.dst.scores import DropScore, GrowScore
 from padst_exp.dst.selection import Gate
 from padst_exp.dst.topology import Change, Signal, Signals, Topology
@@ -30,6 +30,7 @@ class Algorithm(abc.ABC):
             the start of training, as in the papers' code (its first steps are then up to 3.2
             times the learning rate at beta2 = 0.999).
         silences_rows: whether a row without active units is silent altogether, its bias too.
+        resizes: whether a change may alter the number of active units of a weight.
         selection_learner: trains the `selection` of each weight; None where topologies are hard
             from the start.
     """
@@ -38,6 +39,7 @@ class Algorithm(abc.ABC):
     requires: frozenset[Trait] = frozenset()
     moments: Literal["age", "zero"] = "age"
     silences_rows: bool = False
+    resizes: bool = True
     selection_learner: Learner | None = None
 
     def initial_density(self, density: float) -> float:
@@ -69,6 +71,8 @@ class Algorithm(abc.ABC):
 
 class Static(Algorithm):
     """The initial topology stays."""
+
+    resizes = False
 
     def __init__(self) -> None:
         """Takes nothing."""
@@ -151,6 +155,7 @@ class DropGrow(Periodic):
         self.drop = drop
         self.grow = grow
         self.counts = counts
+        self.resizes = not isinstance(counts, Constant)
         self.needs = drop.needs | grow.needs
         self.requires = drop.requires | grow.requires
 

@@ -27,6 +27,7 @@ class DSB(Periodic):
 
     needs = frozenset({"dense_gradient", "entries"})
     requires = frozenset({"shuffled_blocks"})
+    resizes = False
 
     def can_change(self, topology: Topology) -> bool:
         num_active = len(topology.active)

@@ -14,6 +14,7 @@ from padst_exp.engine.adamw import birth_dtype
 from padst_exp.engine.distributed import World
 from padst_exp.engine.ema import Average
 from padst_exp.engine.optimizers import lr_scale
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import require
 from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
@@ -59,6 +60,10 @@ class Trained(Protocol):
     @property
     def world(self) -> World:
         """Of this process."""
+
+    @property
+    def placement(self) -> Placement:
+        """Of its parameters over the ranks."""
 
     @property
     def step(self) -> int:
@@ -186,18 +191,18 @@ def update_topologies(
     for position, (name, weight) in enumerate(sparse_weights(state.model).items()):
         if weight not in changing:
             continue
-        if weight.dense_gradient is not None:
-            state.world.mean_([weight.dense_gradient])
-        change = weight.decide(
-            experiment.algorithm,
-            step=state.step,
-            total=experiment.total_steps,
-            # Seeded anew for each decision: ranks agree, and a checkpoint need not hold it.
-            generator=stream(experiment.seed, "rewire", state.step, position),
-            birth=None if state.births is None else state.births.steps[name],
-        )
-        weight.dense_gradient = weight.weight_gradient = None
-        moves.append(adopt(name, weight, change, following, state.step))
+        state.placement.mean_gradient_(weight)
+        with state.placement.whole(state, [name]):
+            change = weight.decide(
+                experiment.algorithm,
+                step=state.step,
+                total=experiment.total_steps,
+                # Seeded anew for each decision: ranks agree, and a checkpoint need not hold it.
+                generator=stream(experiment.seed, "rewire", state.step, position),
+                birth=None if state.births is None else state.births.steps[name],
+            )
+            weight.dense_gradient = weight.weight_gradient = None
+            moves.append(adopt(name, weight, change, following, state.step))
     state.tracker.updates += 1
     finish(state, "topologies")
     return moves

@@ -20,6 +20,8 @@ from padst_exp.identity import differences
 from padst_exp.messages import say
 
 FORMAT = 4
+# Of folders beside checkpoints that hold what ranks wrote in parts.
+PARTS_SUFFIX = ".parts"
 
 
 def _any(value: Any) -> bool:
@@ -90,10 +92,26 @@ def write(payload: Mapping[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what `write` stored in `path`, on the CPU.
+    """Return what training stored in `path`, on the CPU; whole, if ranks wrote it in parts.
 
     Raises:
         UserError: when the file is missing, damaged, or not one of ours; names the part.
+    """
+    payload = read_file(path)
+    if payload["shards"] is not None:
+        from padst_exp.engine import shards  # whose imports take long
+
+        shards.verify(payload, path)
+        shards.join(payload, path)
+    require_numbers(payload, path)
+    return payload
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return what `write` stored in `path`, on the CPU, without what is in "shards" beside it.
+
+    Raises:
+        UserError: as `read`.
     """
     with reading("checkpoint", path, "one that training wrote"):
         with zipfile.ZipFile(path) as archive:
@@ -113,13 +131,24 @@ def read(path: Path) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, kind) or not valid(value):
             found = value if isinstance(value, int | float) else type(value).__name__
             raise UserError(f"{path}: damaged, its {name} is {found}")
+    shards = payload.setdefault("shards", None)
+    kinds = {"folder": str, "files": Mapping, "same": Mapping}
+    if shards is not None and not (
+        isinstance(shards, Mapping)
+        and all(isinstance(shards.get(name), kind) for name, kind in kinds.items())
+    ):
+        raise UserError(f"{path}: damaged, its shards are {type(shards).__name__}")
+    return payload
+
+
+def require_numbers(payload: Mapping[str, Any], path: Path) -> None:
+    """Raise a `UserError` unless the models in a checkpoint are tensors without NaN."""
     for weights in (payload["model"], payload["average"] or {}):
         for name, tensor in weights.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise UserError(f"{path}: damaged, {name} of its model is no tensor")
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
                 raise UserError(f"{path}: {name} of its model is not a number in places")
-    return payload
 
 
 def read_best(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -232,14 +261,36 @@ class Checkpoints:
         self._last_step = int(payload["step"])
         for path in sorted(self.folder.glob("step-*.pt"))[: -(keep_last - 1) or None]:
             path.unlink()
+        _prune(self.folder)
 
-    def load(self) -> dict[str, Any] | None:
-        """Return the contents of `last.pt`, or None where there is none yet."""
+    def load(self, read: Callable[[Path], dict[str, Any]] = read) -> dict[str, Any] | None:
+        """Return the contents of `last.pt`, or None where there is none yet.
+
+        Args:
+            read: how it is read.
+        """
         if not os.path.lexists(self.last):
             return None
         payload = read(self.last)
         self._last_step = int(payload["step"])
         return payload
+
+
+def _prune(folder: Path) -> None:
+    """Remove parts of which no checkpoint in `folder` speaks any more."""
+    left = {path for path in folder.glob(f"step-*{PARTS_SUFFIX}") if path.is_dir()}
+    if not left:
+        return
+    for path in folder.glob("*.pt"):
+        try:
+            shards = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["shards"]
+        except Exception:  # nobody can tell what a damaged one speaks of
+            return
+        if shards is not None:
+            left.discard(folder / shards["folder"])
+    for path in left:
+        if not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,14 +1,12 @@
 """The processes that train together: one, or as many as torchrun started."""
 
 import os
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from padst_exp.engine.rendezvous import PATIENCE, meet, variable
 from padst_exp.errors import UserError
@@ -106,27 +104,6 @@ class World:
         digests = self.gather(digest)
         assert len(set(digests)) == 1, f"ranks disagree about {what}: {digests}"
 
-    def replicate(self, model: nn.Module, by_hand: Iterable[str]) -> nn.Module:
-        """Return `model` with gradients averaged over ranks, but for parameters named `by_hand`.
-
-        Those may come and go without breaking the buckets of the others.
-        """
-        if self.size == 1:
-            return model
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(by_hand))
-        # Told once of every convolution of one channel, whose strides are ambiguous; harmless.
-        warnings.filterwarnings("ignore", message="(?s)Grad strides do not match bucket view")
-        with warnings.catch_warnings():
-            # The name of broadcast_buffers changes after torch 2.14; older ones know only this.
-            warnings.simplefilter("ignore", FutureWarning)
-            # Ranks start equal and stay so; only batch statistics drift: `average_statistics`.
-            return DistributedDataParallel(
-                model,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-
     def average_statistics(self, model: nn.Module) -> None:
         """Average the running statistics of batch normalisation over ranks."""
         if self.size > 1:
@@ -144,6 +121,12 @@ class World:
         """Leave the process group, if there is one."""
         if self.size > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank has of `tensor`, in the same memory: a part of its rows, or all of it."""
+    part = getattr(tensor, "to_local", None)  # of a DTensor, whose module takes long to import
+    return tensor if part is None else part()
 
 
 def start(device: str = "auto") -> World:

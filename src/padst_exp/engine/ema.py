@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from padst_exp.engine.distributed import own_part
 from padst_exp.layers import Move, SparseWeight, sparse_weights
 from padst_exp.permutations import Exchange, Permutation
 from padst_exp.soft import Soft, choices
@@ -47,8 +48,8 @@ class Average:
         """Pair up the tensors with those of `source`; again whenever some are other ones."""
         own, other = dict(self.model.named_parameters()), dict(source.named_parameters())
         assert own.keys() == other.keys(), own.keys() ^ other.keys()
-        self._own: list[Tensor] = list(own.values())
-        self._other: list[Tensor] = [other[name].detach() for name in own]
+        self._own: list[Tensor] = [own_part(mean.detach()) for mean in own.values()]
+        self._other: list[Tensor] = [own_part(other[name].detach()) for name in own]
         # Topologies and permutations are moved by whoever moves those of the source.
         buffers = dict(source.named_buffers())
         self._statistics = [

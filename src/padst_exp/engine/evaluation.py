@@ -1,13 +1,13 @@
 """Forward passes: precision, and the evaluation of a model on a whole data set."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from padst_exp.data.task import Task
-from padst_exp.engine.distributed import World
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.settings import Precision
 
 
@@ -30,6 +30,21 @@ def to_device(
     return inputs, targets
 
 
+class LostError(Exception):
+    """This rank failed where others wait for it; nothing can be agreed any more."""
+
+
+@contextmanager
+def _lost(together: bool) -> Iterator[None]:
+    """A block in which any error is one that loses other ranks, if they are in it `together`."""
+    try:
+        yield
+    except Exception as error:
+        if together:
+            raise LostError(str(error)) from error
+        raise
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -37,37 +52,41 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     precision: Precision,
-    world: World,
+    placement: Placement,
     outcomes: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of `model` over all `batches` of all ranks.
 
     Args:
-        model: on the device of `world`; evaluated in eval mode and left as it was.
+        model: on the device of this process; evaluated in eval mode and left as it was.
         task: defines the metrics.
         batches: this rank's share, on the host; possibly none.
         precision: of the forward pass.
-        world: the ranks whose sums are added up.
+        placement: of the model over the ranks, whose sums are added up.
         outcomes: to be filled with what the task says of this rank's samples, in order.
 
     Raises:
         Exception: what a batch or the model raised on this rank; what another rank met comes as a
             `UserError`. The model is left as it was.
+        LostError: the model raised something in a pass in which other ranks wait for this one.
     """
-    training = model.training
+    training, world = model.training, placement.world
     model.eval()
     sums: dict[str, Tensor] = {}
     error: Exception | None = None
     try:
-        for batch in batches:
-            inputs, targets = to_device(batch, world.device, precision)
-            with forward_context(precision, world.device):
-                logits = model(inputs)
-            for name, value in task.metrics(logits, targets).items():
-                sums[name] = sums[name] + value if name in sums else value
-            each = None if outcomes is None else task.outcomes(logits, targets)
-            if outcomes is not None and each is not None:
-                outcomes.append(each.cpu())
+        for batch, counts in placement.in_step(batches):
+            with _lost(placement.together):
+                inputs, targets = to_device(batch, world.device, precision)
+                with forward_context(precision, world.device):
+                    logits = model(inputs)
+                for name, value in task.metrics(logits, targets).items() if counts else ():
+                    sums[name] = sums[name] + value if name in sums else value
+                if counts and outcomes is not None:
+                    each = task.outcomes(logits, targets)
+                    outcomes += [] if each is None else [each.cpu()]
+    except LostError:
+        raise
     except Exception as failure:
         error = failure
     finally:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from padst_exp.engine.changes import Method, Trained, adopt, finish, followers
+from padst_exp.engine.distributed import own_part
 from padst_exp.layers import SparseWeight, evidence, places
 from padst_exp.permutations import Permutation
 
@@ -44,7 +45,7 @@ def keep_gradients(experiment: Method, changing: Iterable[SparseWeight]) -> None
     if "weight_gradient" in experiment.algorithm.needs:
         for weight in changing:
             gradient = weight.values.grad
-            weight.weight_gradient = None if gradient is None else gradient.clone()
+            weight.weight_gradient = None if gradient is None else own_part(gradient).clone()
 
 
 def exchange(experiment: Method, state: Trained, due: Mapping[str, Permutation]) -> dict[str, Any]:
@@ -63,25 +64,26 @@ def exchange(experiment: Method, state: Trained, due: Mapping[str, Permutation])
     done = {"exchanged": 0, "moved": 0, "lost": 0}
     for name, permutation in due.items():
         found = list(places(state.model, permutation))
-        known = None
-        if learner.parts:
-            topologies = [place.weight.topology() for place in found]
-            changing = filter(experiment.algorithm.can_change, topologies)
-            known = evidence(found, fraction * sum(each.num_entries for each in changing))
-        # Rank 0 decides for all: a rounding difference must not part the ranks.
-        proposal = world.from_main(learner.exchange(permutation, known))
-        if proposal is None:
-            continue
-        before = permutation.held().clone()
-        proposal = proposal.to(before.device)
-        for place in found:
-            # Its own order of features is still the old one.
-            move = adopt(
-                place.name, place.weight, place.change(before, proposal), following, state.step
-            )
-            done["lost"] += move.num_new  # as many as are new in others' places
-            if learner.spends_drops:
-                place.weight.carry -= move.num_new / place.weight.geometry.unit_size
+        with state.placement.whole(state, [place.name for place in found]):
+            known = None
+            if learner.parts:
+                topologies = [place.weight.topology() for place in found]
+                changing = filter(experiment.algorithm.can_change, topologies)
+                known = evidence(found, fraction * sum(each.num_entries for each in changing))
+            # Rank 0 decides for all: a rounding difference must not part the ranks.
+            proposal = world.from_main(learner.exchange(permutation, known))
+            if proposal is None:
+                continue
+            before = permutation.held().clone()
+            proposal = proposal.to(before.device)
+            for place in found:
+                # Its own order of features is still the old one.
+                move = adopt(
+                    place.name, place.weight, place.change(before, proposal), following, state.step
+                )
+                done["lost"] += move.num_new  # as many as are new in others' places
+                if learner.spends_drops:
+                    place.weight.carry -= move.num_new / place.weight.geometry.unit_size
         permutation.exchange(proposal)
         if state.average is not None:
             state.average.exchange(name, proposal)

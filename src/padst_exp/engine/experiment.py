@@ -13,9 +13,10 @@ from padst_exp.dispatch import Backend
 from padst_exp.dst import Algorithm
 from padst_exp.engine.distributed import World
 from padst_exp.engine.loggers import NoLogger
-from padst_exp.engine.optimizers import AdamW, OptimizerBuilder
+from padst_exp.engine.optimizers import SGD, AdamW, OptimizerBuilder
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import require
+from padst_exp.layers import sparse_weights
 from padst_exp.permutations import PermutationLearner
 from padst_exp.soft import Learner
 from padst_exp.sparsify import Report
@@ -71,6 +72,24 @@ class Experiment:
             type(self.algorithm).__name__,
             "one that drops and grows, such as rigl, where a permutation moves within drops",
         )
+
+        if self.trainer.parallel == "fsdp":
+            self._require_parts()
+
+    def _require_parts(self) -> None:
+        """Refuse what needs more of a parameter at a time than one rank has."""
+        with_fsdp = "with trainer.parallel=fsdp"
+        storages = {weight.storage for weight in sparse_weights(self.model).values()}
+        require("masked" not in storages, "storage", "masked", f"packed {with_fsdp}")
+        kind = type(self.optimizer)
+        require(kind in (AdamW, SGD), "optimizer", kind.__name__, f"adamw or sgd {with_fsdp}")
+        name = type(self.algorithm).__name__
+        wanted = f"one that keeps the number of entries {with_fsdp}, such as rigl"
+        require(not self.algorithm.resizes, "dst", name, wanted)
+        moves = self.learner.moves_masks
+        wanted = f"one that keeps weights sparse {with_fsdp}, such as doubly_stochastic"
+        require(not moves, "permutation", type(self.learner).__name__, wanted)
+        require(not self.trainer.compile, "trainer.compile", True, f"false {with_fsdp}")
 
     @property
     def learners(self) -> list[Learner]:

@@ -24,10 +24,11 @@ from padst_exp.engine.checkpoint import require_same_config, restoring
 from padst_exp.engine.distributed import World
 from padst_exp.engine.efficiency import Efficiency, energy_meter, flops_per_step, peak_of
 from padst_exp.engine.environment import changed, numerics
-from padst_exp.engine.evaluation import evaluate
+from padst_exp.engine.evaluation import LostError, evaluate
 from padst_exp.engine.experiment import Experiment
 from padst_exp.engine.interruption import Interrupted, Interruption
 from padst_exp.engine.loggers import numbers
+from padst_exp.engine.placement import placement_of
 from padst_exp.engine.plots import plot_curves, plot_topologies
 from padst_exp.engine.profiling import StepProfiler
 from padst_exp.engine.progress import Progress
@@ -39,6 +40,7 @@ from padst_exp.engine.summary import summarize
 from padst_exp.errors import UserError
 from padst_exp.identity import differences
 from padst_exp.messages import say
+from padst_exp.soft import soft_choices
 
 
 def run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[str, Any]:
@@ -158,7 +160,8 @@ class _Training:
         self.data = data
         self.task, self.trainer = experiment.task, experiment.trainer
         self.logger, self.total = experiment.logger, experiment.total_steps
-        path, saved = directory.checkpoints.last, directory.checkpoints.load()
+        placement = placement_of(self.trainer.parallel, world)
+        path, saved = directory.checkpoints.last, directory.checkpoints.load(placement.read)
         if saved is not None:
             require_same_config(saved["config"], directory.config, path)
             if saved["data"] != data:
@@ -171,10 +174,16 @@ class _Training:
         experiment.model.to(world.device)
         if self.trainer.precision == "float64":
             experiment.model.double()
-        self.state = TrainingState(experiment, world=world, saved=saved, path=path)
-        backends = None if saved is None else saved["backends"]
-        # Those of a checkpoint were chosen at the density that it has.
-        self.take(choose_backends(experiment, world=world, saved=backends))
+        self.picks: dict[str, Pick] = {}
+        self.flops: int | None = None
+        self.state = TrainingState(
+            experiment,
+            placement=placement,
+            saved=saved,
+            path=path,
+            prepare=lambda: self.prepare(saved),
+        )
+        self.take(self.picks)
         self.stepper = Stepper(experiment, self.state, record=self.record, say=self.say)
         self.numerics = numerics(world.device)
         self.apart = ""
@@ -198,6 +207,20 @@ class _Training:
         self.started = self.mark = time.perf_counter()
         self.waited = 0.0
         self.first_step = self.marked_step = self.state.step
+
+    def prepare(self, saved: Mapping[str, Any] | None) -> None:
+        """Look at the model as long as every rank has all of it."""
+        backends = None if saved is None else saved["backends"]
+        # Those of a checkpoint were chosen at the density that it has.
+        self.picks = choose_backends(self.experiment, world=self.world, saved=backends)
+        # What permutations cost while they are soft is not what they cost in the end.
+        if self.trainer.parallel == "fsdp" and not soft_choices(self.experiment.model):
+            self.flops = self.flops_per_step()
+
+    def flops_per_step(self) -> int | None:
+        """FLOPs of a step, as the model is; None where they cannot be counted."""
+        model, trainer = self.experiment.model, self.trainer
+        return flops_per_step(model, self.task, trainer, self.world.device)
 
     def train(self, interruption: Interruption) -> None:
         """Do all steps that are left."""
@@ -358,6 +381,8 @@ class _Training:
     def differing(self, saved: Mapping[str, Any]) -> str:
         """What computes otherwise than before; empty where the rest will be bitwise equal."""
         parts = [changed(saved["environment"], self.numerics)]
+        if (then_ranks := len(saved["random"])) != self.world.size:
+            parts.append(f"{self.world.size} processes instead of {then_ranks}")
         then = {name: pick["backend"] for name, pick in saved["backends"]["picks"].items()}
         other = [name for name, pick in self.picks.items() if then.get(name) != pick.backend]
         if other:
@@ -406,6 +431,8 @@ class _Training:
                 averaged = self.metrics_of(state.average.model, outcomes)
                 self.watched = averaged[name]
                 values |= {f"ema_{key}": value for key, value in averaged.items()}
+        except LostError:
+            raise
         except Exception as error:
             self.leave(None if isinstance(error, _Asked) else error)
         if state.step == self.total:
@@ -438,7 +465,7 @@ class _Training:
                 self.task,
                 self.unless_asked(batches),
                 precision=trainer.precision,
-                world=self.world,
+                placement=self.state.placement,
                 outcomes=outcomes,
             )
 
@@ -456,7 +483,9 @@ class _Training:
         if not self.state.is_finite():
             raise DivergedError("a weight is not finite", self.state.step)
         self.world.average_statistics(self.state.model)
+        self.world.first(self.directory.require_held)
         payload = self.state.payload()
+        payload = self.state.placement.write(payload, self.directory.checkpoints.folder)
         self.world.first(lambda: self._write(payload, is_best))
         self.saved = self.state.step
         self.mark += time.perf_counter() - began
@@ -511,7 +540,7 @@ class _Training:
         peak, peak_from = peak_of(device, trainer)
         return Efficiency(
             batch_size=trainer.batch_size,
-            flops_per_step=flops_per_step(self.state.model, self.task, trainer, device),
+            flops_per_step=self.flops if self.state.placement.together else self.flops_per_step(),
             peak_flops=peak,
             peak_from=peak_from,
             joules_per_sample=joules,

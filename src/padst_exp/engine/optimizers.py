@@ -1,7 +1,7 @@
 """Optimizers, their schedules and the roles of parameters: targets of conf/optimizer/*.yaml."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -181,12 +181,22 @@ class OptimizerBuilder(abc.ABC):
             wanted = "pairs of a share of training in (0, 1) and a positive factor"
             _require(valid, "schedule", self.schedule, wanted)
 
-    def create(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, Schedule]:
+    def create(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        trained: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+    ) -> tuple[torch.optim.Optimizer, Schedule]:
         """Return an optimizer of all but the soft choices of `model`, and its schedule.
 
-        The model must be on its device already.
+        Args:
+            model: on its device already.
+            total_steps: of the training.
+            trained: what of a parameter this process trains.
         """
         groups = _parameter_groups(model, self.weight_decay, lr_by_density=self.lr_by_density)
+        for group in groups:
+            group["params"] = [trained(parameter) for parameter in group["params"]]
         optimizer = self._optimizer(groups, model)
         require_entrywise(optimizer, model)
         return optimizer, self._schedule(optimizer, total_steps)

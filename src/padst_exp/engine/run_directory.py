@@ -150,7 +150,8 @@ class RunDirectory:
         self._lock = lock
         try:
             for left in (*self.path.glob(".*.tmp"), *self.checkpoints.folder.glob(".*.tmp")):
-                left.unlink()  # by a process that was killed
+                # By a process that was killed.
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             if not self.new:
                 self._require_same()
         except BaseException:

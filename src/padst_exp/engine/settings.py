@@ -15,6 +15,7 @@ MOST_STEPS, MOST_WORKERS = 10**15, 1024
 MOST_PROFILED = 1000
 
 Precision = Literal["float32", "bfloat16", "float64"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Trainer:
         clip_norm: maximal norm of the gradient of all but soft permutations; None: no clipping.
         ema_decay: decay of an exponential moving average of the weights, which is then what gets
             evaluated next to the model; None: no average.
+        parallel: "ddp": every process has the whole model; "fsdp": of its parameters, gradients
+            and moments it has a part.
         compile: `torch.compile` the repeated blocks of the model.
         workers: processes that load data, per training process; 0: none but itself.
         keep_last: how many of the latest checkpoints to keep, `best.pt` aside.
@@ -54,6 +57,7 @@ class Trainer:
     precision: Precision
     clip_norm: float | None
     ema_decay: float | None
+    parallel: Parallel
     compile: bool
     workers: int
     keep_last: int

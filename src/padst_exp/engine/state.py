@@ -1,16 +1,17 @@
 """Everything that changes while training, which is what a checkpoint holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from padst_exp.engine import checkpoint
-from padst_exp.engine.distributed import World
+from padst_exp.engine.distributed import own_part
 from padst_exp.engine.ema import Average
 from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_layers, sparse_weights
@@ -23,12 +24,14 @@ class TrainingState:
 
     Args:
         experiment: its model is fresh, on its device and in its dtype.
-        world: of this process.
+        placement: of parameters over the ranks.
         saved: a checkpoint's contents, or None to start afresh.
         path: of the checkpoint, for messages.
+        prepare: called once the model is what it was, before its parameters are laid out.
 
     Attributes:
         world: of this process.
+        placement: of parameters over the ranks.
         step: completed steps.
         best: best value of the monitored metric so far, and its step.
         losses: of the steps since the last row of metrics; `norms` of their gradients alike.
@@ -39,13 +42,14 @@ class TrainingState:
         self,
         experiment: Experiment,
         *,
-        world: World,
+        placement: Placement,
         saved: Mapping[str, Any] | None,
         path: Path,
+        prepare: Callable[[], object] = lambda: None,
     ) -> None:
         self.model = model = experiment.model.train()
         self.learners = experiment.learners
-        self.world = world
+        self.placement, self.world = placement, placement.world
         self.step = 0
         self.best: tuple[float, int] | None = None
         self.losses: list[float] = []
@@ -54,19 +58,29 @@ class TrainingState:
         # The fresh model has the initial topology, whatever the checkpoint holds.
         self.tracker = TopologyTracker(sparse_weights(model))
         if saved is not None:
-            checkpoint.load_weights(model, saved["model"], path)
+            checkpoint.load_weights(model, self.placement.loadable(model, saved["model"]), path)
+        prepare()
         self.births = None
         if "age" in experiment.algorithm.needs:
             self.births = Births(sparse_weights(model))
         decay = experiment.trainer.ema_decay
         self.average = None if decay is None else Average(model, decay)
+        if saved is not None:
+            self._restore_average(saved["average"], path)
         # Only now is it known which choices are still soft.
         layers = sparse_layers(model).values()
         frozen = {module for layer in layers if layer.frozen for module in layer.modules()}
         found = {n: c for n, c in choices(model).items() if c.soft or c not in frozen}
         for learner in self.learners:
             learner.start({n: c for n, c in found.items() if isinstance(c, learner.kind)})
-        self.optimizer, self.schedule = experiment.optimizer.create(model, experiment.total_steps)
+        there: Mapping[str, Any] = {"model": None, "average": None} if saved is None else saved
+        placement.place(model, there["model"], path)
+        if self.average is not None:
+            placement.place(self.average.model, there["average"], path)
+            self.average.pair(model)
+        self.optimizer, self.schedule = experiment.optimizer.create(
+            model, experiment.total_steps, self.placement.trained
+        )
         if saved is not None:
             self._restore(saved, path)
 
@@ -76,7 +90,7 @@ class TrainingState:
             "step": self.step,
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.placement.optimizer_state(self.optimizer),
             "schedule": self.schedule.state_dict(),
             "learners": [learner.state_dict() for learner in self.learners],
             "topology": self.tracker.state_dict(),
@@ -92,6 +106,9 @@ class TrainingState:
         if self._random is None:
             # Dropout differs between ranks, and owes nothing to how the model was initialised.
             seed_generators(seed_of("dropout", seed, self.world.rank))
+        elif len(self._random) != self.world.size:
+            # Those of other ranks than there were, which also differ from all that they had.
+            seed_generators(seed_of("dropout", seed, self.world.size, self.step, self.world.rank))
         else:
             with checkpoint.restoring(self._path, "random"):
                 checkpoint.restore_random_state(self._random[self.world.rank])
@@ -102,24 +119,23 @@ class TrainingState:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def is_finite(self) -> bool:
-        """Whether all weights are finite numbers."""
-        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
-        return bool(torch.stack(norms).isfinite().all())
+        """Whether all weights are finite numbers, on all ranks. A collective."""
+        norms = torch._foreach_norm([own_part(p.detach()) for p in self.model.parameters()])
+        return not self.world.largest(int(not torch.stack(norms).isfinite().all()))
+
+    def _restore_average(self, saved: Mapping[str, Tensor] | None, path: Path) -> None:
+        if (saved is None) != (self.average is None):
+            raise UserError(f"{path}: written with another trainer.ema_decay")
+        if self.average is not None and saved is not None:
+            model = self.average.model
+            checkpoint.load_weights(model, self.placement.loadable(model, saved), path)
 
     def _restore(self, saved: Mapping[str, Any], path: Path) -> None:
         self._random, self._path = saved["random"], path
-        if len(self._random) != self.world.size:
-            raise UserError(
-                f"{path}: written by {len(self._random)} processes, resumed by {self.world.size}; "
-                f"start as many as then"
-            )
-        if (saved["average"] is None) != (self.average is None):
-            raise UserError(f"{path}: written with another trainer.ema_decay")
-        if self.average is not None:
-            checkpoint.load_weights(self.average.model, saved["average"], path)
-            self.average.pair(self.model)
         with checkpoint.restoring(path, "optimizer"):
-            _load_optimizer(self.optimizer, saved["optimizer"])
+            _load_optimizer(
+                self.optimizer, self.placement.fitting(self.optimizer, saved["optimizer"])
+            )
         with checkpoint.restoring(path, "learners"):
             for learner, state in zip(self.learners, saved["learners"], strict=True):
                 learner.load_state_dict(state)

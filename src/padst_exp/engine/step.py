@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from padst_exp.data.task import Batch
 from padst_exp.engine import changes, exchanges
 from padst_exp.engine.checkpoint import random_state, restore_random_state
+from padst_exp.engine.distributed import own_part
 from padst_exp.engine.evaluation import forward_context, to_device
 from padst_exp.engine.experiment import Experiment
+from padst_exp.engine.placement import blocks
 from padst_exp.engine.state import TrainingState
 from padst_exp.layers import Move, SparseWeight
 from padst_exp.permutations import Permutation
@@ -68,7 +70,7 @@ class Stepper:
         self.experiment, self.state = experiment, state
         self.record, self.say = record, say
         self.algorithm, self.trainer = experiment.algorithm, experiment.trainer
-        self.model, self.world = state.model, state.world
+        self.model, self.world, self.placement = state.model, state.world, state.placement
         self.lr = 0.0
         self.sound = True
         self.resized = False
@@ -114,9 +116,11 @@ class Stepper:
     ) -> tuple[Tensor, list[Batch]]:
         """Let every parameter have its gradient; return the mean loss and what was seen."""
         self.state.optimizer.zero_grad(set_to_none=True)
+        self.placement.forget_gradients()
         for learner in self.state.learners:
             learner.zero_grad()
         loss, seen = self._accumulate(parts, changing, due)
+        self.placement.hand_over()
         self._average_soft_gradients()
         exchanges.keep_gradients(self.experiment, changing)
         for learner in self.state.learners:
@@ -135,7 +139,7 @@ class Stepper:
         state, total = self.state, self.experiment.total_steps
         norm = None
         if self.trainer.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.clip_norm)
+            norm = self.placement.clip_(self.parameters, self.trainer.clip_norm)
         group = state.optimizer.param_groups[0]
         self.lr = group["lr"] / group.get("lr_scale", 1.0)
         state.optimizer.step()
@@ -207,7 +211,7 @@ class Stepper:
         soft = [f"{name}.logits" for name in soft_choices(self.model)]
         # The replica that was there before lets go of the parameters first.
         self.forward: nn.Module = self.model
-        self.forward = self.world.replicate(self.model, soft)
+        self.forward = self.placement.replica(self.model, soft)
         self.parameters = self.state.trained_parameters()
         # Those of batch normalisation; topologies and permutations are integers.
         self._statistics = [b for b in self.model.buffers() if b.is_floating_point() or b.ndim == 0]
@@ -235,7 +239,7 @@ class Stepper:
                         inputs, targets, seed_of("mix", self.experiment.seed, self.state.step, part)
                     )
                     last = micro + 1 == trainer.micro_batches
-                    with self._unsynchronised(not last):
+                    with nullcontext() if last else self.placement.accumulating(self.forward):
                         with forward_context(trainer.precision, world.device):
                             loss = task.loss(self.forward(inputs), targets)
                         loss = loss / trainer.micro_batches
@@ -244,22 +248,13 @@ class Stepper:
                     losses.append(loss.detach())
                     seen.append((inputs, targets))
             except Exception as error:
-                failed = error
-                if isinstance(self.forward, nn.parallel.DistributedDataParallel):
-                    # The first forward pass but one of a replica communicates; others are in it.
-                    self.forward.reducer._rebuild_buckets()
+                failed = self.placement.excuse(self.forward, error)
             # From here on ranks wait for each other, and one that fails cannot tell the others.
             if world.largest(int(failed is not None)):
                 raise PassError(failed)
             loss.backward()
         exchanges.stop_collecting(collecting)
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0], seen
-
-    def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
-        """A context in which gradients stay on their rank, for all micro-batches but the last."""
-        if wanted and isinstance(self.forward, nn.parallel.DistributedDataParallel):
-            return self.forward.no_sync()
-        return nullcontext()
 
     def _average_soft_gradients(self) -> None:
         """Average over ranks what the replica leaves out, since it may come and go."""
@@ -356,7 +351,7 @@ def require_finite(
         )
     ]
     found += [c.logits for learner in looking for c in learner.choices.values()]
-    tensors = [tensor.detach() for tensor in found if tensor is not None]
+    tensors = [own_part(tensor.detach()) for tensor in found if tensor is not None]
     # A sum is finite only if all of it is, and takes a fraction of the time of a norm.
     sums = [tensor.sum().double() for tensor in tensors]
     finite = not sums or bool(torch.stack(sums).isfinite().all())
@@ -371,14 +366,9 @@ def eagerly(wanted: bool) -> AbstractContextManager[Any]:
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile, in place, every element of the outermost lists of like modules of `model`."""
-    for child in model.children():
-        elements = list(child.children())
-        alike = len(elements) > 1 and len({type(element) for element in elements}) == 1
-        if isinstance(child, nn.ModuleList | nn.Sequential) and alike:
-            # The elements share their code, and each drop rate or soft permutation is a variant.
-            limit = max(torch._dynamo.config.recompile_limit, 4 * len(elements))
-            torch._dynamo.config.recompile_limit = limit
-            for element in elements:
-                element.compile()
-        else:
-            compile_blocks(child)
+    for elements in blocks(model):
+        # The elements share their code, and each drop rate or soft permutation is a variant.
+        limit = max(torch._dynamo.config.recompile_limit, 4 * len(elements))
+        torch._dynamo.config.recompile_limit = limit
+        for element in elements:
+            element.compile()

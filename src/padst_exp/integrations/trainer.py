@@ -20,6 +20,7 @@ from padst_exp.dst import Algorithm
 from padst_exp.engine import changes, exchanges
 from padst_exp.engine.adamw import AgeAwareAdamW
 from padst_exp.engine.distributed import World
+from padst_exp.engine.placement import Placement
 from padst_exp.engine.step import looking_at, require_finite
 from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import require
@@ -76,6 +77,7 @@ class SparseTraining(TrainerCallback):
         ]
         self.seed = seed
         self.world = World()
+        self.placement = Placement(self.world)
         self.step = self.total_steps = 0
         self._changing: list[SparseWeight] = []
         self._collecting: list[SparseWeight] = []
@@ -110,6 +112,7 @@ class SparseTraining(TrainerCallback):
         )
         self.step, self.total_steps = state.global_step, state.max_steps
         self.world = World(device=args.device)
+        self.placement = Placement(self.world)
         weights = sparse_weights(self.model)
         self.tracker = TopologyTracker(weights)
         self.births = Births(weights) if "age" in self.algorithm.needs else None

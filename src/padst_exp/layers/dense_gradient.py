@@ -82,4 +82,6 @@ def _add(weight: SparseWeight, rows: Tensor, inputs: Tensor) -> None:
         weight.part_gradients = _sum(weight.part_gradients, parts)
     else:
         gradient = rows.t() @ inputs
+    if weight.reduce_gradient is not None:
+        gradient = weight.reduce_gradient(gradient)
     weight.dense_gradient = _sum(weight.dense_gradient, gradient)

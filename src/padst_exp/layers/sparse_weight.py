@@ -44,6 +44,8 @@ class SparseWeight(nn.Module):
         gradient_parts: how many parts of the samples it is then also summed over one by one; 0.
         dense_gradient: `[O, I]`, float32 or wider, summed over backward passes; or None.
         part_gradients: `[gradient_parts, O, I]`, the same of each part alone; or None.
+        reduce_gradient: what is made of `dense_gradient` in each backward pass that adds to it, for
+            it to be kept in another form until it is used; or None.
         weight_gradient: shaped like `values`, kept from before clipping for a due update; or None.
         on_change: called, without arguments, whenever topology or values are other ones.
     """
@@ -73,6 +75,7 @@ class SparseWeight(nn.Module):
         self.dense_gradient: Tensor | None = None
         self.part_gradients: Tensor | None = None
         self.weight_gradient: Tensor | None = None
+        self.reduce_gradient: Callable[[Tensor], Tensor] | None = None
         self.on_change: list[Callable[[], None]] = []
         active = active.to(dense.device)
         values = gather_entries(dense.detach(), geometry.entries(active))
