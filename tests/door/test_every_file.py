@@ -1,8 +1,10 @@
 """Every kind of file that a user can name, damaged in every way: one line that names it."""
 
 import gzip
+import io
 import json
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +118,18 @@ def idx(array: np.ndarray) -> bytes:
     return head + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
 
 
+def shard(folder: Path, path: Path) -> None:
+    """The images of class folders, as WebDataset has them."""
+    with tarfile.open(path, "w") as tar:
+        for label, name in enumerate(sorted(folder.iterdir())):
+            for image in sorted(name.iterdir()):
+                text = str(label).encode()
+                for suffix, content in ((image.suffix, image.read_bytes()), (".cls", text)):
+                    info = tarfile.TarInfo(f"{name.name}{image.stem}{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
 def test_images(tmp_path: Path) -> None:
     folder, found = tmp_path / "fashion", []
     folder.mkdir()
@@ -154,6 +168,15 @@ def test_images(tmp_path: Path) -> None:
         for index in range(4):
             _ = task.validation[index]
 
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for split in ("train", "val"):
+        shard(images / split, shards / f"{split}-0.tar")
+    found += complaints(
+        {shards / "train-0.tar": NO_DIGEST},
+        lambda: from_yaml("dataset/imagenet1k", root=str(shards), num_classes=2),
+        root=shards,
+    )
     found += complaints(
         {images / "val" / "a" / "0.jpg": (NO_DIGEST - NO_FILE) | {"a pipe"}}, all_images
     )

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from door.test_every_file import WORDS, byte_level, idx
+from door.test_every_file import WORDS, byte_level, idx, shard
 from door.test_stored_configs import PLANTED
 from from_yaml import asked, leaf
 from fuzz.damage import RAN, damages
@@ -116,6 +116,7 @@ READERS = {
         ("cifar-100-python/*",),
     ),
     "images": Reader(train.main, [*IMAGES, "dataset.root=images"], ("images/*/*/*",)),
+    "shards": Reader(train.main, [*IMAGES, "dataset.root=shards"], ("shards/*",)),
     "parquet": Reader(train.main, [*IMAGES, "dataset.root=hub"], ("hub/*",)),
     "bench": Reader(bench.main, ["suite=memory", "out=tables"], ("tables/*",)),
     "own file": Reader(train.main, ["--config-dir=own", "+mine=here", *VIT, *QUICK], ("own/*/*",)),
@@ -158,7 +159,7 @@ def _texts(root: Path) -> None:
 
 def _images(root: Path) -> None:
     rng = np.random.default_rng(0)
-    for name in ("fashion", "cifar-100-python", "hub"):
+    for name in ("fashion", "cifar-100-python", "hub", "shards"):
         (root / name).mkdir()
     for split, number in (("train", 30), ("t10k", 20)):
         pixels = rng.integers(0, 256, (number, 28, 28), dtype=np.uint8)
@@ -180,6 +181,7 @@ def _images(root: Path) -> None:
                 cells.append({"bytes": (folder / f"{number}.png").read_bytes(), "path": None})
         rows = pa.table({"image": cells, "label": [0, 0, 1, 1]})
         pq.write_table(rows, root / "hub" / f"{split}-00000.parquet")
+        shard(root / "images" / split, root / "shards" / f"{split}-00000.tar")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,10 +25,15 @@ BUILDERS = {
     ".txt": "text",
     ".raw": "text",
     ".tokens": "text",
+    ".tar": "webdataset",
 }
 PACKINGS = (".gz", ".zst")
+OWN_ARCHIVE = "ILSVRC2012_img_"
 IMAGES = (".parquet",)
-"""Formats that hold images with their labels."""
+"""Formats that hold images with their labels, in rows."""
+SHARDS = (".tar",)
+"""Formats that hold the same as files in a file."""
+TEXTS = tuple(suffix for suffix in BUILDERS if suffix not in SHARDS)
 HUB_TIMEOUT_S = 5
 
 
@@ -96,7 +101,11 @@ class Place:
 
 
 def split_files(
-    root: Path, split: Split, formats: Collection[str] = tuple(BUILDERS)
+    root: Path,
+    split: Split,
+    formats: Collection[str] = TEXTS,
+    *,
+    paths: Iterable[Path] | None = None,
 ) -> tuple[str, list[str]] | None:
     """The `datasets` builder and the files of a split below `root`, None where there are none.
 
@@ -106,20 +115,24 @@ def split_files(
     Files and folders whose names begin with a dot are skipped.
 
     Args:
-        formats: endings of files that can hold what is wanted; all other files are skipped.
+        formats: endings of files that can hold what is wanted; all other files are skipped, and
+            ImageNet's own archives, which lie beside what was unpacked from them.
+        paths: below `root`, to look at instead of all of them.
 
     Raises:
         UserError: there are two candidates: files that are no shards of each other, or a name with
             the words of two splits.
     """
     candidates: dict[tuple[str, ...], list[str]] = {}
-    for path in sorted(root.rglob("*")):
+    for path in sorted(root.rglob("*") if paths is None else paths):
         place = path.relative_to(root)
         hidden = any(part.startswith(".") for part in place.parts)
         suffixes = [suffix.lower() for suffix in path.suffixes]
         packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
         suffix = suffixes[-1] if suffixes else ""
-        if hidden or suffix not in formats or not path.is_file():
+        if hidden or suffix not in formats or path.name.startswith(OWN_ARCHIVE):
+            continue
+        if not path.is_file():
             continue
         named = _splits(set(re.split("[^a-z]+", path.name.lower())))
         if len(named) > 1 and split in named:
@@ -149,7 +162,7 @@ def _splits(words: set[str]) -> set[str]:
     return {split for split, names in SPLIT_NAMES.items() if names & words}
 
 
-def load_files(root: Path, split: Split, formats: Collection[str] = tuple(BUILDERS)) -> Table:
+def load_files(root: Path, split: Split, formats: Collection[str] = TEXTS) -> Table:
     """The rows of a split found by `split_files`, cached as Arrow below `cache_folder()`.
 
     Raises:
