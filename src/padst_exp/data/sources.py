@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from padst_exp.cache import cache_folder
 from padst_exp.errors import UserError, require
@@ -162,11 +162,11 @@ def _splits(words: set[str]) -> set[str]:
     return {split for split, names in SPLIT_NAMES.items() if names & words}
 
 
-def load_files(root: Path, split: Split, formats: Collection[str] = TEXTS) -> Table:
-    """The rows of a split found by `split_files`, cached as Arrow below `cache_folder()`.
+def files_of(root: Path, split: Split, formats: Collection[str] = TEXTS) -> tuple[str, list[str]]:
+    """What `split_files` finds.
 
     Raises:
-        UserError: the split has no file or no row, or a file cannot be read.
+        UserError: nothing, or an empty file.
     """
     found = split_files(root, split, formats)
     if found is None:
@@ -180,12 +180,22 @@ def load_files(root: Path, split: Split, formats: Collection[str] = TEXTS) -> Ta
         with reading("dataset.root", Path(file), f"a readable {split} {builder} file"):
             if os.path.getsize(file) == 0:
                 raise EOFError
+    return found
+
+
+def load_files(root: Path, split: Split, formats: Collection[str] = TEXTS) -> Table:
+    """The rows of a split found by `split_files`, cached as Arrow below `cache_folder()`.
+
+    Raises:
+        UserError: the split has no file or no row, or a file cannot be read.
+    """
+    builder, files = files_of(root, split, formats)
     try:
         rows = _load(builder, files)
     except Exception:
         for file in files:  # which one is it?
             with reading("dataset.root", Path(file), f"a readable {split} {builder} file"):
-                for _ in _load(builder, [file], streaming=True):
+                for _ in opened(builder, file):
                     pass
         # None of them, so that what is damaged is our own copy.
         with reading("dataset.root", root, f"readable {split} {builder} files"):
@@ -195,7 +205,13 @@ def load_files(root: Path, split: Split, formats: Collection[str] = TEXTS) -> Ta
     return Table(rows, tuple(files))
 
 
-def _load(builder: str, files: list[str], **options: object) -> "datasets.Dataset":
+def opened(builder: str, file: str) -> "datasets.IterableDataset":
+    """The rows of a file, as they are read from it."""
+    rows: datasets.IterableDataset = _load(builder, [file], streaming=True)
+    return rows
+
+
+def _load(builder: str, files: list[str], **options: object) -> Any:
     import datasets
 
     if builder == "text":
