@@ -248,6 +248,7 @@ def test_files_that_hold_no_text_are_one_line(root: Path) -> None:
     whole = first.read_bytes()
     rows = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[:9])
     cases = (b"", whole[:-30], gzip.compress(b""), gzip.compress(b"{"), b"x",
+             gzip.compress(b"null"),
              gzip.compress(b'{"words": "a"}\n'), gzip.compress(b'{"text": 5}\n'),
              gzip.compress(f'{rows}{{"text": null}}\n'.encode()),
              gzip.compress(b'{"text": " "}\n'))  # fmt: skip

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from from_yaml import from_yaml, leaf
 from hostile import DAMAGED, undone
 from padst_exp.config import build
+from padst_exp.data.sampler import train_loader
 from padst_exp.errors import UserError
 
 WORDS = "the quick brown fox jumps over a lazy dog\n" * 60
@@ -109,8 +110,29 @@ def test_texts_and_vocabularies(tmp_path: Path) -> None:
         {own["vocab"]: NO_DIGEST, own["merges"]: NO_DIGEST},
         lambda: corpus(own["vocab"], own["merges"]),
     )
+    documents = tmp_path / "corpus" / "train.jsonl"
+    documents.parent.mkdir()
+    for file in (documents, documents.with_name("valid.jsonl")):
+        file.write_text(rows(WORDS))
+
+    def streamed() -> None:
+        keys = {"root": str(documents.parent), "vocab": str(own["whole"]), "context_length": 8}
+        task = from_yaml("dataset/c4", **keys, streaming=True, streams=1)
+        loader = train_loader(
+            task, batch_size=8, micro_batches=1, start_step=0, total_steps=9, seed=0, rank=0,
+            world_size=1, workers=0,
+        )  # fmt: skip
+        assert len(list(loader)) == 9
+
+    # Half of it happens to end with a line.
+    found += complaints({documents: NO_DIGEST - {"half"}}, streamed, root=documents.parent)
     found += complaints({own["whole"]: NO_DIGEST}, lambda: corpus(own["whole"], None))
     assert not found, "\n".join(found)
+
+
+def rows(text: str) -> str:
+    """Lines of a text as documents of a corpus."""
+    return "".join(json.dumps({"text": line}) + "\n" for line in text.splitlines())
 
 
 def idx(array: np.ndarray) -> bytes:

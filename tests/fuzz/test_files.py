@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from door.test_every_file import WORDS, byte_level, idx, shard
+from door.test_every_file import WORDS, byte_level, idx, rows, shard
 from door.test_stored_configs import PLANTED
 from from_yaml import asked, leaf
 from fuzz.damage import RAN, damages
@@ -107,6 +107,20 @@ READERS = {
         ],
         ("wiki/*", "vocab.json", "merges.txt"),
     ),
+    "stream": Reader(
+        train.main,
+        [
+            *GPT,
+            *QUICK,
+            "dataset=c4",
+            "dataset.streaming=true",
+            "dataset.streams=2",
+            "dataset.root=corpus",
+            "dataset.vocab=vocab.json",
+            "dataset.merges=merges.txt",
+        ],
+        ("corpus/*",),
+    ),
     "fashion": Reader(
         train.main, [*VIT, *QUICK, "dataset=fashion_mnist", "dataset.root=fashion"], ("fashion/*",)
     ),
@@ -151,9 +165,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _texts(root: Path) -> None:
     (root / "t.txt").write_text(WORDS)
     (root / "t.txt.gz").write_bytes(gzip.compress(WORDS.encode()))
+    (root / "corpus").mkdir()
     (root / "wiki").mkdir()
     for split in ("train", "valid"):
         (root / "wiki" / f"{split}.txt").write_text(WORDS)
+        (root / "corpus" / f"{split}.jsonl").write_text(rows(WORDS))
     byte_level(root)
 
 

@@ -1,5 +1,7 @@
 """Where rows come from: local files of any common format, or the Hugging Face hub."""
 
+import codecs
+import gzip
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -180,7 +182,19 @@ def files_of(root: Path, split: Split, formats: Collection[str] = TEXTS) -> tupl
         with reading("dataset.root", Path(file), f"a readable {split} {builder} file"):
             if os.path.getsize(file) == 0:
                 raise EOFError
+            if builder == "json":
+                _require_row(file)
     return found
+
+
+def _require_row(file: str) -> None:
+    """Raise a `ValueError` unless a JSON file begins with a row: pyarrow dies of `null`."""
+    if file.endswith(".zst"):
+        return
+    with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as content:
+        start = content.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+    if not start.startswith((b"{", b"[")):
+        raise ValueError("it does not begin with a row of JSON")
 
 
 def load_files(root: Path, split: Split, formats: Collection[str] = TEXTS) -> Table:

@@ -68,7 +68,7 @@ class TextStream:
         require(streams >= 1, "dataset.streams", streams, "at least 1")
         self.files, self.builder, self.tokenizer = tuple(files), builder, tokenizer
         self.end, self.context_length, self.streams = end, context_length, streams
-        next(self.groups(0), None)
+        next(self.groups(0, 0), None)
         say(f"train: {len(files)} {builder} file(s) in {streams} stream(s), from {files[0]}")
 
     def fingerprint(self) -> str:
@@ -85,10 +85,12 @@ class TextStream:
         if list(position.shape) != shape or bool(((position < 0) | (position >= 2**31)).any()):
             raise ValueError(f"it is no table of numbers {shape}")
 
-    def groups(self, file: int) -> Iterator[list[str]]:
-        """The documents of a file, up to `ROWS` at a time."""
+    def groups(self, file: int, first: int) -> Iterator[tuple[int, list[str]]]:
+        """Number and documents of each group of up to `ROWS` in a file, from `first` on."""
         name = self.files[file]
         for number, table in enumerate(self._tables(name)):
+            if number < first:
+                continue
             have = table.column_names
             found = f"only {', '.join(have)} in {name}"
             require("text" in have, "dataset.root", found, "a column 'text'")
@@ -97,7 +99,7 @@ class TextStream:
             if odd is not None:
                 place = f"row {number * ROWS + odd} of {name}"
                 require(False, "dataset.root", f"{texts[odd]} in {place}", "text")
-            yield texts
+            yield number, texts
 
     def _tables(self, name: str) -> "Iterator[pa.Table]":
         wanted = f"a readable train {self.builder} file"
@@ -180,12 +182,11 @@ class _Stream:
             for place, file in enumerate(self._files(number)):
                 if place < first_file:
                     continue
-                for group, texts in enumerate(stream.groups(file)):
-                    if group >= first_group:
-                        kept = self._share(texts, number, file, group)
-                        tokens = encoded(kept, stream.tokenizer, stream.end)
-                        found = found or len(tokens) > 0
-                        yield (number, place, group), tokens
+                for group, texts in stream.groups(file, first_group):
+                    kept = self._share(texts, number, file, group)
+                    tokens = encoded(kept, stream.tokenizer, stream.end)
+                    found = found or len(tokens) > 0
+                    yield (number, place, group), tokens
                 first_group = 0
             first_file = 0
             wanted = f"text for each of dataset.streams={stream.streams}"
