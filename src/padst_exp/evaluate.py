@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
@@ -44,6 +44,7 @@ class EvaluateSchema:
         limit: of the documents of each task; null: all.
         variant: of ImageNet, a test set in dataset.root, instead of the validation data.
         labels: real.json for variant=real; null: a copy that is there.
+        against: another run, checkpoint or export, to compare sample by sample.
     """
 
     run: str
@@ -56,6 +57,7 @@ class EvaluateSchema:
     limit: int | None
     variant: Literal["v2", "a", "r", "real"] | None
     labels: str | None
+    against: str | None
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "limit"):
@@ -65,6 +67,8 @@ class EvaluateSchema:
         require(folder is None or Path(folder).is_dir(), "include_path", folder, "a folder")
         alone = self.variant is None or not self.tasks
         require(alone, "variant", self.variant, "null beside tasks, which are for language models")
+        no_pair = self.against is None or not self.tasks
+        require(no_pair, "against", self.against, "null beside tasks")
         known = self.variant == "real" or self.labels is None
         require(known, "labels", self.labels, "null but for variant=real")
 
@@ -79,13 +83,19 @@ def main(cfg: DictConfig) -> None:
 
     world = distributed.start(keys.device)
     try:
-        path, metrics = (downstream if keys.tasks else evaluate)(keys, world)
+        if keys.against is not None:
+            found, comparison = compare(keys, keys.against, world)
+        else:
+            found, comparison = [(downstream if keys.tasks else evaluate)(keys, world)], []
     finally:
         world.close()
     if world.main:
-        say(str(path))
-        for name, value in metrics.items():
-            say(f"{PRINTED.get(name, name)} {value:.6g}")
+        for path, metrics in found:
+            say(str(path))
+            for name, value in metrics.items():
+                say(f"{PRINTED.get(name, name)} {value:.6g}")
+        for line in comparison:
+            say(line)
 
 
 def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]]:
@@ -100,6 +110,56 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
     """
+    restored, metrics = _evaluated(keys, world)
+    return restored.path, metrics
+
+
+def compare(
+    keys: EvaluateSchema, against: str, world: World
+) -> tuple[list[tuple[Path, dict[str, float]]], list[str]]:
+    """Evaluate two models on the same samples.
+
+    Returns:
+        What `evaluate` does of each, and how they differ, in lines.
+
+    Raises:
+        UserError: as `evaluate`; there is more than one process, or the samples are not the same.
+    """
+    import torch
+
+    from padst_exp.report.statistics import compare_items
+
+    require(world.size == 1, "against", f"{world.size} processes", "one process to compare in")
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    first, metrics = _evaluated(keys, world, ours)
+    second, other = _evaluated(replace(keys, run=against), world, theirs)
+    same = first.task.describe() == second.task.describe()
+    require(same, "against", against, f"a model tested on the same data as {keys.run}")
+    both = [(first.path, metrics), (second.path, other)]
+    name = first.task.monitor[0]
+    items = None
+    if ours and theirs and name in other:
+        items = compare_items(torch.cat(ours).numpy(), torch.cat(theirs).numpy(), name)
+    if items is None:
+        return both, [f"{name} is no figure of single samples that could be compared"]
+    low, high = items.interval
+    lines = [
+        f"{name} of the first less that of the second: {items.difference:+.4g}, 95% interval "
+        f"{low:+.4g} to {high:+.4g} (bootstrap over {items.n:,} samples, of these two models alone)"
+    ]
+    if items.only is not None:
+        lines.append(
+            f"only the first is right on {items.only[0]:,}, only the second on {items.only[1]:,}: "
+            f"p = {items.p:.3g} (McNemar, exact)"
+        )
+    return both, lines
+
+
+def _evaluated(
+    keys: EvaluateSchema, world: World, outcomes: list[Tensor] | None = None
+) -> tuple[Restored, dict[str, float]]:
+    """The model with its metrics, and `outcomes` of its samples."""
     from padst_exp.data.sampler import validation_loader
     from padst_exp.engine import evaluation
     from padst_exp.restore import RestoredRun, restore
@@ -122,9 +182,14 @@ def evaluate(keys: EvaluateSchema, world: World) -> tuple[Path, dict[str, float]
     if not isinstance(restored, RestoredRun):
         _tune(restored, batches, world)
     metrics = evaluation.evaluate(
-        restored.model, restored.task, batches, precision=trainer.precision, world=world
+        restored.model,
+        restored.task,
+        batches,
+        precision=trainer.precision,
+        world=world,
+        outcomes=outcomes,
     )
-    return restored.path, metrics
+    return restored, metrics
 
 
 def _variant(keys: EvaluateSchema, cfg: DictConfig) -> Task:

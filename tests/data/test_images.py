@@ -56,6 +56,19 @@ def test_digits_split_is_fixed_stratified_and_complete() -> None:
     assert abs(inputs.std().item() - 1) < 0.01
 
 
+def test_what_is_held_out_is_a_tenth_of_the_training_images_and_trains_nothing() -> None:
+    def pixels(images: torch.Tensor) -> list[bytes]:
+        return sorted(row.numpy().tobytes() for row in images)
+
+    whole, task = (from_yaml("dataset/digits", split=split) for split in ("test", "held_out"))
+    assert (len(task.train), len(task.validation)) == (1294, 143)
+    both = torch.cat([task.train.source.images, task.validation.images])
+    assert pixels(both) == pixels(whole.train.source.images)
+    assert set(task.validation.labels.tolist()) == set(range(10))
+    again = from_yaml("dataset/digits", split="held_out")
+    assert again.describe() == task.describe() != whole.describe()
+
+
 def augmented(size: int = 5, shift: int = 1, flip: bool = True) -> AugmentedImages:
     images = torch.arange(1, 1 + 30 * 2 * size * size).remainder(251).view(30, 2, size, size)
     source = TensorImages(images.to(torch.uint8), torch.arange(30), [0.0, 0.0], [1.0, 1.0])
@@ -124,6 +137,17 @@ def test_fashion_mnist_reads_idx_files(tmp_path: Path) -> None:
         inputs, target = task.validation[3]
         assert target == 3
         torch.testing.assert_close(inputs[0] * 90.02 + 72.94, torch.tensor(images[3]).float())
+
+
+def test_too_few_images_to_hold_some_out(tmp_path: Path) -> None:
+    fashion_folder(tmp_path, zipped=False)
+    held = from_yaml("dataset/fashion_mnist", root=str(tmp_path), split="held_out", flip=False)
+    assert (len(held.train), len(held.validation)) == (11, 1)
+    images, labels = np.zeros((9, 28, 28)), np.zeros(9)
+    for name, content in (("images-idx3", images), ("labels-idx1", labels)):
+        (tmp_path / f"train-{name}-ubyte").write_bytes(idx(content))
+    with pytest.raises(UserError, match=r"^dataset\.split: expected test, or ten images at least"):
+        from_yaml("dataset/fashion_mnist", root=str(tmp_path), split="held_out")
 
 
 def test_broken_idx_files_are_told_in_one_line(tmp_path: Path) -> None:

@@ -332,6 +332,15 @@ def test_shakespeare_holds_out_a_play_and_has_a_bigram_baseline() -> None:
     assert 20 < task.baselines()["bigram_perplexity"] < 0.5 * np.exp(nll)
 
 
+def test_the_play_before_the_last_can_be_held_out() -> None:
+    task = from_yaml("dataset/shakespeare", split="held_out", vocab_size=260, context_length=64)
+    held = task.tokenizer.decode(task.validation_tokens.tolist())
+    train = task.tokenizer.decode(task.train_tokens.tolist())
+    title = held.partition("\n")[0]
+    assert title.isupper() and title not in train
+    assert "the wise man knows himself to\nbe a fool" not in train + held
+
+
 def test_text_file_splits_at_a_line_and_names_its_mistakes(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("\n".join(LINES))

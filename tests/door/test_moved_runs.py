@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -78,6 +79,34 @@ def test_data_may_have_moved(
     again = moved.rename(moved.with_name("again.txt"))
     assert evaluated(folder, f"dataset.path='{again}'") == pytest.approx(found, rel=1e-5)
     again.rename(moved)
+
+
+def test_outcomes_add_up_to_the_metric_and_two_models_are_compared(
+    run_on_text: tuple[Path, Path], real_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (of_text, moved), figures = run_on_text, {"perplexity": np.exp, "top1": lambda r: 100 * r}
+    for run in (of_text, real_run):
+        summary = json.loads((run / "summary.json").read_text())
+        sums = np.load(run / "outcomes.npy", allow_pickle=False).astype(float).sum(0)
+        metric = summary["monitor"]
+        expected = summary["final"][metric]
+        assert figures[metric](sums[0] / sums[1]) == pytest.approx(expected, rel=1e-6)
+    last = str(real_run / "checkpoints" / "last.pt")
+    own = {"device": "cpu", "against": last}
+    keys = asked("evaluate", EvaluateSchema, run=str(real_run), **own)
+    found, lines = entry.compare(keys, last, World())
+    assert [path.name for path, _ in found] == ["best.pt", "last.pt"]
+    difference = found[0][1]["top1"] - found[1][1]["top1"]
+    assert lines[0].startswith(f"top1 of the first less that of the second: {difference:+.4g}, ")
+    assert "McNemar" in lines[1]
+    place = (f"dataset.path={json.dumps(str(moved))}",)
+    with pytest.raises(UserError, match="against: expected a model tested on the same data"):
+        entry.compare(
+            asked("evaluate", EvaluateSchema, run=str(real_run), device="cpu", changes=()),
+            str(exported(of_text, *place, out=str(moved.parent / "export"))), World(),
+        )  # fmt: skip
+    with pytest.raises(UserError, match="against: expected null beside tasks"):
+        asked("evaluate", EvaluateSchema, run=last, tasks=("lambada_openai",), **own)
 
 
 def test_what_would_change_weights_is_refused(real_run: Path) -> None:

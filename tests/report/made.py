@@ -60,7 +60,7 @@ def made(
                              "largest_loss_jump": 0.01, "events": events},
             "sparsification": {"layers": []},
             "timing": {"seconds": 12.0, "device": "cpu", "samples_per_second": 500.0,
-                       "peak_memory_mb": 900.0},
+                       "input_wait_share": 0.25, "mfu": None, "peak_memory_mb": 900.0},
         }  # fmt: skip
         assert value is None or not math.isinf(value)
         (path / "summary.json").write_text(to_json(summary))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,7 @@ def test_a_sweep_becomes_tables_and_a_page(sweep: Path, tmp_path: Path) -> None:
     assert (row["structure"], row["dst"], row["model"], row["dataset"], row["commit"]) == (
         "nm group=16", "rigl", "vit", "digits", "0" * 40
     )  # fmt: skip
+    assert (row["input_wait_share"], row["mfu"]) == ("0.25", "")
     assert len(row["config_hash"]) == 8 and row["torch"] == "2.14.1" and row["dirty"] == "False"
     again = "python -m padst_exp.train -m experiment=small_one scale=demo seed=0,1,2,3,4,5"
     for text in (page, (tmp_path / "tables" / "small_one.md").read_text()):
@@ -99,6 +101,30 @@ def test_arms_are_paired_with_their_controls(sweep: Path) -> None:
     assert closure is not None and closure.value == pytest.approx(3.15 / 6.05)
     (named,) = compared(sweep, baseline="rigl")
     assert {arm.baseline for arm in named.arms} == {"", "rigl"}
+
+
+def test_what_every_image_says_is_in_the_interval(sweep: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sweep, tmp_path / "runs")
+    for path in sorted(folder.glob("run-*")):
+        value = json.loads((path / "summary.json").read_text())["final"]["top1"]
+        right = np.random.default_rng(0).permutation(1000) < 10 * value
+        np.save(path / "outcomes.npy", np.stack([right, np.ones(1000)], 1).astype(np.float32))
+        assert runs.read(path).outcomes() is not None
+    _, page = report(folder, tmp_path / "out")
+    markdown = (tmp_path / "out" / "tables" / "small_one.md").read_text()
+    assert "with items" in page and "with items" in markdown.split("\n")[2]
+    # What cannot be read, or is not what training writes, is known of nobody.
+    (path,) = folder.glob("run-nm_learned-3*")
+    sound = (path / "outcomes.npy").read_bytes()
+    for damage in DAMAGED.values():
+        damage(path / "outcomes.npy")
+        assert runs.read(path).outcomes() is None
+        undone(path / "outcomes.npy", sound)
+    for wrong in (np.zeros((0, 2)), np.ones((50, 3)), np.full((9, 2), np.nan), np.ones((50, 2))):
+        np.save(path / "outcomes.npy", wrong.astype(np.float32))
+        assert runs.read(path).outcomes() is None
+    np.save(path / "outcomes.npy", np.array([[print]], object), allow_pickle=True)
+    assert runs.read(path).outcomes() is None
 
 
 def test_unpaired_seeds_single_seeds_ties_and_missing_arms(tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from padst_exp.report import statistics
-from padst_exp.report.statistics import detectable, gap_closure, holm, paired, sample
+from padst_exp.report.statistics import (
+    compare_items,
+    detectable,
+    gap_closure,
+    holm,
+    paired,
+    paired_items,
+    sample,
+)
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12)
 PAIRS = st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), min_size=2, max_size=12)
@@ -155,3 +163,51 @@ def test_the_bootstrap_is_near_scipys_and_the_same_each_time() -> None:
     spread = reference.high - reference.low
     assert first.bootstrap == pytest.approx(tuple(reference), abs=0.05 * spread)
     assert statistics.FEWEST == 5 and paired(by_seed(differences[:5]), zero) is not None
+
+
+def hits(*right: int) -> Any:
+    return np.array([[value, 1.0] for value in right])
+
+
+def test_two_models_are_compared_item_by_item() -> None:
+    # The first alone is right on 8 items, the second on 2: 2 (C(10,0) + C(10,1) + C(10,2)) / 2^10.
+    ours = hits(*[1] * 8, *[0] * 2, *[1] * 30, *[0] * 10)
+    theirs = hits(*[0] * 8, *[1] * 2, *[1] * 30, *[0] * 10)
+    found = compare_items(ours, theirs, "top1")
+    assert found is not None and (found.n, found.only) == (50, (8, 2))
+    assert found.difference == pytest.approx(12) and found.p == pytest.approx(2 * 56 / 1024)
+    assert found.interval[0] < 12 < found.interval[1]
+    # A mean of fifty differences with this spread.
+    spread = 100 * float(np.std(ours[:, 0] - theirs[:, 0])) / math.sqrt(50)
+    assert found.interval[1] - found.interval[0] == pytest.approx(2 * 1.96 * spread, rel=0.1)
+    same = compare_items(ours, ours, "top1")
+    assert same is not None and (same.difference, same.p, same.only) == (0, 1, (0, 0))
+    assert compare_items(ours, theirs, "accuracy of a toy") is None
+
+
+def test_texts_are_compared_by_perplexity() -> None:
+    random = np.random.default_rng(0)
+    tokens = random.integers(3, 9, 40).astype(float)
+    ours, theirs = (np.stack([tokens * random.uniform(1, 2, 40), tokens], 1) for _ in range(2))
+    found = compare_items(ours, theirs, "ema_perplexity")
+    perplexities = [math.exp(each[:, 0].sum() / tokens.sum()) for each in (ours, theirs)]
+    assert found is not None and found.only is None and found.p is None
+    assert found.difference == pytest.approx(perplexities[0] - perplexities[1])
+
+
+def test_items_widen_an_interval_over_seeds() -> None:
+    random = np.random.default_rng(0)
+    ours = [hits(*random.integers(0, 2, 200)) for _ in range(6)]
+    theirs = [hits(*random.integers(0, 2, 200)) for _ in range(6)]
+    values = [[100 * each[:, 0].mean() for each in arm] for arm in (ours, theirs)]
+    seeds = paired(by_seed(values[0]), by_seed(values[1]))
+    both = paired_items(ours, theirs, "top1")
+    assert seeds is not None and seeds.bootstrap is not None and both is not None
+    assert both[1] - both[0] > seeds.bootstrap[1] - seeds.bootstrap[0]
+    assert paired_items(ours, ours, "top1") == (0, 0)
+    # Items that all models answer alike add nothing to what the seeds say.
+    sure, unsure = [hits(*[n] * 200) for n in (1, 0, 1, 1, 0, 1)], [hits(*[0] * 200)] * 6
+    known = paired(by_seed([100, 0, 100, 100, 0, 100]), by_seed([0.0] * 6))
+    assert known is not None and paired_items(sure, unsure, "top1") == known.bootstrap
+    assert paired_items(ours[:4], theirs[:4], "top1") is None  # too few seeds
+    assert paired_items(ours, [*theirs[:5], hits(1, 0)], "top1") is None  # other items

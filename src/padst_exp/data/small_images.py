@@ -33,6 +33,9 @@ from padst_exp.errors import UserError, require
 Arrays = tuple[NDArray[np.uint8], object]
 """Images `[N, C, H, W]` and their labels, unchecked."""
 
+Split = Literal["test", "held_out"]
+"""What to evaluate on: test images, or a tenth of the training images, which then train nothing."""
+
 FASHION_MNIST_SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
 
@@ -43,6 +46,7 @@ class _SmallImages(Classification):
         train: Arrays,
         validation: Arrays,
         *,
+        split: Split,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         shift: int,
@@ -50,6 +54,8 @@ class _SmallImages(Classification):
     ) -> None:
         size, channels = self.model_shape["image_size"], self.model_shape["channels"]
         require(0 <= shift < size, "dataset.shift", shift, f"0 or a few of {size} pixels")
+        if split == "held_out":
+            train, validation = _parted(train)
         sets = []
         for name, (images, values) in (("training", train), ("validation", validation)):
             labels = checked_labels(values, f"the {name} split", self.model_shape["num_classes"])
@@ -67,12 +73,14 @@ class Digits(_SmallImages):
     1,437 are for training and 360, stratified, for validation: the same in every run.
 
     Args:
+        split: to evaluate on: those 360, or a tenth of the others.
         shift: training images move by up to so many pixels each way.
     """
 
     def __init__(
         self,
         *,
+        split: Split,
         shift: int,
         smoothing: float,
         objective: Literal["cross_entropy", "bce"],
@@ -92,6 +100,7 @@ class Digits(_SmallImages):
         self._hold(
             (images[train], labels[train]),
             (images[validation], labels[validation]),
+            split=split,
             mean=(4.884,),  # pixels are in 0..16
             std=(6.017,),
             shift=shift,
@@ -105,6 +114,7 @@ class FashionMnist(_SmallImages):
     Args:
         root: folder with the four idx files, gzipped or not; null: Debian's
             dataset-fashion-mnist if installed, else the hub's zalando-datasets/fashion_mnist.
+        split: to evaluate on: the test images, or a tenth of the training images.
         shift, flip: augmentation of training images.
     """
 
@@ -112,6 +122,7 @@ class FashionMnist(_SmallImages):
         self,
         *,
         root: str | None,
+        split: Split,
         shift: int,
         flip: bool,
         smoothing: float,
@@ -139,7 +150,9 @@ class FashionMnist(_SmallImages):
                 decoded(load_hub(hub, name=None, split=split), "image", "label", "L")
                 for split in ("train", "test")
             )
-        self._hold(train, validation, mean=(72.94,), std=(90.02,), shift=shift, flip=flip)
+        self._hold(
+            train, validation, split=split, mean=(72.94,), std=(90.02,), shift=shift, flip=flip
+        )
 
 
 class Cifar100(_SmallImages):
@@ -148,6 +161,7 @@ class Cifar100(_SmallImages):
     Args:
         root: the folder or tar `cifar-100-python` of the "python version", or a folder with the
             hub's parquet files; null: the hub's uoft-cs/cifar100.
+        split: to evaluate on: the test images, or a tenth of the training images.
         shift, flip: augmentation of training images.
     """
 
@@ -161,6 +175,7 @@ class Cifar100(_SmallImages):
         self,
         *,
         root: str | None,
+        split: Split,
         shift: int,
         flip: bool,
         smoothing: float,
@@ -180,6 +195,7 @@ class Cifar100(_SmallImages):
         self._hold(
             self._read(root, "train", self.files.train),
             self._read(root, "test", self.files.test),
+            split=split,
             mean=self.mean,
             std=self.std,
             shift=shift,
@@ -210,6 +226,7 @@ class Cifar10(Cifar100):
     Args:
         root: the folder `cifar-10-batches-py` of the "python version" or its tar, or a folder with
             the hub's parquet files; null: the hub's uoft-cs/cifar10.
+        split: to evaluate on: the test images, or a tenth of the training images.
         shift, flip: augmentation of training images.
     """
 
@@ -218,6 +235,16 @@ class Cifar10(Cifar100):
     classes = 10
     mean = (125.31, 122.95, 113.87)
     std = (62.99, 62.09, 66.70)
+
+
+def _parted(train: Arrays) -> tuple[Arrays, Arrays]:
+    """Nine tenths and one of the training images, the same at every call."""
+    images, labels = train[0], np.asarray(train[1])
+    few = f"held_out of {len(images)} training images"
+    require(len(images) >= 10, "dataset.split", few, "test, or ten images at least")
+    order = np.random.default_rng(0).permutation(len(images))
+    held, kept = np.sort(order[: len(order) // 10]), np.sort(order[len(order) // 10 :])
+    return (images[kept], labels[kept]), (images[held], labels[held])
 
 
 def _idx_pair(folder: Path, prefix: str) -> Arrays:

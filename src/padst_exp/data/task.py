@@ -87,6 +87,15 @@ class Task(abc.ABC):
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Float64 scalar sums, "count" (samples) among them, to be added up over batches, ranks."""
 
+    def outcomes(self, logits: Tensor, targets: Tensor) -> Tensor | None:
+        """What each sample has to do with the monitored metric, to compare models sample by sample.
+
+        Returns:
+            Float64 `[B, 2]`: the metric is a function of the sum of the first column over that of
+            the second. None where it is nothing of the kind.
+        """
+        return None
+
     @abc.abstractmethod
     def summarize(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Means and derived figures of the sums that `metrics` gave."""
@@ -192,6 +201,13 @@ class Classification(Task):
             "count": torch.tensor(len(logits), dtype=torch.float64, device=logits.device),
         }
 
+    def outcomes(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Whether the best class of each image is right, and 1: float64 `[B, 2]`."""
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
+        # As `metrics` decides between equal ones.
+        right = logits.topk(min(5, logits.shape[1])).indices[:, 0] == labels
+        return torch.stack([right, torch.ones_like(right)], dim=1).double()
+
     def summarize(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Mean "loss" in nats, "top1" and "top5" in percent."""
         count = float(sums["count"])
@@ -240,17 +256,23 @@ class LanguageModeling(Task):
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Sums of the negative log-likelihood in nats, of scored tokens, and of samples."""
+        nll, tokens = self.outcomes(logits, targets).sum(0)
+        return {
+            "nll": nll,
+            "tokens": tokens,
+            "count": torch.tensor(len(targets), dtype=torch.float64, device=targets.device),
+        }
+
+    def outcomes(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood in nats and scored tokens of each text: float64 `[B, 2]`."""
         nll = F.cross_entropy(
             at_least_float32(logits.flatten(0, 1)),
             targets.flatten(),
             ignore_index=IGNORED,
             reduction="none",
         )
-        return {
-            "nll": nll.double().sum(),
-            "tokens": (targets != IGNORED).sum().double(),
-            "count": torch.tensor(len(targets), dtype=torch.float64, device=targets.device),
-        }
+        scored = targets != IGNORED
+        return torch.stack([nll.view_as(targets).double().sum(1), scored.double().sum(1)], dim=1)
 
     def summarize(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Mean "loss" in nats per token, "perplexity" per token and, if known, per word, byte."""

@@ -5,6 +5,7 @@ import hashlib
 import io
 import lzma
 from importlib import resources
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,18 +84,23 @@ class _OwnTokenizer(LanguageModeling):
 
 
 class Shakespeare(_OwnTokenizer):
-    """Eleven plays and the Sonnets, 1.46 MB, inside the package; the last play is validation.
+    """Eleven plays and the Sonnets, 1.46 MB, inside the package; the last play is for tests.
 
     Origin: assets/README.md.
 
     Args:
+        split: to evaluate on: the last play, or the one before, which trains nothing then.
         vocab_size: tokens of the BPE, at least 256.
         context_length: tokens of one sample.
     """
 
-    def __init__(self, *, vocab_size: int, context_length: int) -> None:
+    def __init__(
+        self, *, split: Literal["test", "held_out"], vocab_size: int, context_length: int
+    ) -> None:
         asset = resources.files("padst_exp.data") / "assets" / "shakespeare.txt.xz"
         works = lzma.decompress(asset.read_bytes()).decode("ascii").split(WORK_SEPARATOR)
+        if split == "held_out":
+            works.pop()
         super().__init__(
             train_text="\n".join(works[:-1]),
             validation_text=works[-1],

@@ -38,6 +38,7 @@ def evaluate(
     *,
     precision: Precision,
     world: World,
+    outcomes: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of `model` over all `batches` of all ranks.
 
@@ -47,6 +48,7 @@ def evaluate(
         batches: this rank's share, on the host; possibly none.
         precision: of the forward pass.
         world: the ranks whose sums are added up.
+        outcomes: to be filled with what the task says of this rank's samples, in order.
 
     Raises:
         Exception: what a batch or the model raised on this rank; what another rank met comes as a
@@ -63,6 +65,9 @@ def evaluate(
                 logits = model(inputs)
             for name, value in task.metrics(logits, targets).items():
                 sums[name] = sums[name] + value if name in sums else value
+            each = None if outcomes is None else task.outcomes(logits, targets)
+            if outcomes is not None and each is not None:
+                outcomes.append(each.cpu())
     except Exception as failure:
         error = failure
     finally:

@@ -409,15 +409,20 @@ class _Training:
         state, began = self.state, time.perf_counter()
         self.world.average_statistics(state.model)
         name, direction = self.task.monitor
+        outcomes: list[Tensor] = []
         try:
-            values = self.metrics_of(state.model)
+            values = self.metrics_of(state.model, outcomes)
             self.watched = values[name]
             if state.average is not None:
-                averaged = self.metrics_of(state.average.model)
+                outcomes.clear()
+                averaged = self.metrics_of(state.average.model, outcomes)
                 self.watched = averaged[name]
                 values |= {f"ema_{key}": value for key, value in averaged.items()}
         except Exception as error:
             self.leave(None if isinstance(error, _Asked) else error)
+        if state.step == self.total:
+            each = [part for parts in self.world.gather(outcomes) for part in parts]
+            self.world.first(lambda: self.directory.keep_outcomes(each))
         self.record("eval", values)
         sign = 1 if direction == "max" else -1
         # NaN is never the best, and no reason against another.
@@ -428,8 +433,8 @@ class _Training:
         self.mark += time.perf_counter() - began
         return is_best
 
-    def metrics_of(self, model: nn.Module) -> dict[str, float]:
-        """Return the metrics of `model` on the validation set."""
+    def metrics_of(self, model: nn.Module, outcomes: list[Tensor]) -> dict[str, float]:
+        """Return the metrics of `model` on the validation set, and `outcomes` of its samples."""
         trainer = self.trainer
         batches = validation_loader(
             self.task,
@@ -446,6 +451,7 @@ class _Training:
                 self.unless_asked(batches),
                 precision=trainer.precision,
                 world=self.world,
+                outcomes=outcomes,
             )
 
     def unless_asked(self, batches: Iterable[Batch]) -> Iterator[Batch]:

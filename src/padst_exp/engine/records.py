@@ -11,6 +11,9 @@ from typing import Any
 from padst_exp.errors import UserError
 from padst_exp.files import reading
 
+OUTCOMES = "outcomes.npy"
+"""In a run directory, float32 `[N, 2]`: the rows of `Task.outcomes` of the last evaluation."""
+
 Rows = list[dict[str, Any]]
 
 

@@ -11,16 +11,19 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from padst_exp.atomic import (
     own_descriptor,
     remove_leftovers,
     replace_text,
+    replacing,
     sync,
     temporary_name,
 )
@@ -29,7 +32,7 @@ from padst_exp.engine.distributed import World
 from padst_exp.engine.environment import package_version
 from padst_exp.engine.folders import is_run, newest
 from padst_exp.engine.lock import Lock
-from padst_exp.engine.records import read_metrics, read_summary, to_json
+from padst_exp.engine.records import OUTCOMES, read_metrics, read_summary, to_json
 from padst_exp.errors import UserError
 from padst_exp.files import TRAINING_CONFIG, read_mapping
 from padst_exp.identity import differences, results_part
@@ -51,8 +54,9 @@ class RunDirectory:
     """The folder of one run, held by one process. Nothing that is not ours is ever deleted there.
 
     Contents: `config.yaml`, `overrides.yaml`, `env.json` (and `env-resume-<n>.json`),
-    `metrics.jsonl`, `checkpoints/`, and at the end `summary.json`, `curves.png`, `topology.png`;
-    `profile/` if asked for; `lock.json` while a process works on it.
+    `metrics.jsonl`, `checkpoints/`, and at the end `outcomes.npy` (of every validation sample),
+    `summary.json`, `curves.png`, `topology.png`; `profile/` if asked for; `lock.json` while a
+    process works on it.
 
     Attributes:
         path: the folder.
@@ -221,6 +225,16 @@ class RunDirectory:
         assert self._metrics is not None, "open_metrics comes first"
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
+
+    def keep_outcomes(self, outcomes: Sequence[Tensor]) -> None:
+        """Write what the task says of each validation sample, in order; nothing if that is nothing.
+
+        Args:
+            outcomes: `[B, 2]` each, as of `Task.outcomes`.
+        """
+        if outcomes:
+            with replacing(self.path / OUTCOMES) as file:
+                np.save(file, torch.cat([*outcomes]).float().numpy())
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write `summary.json`, which marks the run as finished."""

@@ -11,12 +11,11 @@ from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block
-from transformers.pytorch_utils import Conv1D
 
 from padst_exp.inference.blocks import FeatureBlock, FeatureStack
 from padst_exp.inference.features import FeatureLinear, Fusion
 from padst_exp.inference.linear import PackedLinear, dense_linear
+from padst_exp.layers.views import imported
 
 Layer = PackedLinear | nn.Linear
 Build = Callable[[str, Layer, Fusion], FeatureLinear]
@@ -43,7 +42,8 @@ def stack_name(model: nn.Module) -> str:
     Raises:
         ValueError: the model has neither.
     """
-    for name, kind in (("blocks", Block), ("transformer.h", GPT2Block)):
+    gpt2_block = imported("transformers.models.gpt2.modeling_gpt2", "GPT2Block")
+    for name, kind in (("blocks", Block), ("transformer.h", gpt2_block)):
         try:
             stack = model.get_submodule(name)
         except AttributeError:
@@ -138,7 +138,7 @@ def _converted(name: str, block: nn.Module, has: _Block, build: Build) -> Featur
 
 
 def _layer(name: str, layer: nn.Module) -> Layer:
-    if isinstance(layer, Conv1D):
+    if isinstance(layer, imported("transformers.pytorch_utils", "Conv1D")):
         return dense_linear(layer.weight.t(), layer.bias)
     if isinstance(layer, nn.Linear):
         return layer

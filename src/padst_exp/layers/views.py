@@ -164,6 +164,15 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
+def imported(module: str, name: str) -> Any:
+    """A class of a library, without importing that: where it is not, there are no layers of it.
+
+    Returns:
+        The class, or what nothing is an instance of.
+    """
+    return getattr(sys.modules.get(module), name, ())
+
+
 def view(module: nn.Module, name: str) -> LinearView | None:
     """The view of `module`, called `name` in its model; None if it is no such layer.
 
@@ -171,9 +180,9 @@ def view(module: nn.Module, name: str) -> LinearView | None:
     """
     if _computes_like(module, nn.Linear, "forward"):
         return _view(module, name, lambda weight: weight, lambda matrix: matrix)
-    # Of transformers, which is there if one of its layers is. Its weight is transposed, `[I, O]`.
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    if conv1d is not None and _computes_like(module, conv1d, "forward"):
+    conv1d = imported("transformers.pytorch_utils", "Conv1D")
+    if conv1d and _computes_like(module, conv1d, "forward"):
+        # Its weight is transposed, `[I, O]`.
         return _view(module, name, Tensor.t, lambda matrix: matrix.t().contiguous())
     if _computes_like(module, nn.Conv2d, "forward", "_conv_forward"):
         assert isinstance(module, nn.Conv2d)

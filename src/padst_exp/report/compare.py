@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from padst_exp.report import published, statistics, store
 from padst_exp.report.published import Published
-from padst_exp.report.statistics import Closure, Difference, Sample
+from padst_exp.report.statistics import Closure, Difference, Floats, Interval, Sample
 from padst_exp.report.store import Row, learned
 
+Outcomes = Callable[[Row], Floats | None]
 UPPER, LOWER, PLAIN = "rigl", "random", "none"
 """Arms that span the gap to close, and one without permutations, where an experiment has them."""
 UNKNOWN = "another"
@@ -107,7 +108,11 @@ class Table:
 
 
 def tables(
-    rows: Sequence[Row], papers: Sequence[Published], *, baseline: str | None = None
+    rows: Sequence[Row],
+    papers: Sequence[Published],
+    *,
+    baseline: str | None = None,
+    outcomes: Outcomes = lambda row: None,
 ) -> list[Table]:
     """Compare the arms of one experiment, at each scale, for each model and data set.
 
@@ -116,6 +121,7 @@ def tables(
         papers: published numbers.
         baseline: arm to pair all others with; None: a learned permutation with a random one, a
             random one with none, of the same structure and algorithm.
+        outcomes: of each item that the run of a row was tested on; None where they are not known.
     """
     whole: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -127,7 +133,7 @@ def tables(
         same = [other for other in known if other[0] == key[0]]
         if len(same) == 1:
             whole[same[0]] += whole.pop(key)
-    return [_table(key, own, papers, baseline) for key, own in whole.items()]
+    return [_table(key, own, papers, baseline, outcomes) for key, own in whole.items()]
 
 
 def _table(
@@ -135,12 +141,13 @@ def _table(
     rows: Sequence[Row],
     papers: Sequence[Published],
     named: str | None,
+    outcomes: Outcomes,
 ) -> Table:
     metric = next((row["metric"] for row in rows if row["metric"]), "")
     arms: list[Arm] = []
     for swept, by_name in _cells(rows):
         plain = {name: _arm(name, swept, own, metric) for name, own in by_name.items()}
-        arms += [_compared(arm, plain, named) for arm in plain.values()]
+        arms += [_compared(arm, plain, named, outcomes) for arm in plain.values()]
     # An arm that stands in several cells may be compared with another such: that is one test.
     tests = {_test(arm): arm.difference.p for arm in arms if arm.difference}
     adjusted = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
@@ -224,16 +231,33 @@ def _arm(name: str, swept: Mapping[str, str], rows: Sequence[Row], metric: str) 
     )
 
 
-def _compared(arm: Arm, arms: Mapping[str, Arm], named: str | None) -> Arm:
+def _compared(arm: Arm, arms: Mapping[str, Arm], named: str | None, outcomes: Outcomes) -> Arm:
     base = named if named is not None and named in arms else _baseline(arm, arms)
     if base and base != arm.name:
         difference = statistics.paired(arm.by_seed(), arms[base].by_seed())
+        if difference is not None:
+            interval = _over_items(arm, arms[base], outcomes)
+            difference = replace(difference, over_items=interval)
         arm = replace(arm, baseline=base, difference=difference)
     lower, upper = _lower(arm, arms), _upper(arms)
     if lower and upper and arm.name not in (lower, upper) and arm.sample:
         ends = (arms[name].by_seed() for name in (lower, upper))
         arm = replace(arm, closure=statistics.gap_closure(arm.by_seed(), *ends))
     return arm
+
+
+def _over_items(arm: Arm, base: Arm, outcomes: Outcomes) -> Interval | None:
+    seeds = sorted(arm.by_seed().keys() & base.by_seed().keys())
+    if len(seeds) < statistics.FEWEST:
+        return None
+    both = [
+        [outcomes(next(row for row in one.rows if row["seed"] == seed)) for seed in seeds]
+        for one in (arm, base)
+    ]
+    known = [[each for each in own if each is not None] for own in both]
+    if any(len(own) < len(seeds) for own in known):
+        return None
+    return statistics.paired_items(known[0], known[1], str(arm.first["metric"]))
 
 
 def _baseline(arm: Arm, arms: Mapping[str, Arm]) -> str:

@@ -12,7 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from padst_exp.engine.records import Rows, read_metrics
+import numpy as np
+from numpy.typing import NDArray
+
+from padst_exp.engine.records import OUTCOMES, Rows, read_metrics
 from padst_exp.errors import UserError
 from padst_exp.files import (
     TRAINING_CONFIG,
@@ -24,6 +27,7 @@ from padst_exp.files import (
     reason,
 )
 from padst_exp.identity import name_hash
+from padst_exp.report.statistics import figure_of
 
 State = Literal["finished", "unfinished", "not begun", "damaged", "repeat"]
 
@@ -89,6 +93,25 @@ class Run:
     def hash(self) -> str:
         """Of what determines its results, as in its name; empty without a config."""
         return name_hash(self.config) if self.config else ""
+
+    def outcomes(self) -> NDArray[np.float64] | None:
+        """Those of `Task.outcomes`, `[N, 2]`; None where there are none that make its figure."""
+        path = self.path / OUTCOMES
+        try:
+            with reading("run", path, "outcomes that training wrote"):
+                if path.stat().st_size > MOST_BYTES:
+                    return None
+                found = np.load(path, allow_pickle=False)
+                sound = found.dtype == np.float32 and found.ndim == 2 and found.shape[1] == 2
+                if not sound or not np.isfinite(found).all():
+                    return None
+                outcomes = found.astype(np.float64)
+        except UserError:
+            return None
+        metric = str(self.summary.get("monitor"))
+        figure = figure_of(metric, *outcomes.sum(axis=0)[:, None])
+        stated = number(self.summary.get("final", {}).get(metric))
+        return outcomes if figure is not None and np.allclose(figure, stated, rtol=1e-4) else None
 
     def metrics(self) -> Rows:
         """The rows of its `metrics.jsonl`, none where it cannot be read."""

@@ -7,7 +7,7 @@ finite belong to runs that failed, and whoever calls this counts them apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +20,10 @@ POWER = 0.8
 FEWEST = 5
 """Seeds below which nothing is bootstrapped: their resamples are hardly others than themselves."""
 RESAMPLES = 9_999
+_FIGURES: Mapping[str, Callable[[Floats], Floats]] = {
+    "top1": lambda ratio: 100 * ratio,
+    "perplexity": np.exp,
+}
 # Differences that are equal but for rounding have no spread.
 ROUNDING = 1e-12
 
@@ -54,12 +58,35 @@ class Difference:
         detectable: least difference that so many seeds, spread like these, find with a power of
             80% at 5%; None as for `p`.
         bootstrap: 95% percentile interval of the mean over resampled seeds; None for few seeds.
+        over_items: the same where what the models were tested on is drawn anew as well; None where
+            it is not known how they did on each.
     """
 
     sample: Sample
     p: float | None
     detectable: float | None
     bootstrap: Interval | None
+    over_items: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Items:
+    """Two models, item by item: images, or texts.
+
+    Args:
+        n: items.
+        difference: of their figures, the first less the second.
+        interval: 95% percentile interval of the difference over resampled items.
+        only: items that only the first has right, and that only the second has; None where an item
+            is not right or wrong.
+        p: that both are as many, two-sided and exact (McNemar 1947); None as for `only`.
+    """
+
+    n: int
+    difference: float
+    interval: Interval
+    only: tuple[int, int] | None
+    p: float | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +137,52 @@ def paired(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Differen
     resampled = _resamples(found.n)
     bootstrap = None if resampled is None else _percentiles(differences[resampled].mean(axis=1))
     return Difference(found, p, detectable(found.sd, found.n), bootstrap)
+
+
+def paired_items(
+    ours: Sequence[Floats], baseline: Sequence[Floats], metric: str
+) -> Interval | None:
+    """Bootstrap of the mean difference of two arms over their seeds and the items they share.
+
+    Args:
+        ours, baseline: of the same seeds, the outcomes of all items, `[N, 2]` each.
+        metric: see `figure_of`.
+
+    Returns:
+        95% percentile interval; None for few seeds, or where the items are not the same.
+    """
+    seeds = _resamples(len(ours))
+    shapes = {outcomes.shape for outcomes in (*ours, *baseline)}
+    if seeds is None or len(shapes) != 1:
+        return None
+    first, second = (_over_items(np.stack(arm), metric) for arm in (ours, baseline))
+    if first is None or second is None:
+        return None
+    differences = first - second
+    drawn = seeds[: len(differences)]
+    return _percentiles(np.take_along_axis(differences, drawn, axis=1).mean(axis=1))
+
+
+def compare_items(ours: Floats, theirs: Floats, metric: str) -> Items | None:
+    """Compare two models on the same items; None for a metric that `figure_of` does not know.
+
+    Args:
+        ours, theirs: outcomes, `[N, 2]`.
+        metric: what they are outcomes of.
+    """
+    both = np.stack([ours, theirs])
+    figures = figure_of(metric, *both.sum(axis=1).T)
+    resampled = _over_items(both, metric)
+    if figures is None or resampled is None:
+        return None
+    difference = float(figures[0] - figures[1])
+    interval = _percentiles(resampled[:, 0] - resampled[:, 1])
+    if not np.isin(both, (0, 1)).all():
+        return Items(len(ours), difference, interval, None, None)
+    more = ours[:, 0] - theirs[:, 0]
+    only = int((more > 0).sum()), int((more < 0).sum())
+    p = float(stats.binomtest(only[0], sum(only)).pvalue) if sum(only) else 1.0
+    return Items(len(ours), difference, interval, only, p)
 
 
 def detectable(sd: float, n: int) -> float:
@@ -178,6 +251,35 @@ def _resamples(n: int) -> NDArray[np.int64] | None:
     drawn = np.random.default_rng(0).integers(0, n, size=(RESAMPLES, n))
     drawn.flags.writeable = False
     return drawn
+
+
+def figure_of(metric: str, numerators: Floats, denominators: Floats) -> Floats | None:
+    """A metric by the sums that `Task.outcomes` speaks of; None for one that is not made of them.
+
+    Args:
+        metric: "top1" or "perplexity", of averaged weights, too ("ema_top1").
+    """
+    figure = _FIGURES.get(metric.removeprefix("ema_"))
+    if figure is None:
+        return None
+    with np.errstate(all="ignore"):
+        return figure(numerators / denominators)
+
+
+def _over_items(outcomes: Floats, metric: str) -> Floats | None:
+    """The metric of each model over resampled items: outcomes `[M, N, 2]` to `[R, M]`."""
+    models, n, _ = outcomes.shape
+    flat = np.ascontiguousarray(outcomes.transpose(1, 0, 2).reshape(n, 2 * models), np.float64)
+    sums = np.concatenate([part @ flat for part in _item_weights(n)]).reshape(-1, models, 2)
+    return figure_of(metric, sums[..., 0], sums[..., 1])
+
+
+@cache
+def _item_weights(n: int) -> tuple[NDArray[np.uint8], ...]:
+    """How often each of n items is in each resample, in parts of `[.., n]`: always the same."""
+    random = np.random.default_rng(0)
+    even = np.full(n, 1 / n)
+    return tuple(random.multinomial(n, even, size=250).astype(np.uint8) for _ in range(8))
 
 
 def _percentiles(values: Floats) -> Interval:

@@ -31,6 +31,7 @@ PLACE = ("experiment", "scale", "arm", "swept", "model", "dataset", "sparsity", 
 NUMBERS = (
     "value", "best", "density", "density_of_model", "parameters", "steps", "hardened", "forced",
     "still_soft", "largest_loss_jump", "seconds", "samples_per_second", "tokens_per_second",
+    "input_wait_share", "flops_per_step", "flops_per_second", "mfu", "joules_per_sample",
     "peak_memory_mb", "peak_device_memory_mb",
 )  # fmt: skip
 COLUMNS = (
@@ -38,8 +39,10 @@ COLUMNS = (
     "method", "model", "dataset", "structure", "dst", "permutation", "transform", "sparsity",
     "density", "density_of_model", "parameters", "steps", "metrics",
     "hardened", "forced", "still_soft", "largest_loss_jump",
-    "seconds", "samples_per_second", "tokens_per_second", "peak_memory_mb",
-    "peak_device_memory_mb", "device", "device_name", "processes", "threads", "commit", "dirty",
+    "seconds", "samples_per_second", "tokens_per_second",
+    "input_wait_share", "flops_per_step", "flops_per_second", "mfu", "joules_per_sample",
+    "peak_memory_mb", "peak_device_memory_mb",
+    "device", "device_name", "processes", "threads", "commit", "dirty",
     "python", "torch", "triton", "timm", "transformers", "numpy", "scipy",
     "config_hash", "run", "overrides",
 )  # fmt: skip

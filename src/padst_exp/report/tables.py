@@ -131,6 +131,7 @@ def _cells(arm: Arm, varying: Sequence[str]) -> dict[str, str]:
         "difference": _signed(difference.sample.mean) if difference else "",
         "its 95% interval": span(difference.sample.interval) if difference else "",
         "bootstrap": span(difference.bootstrap) if difference else "",
+        "with items": span(difference.over_items) if difference else "",
         "p (Holm)": _p(arm.p),
         "detectable": value(difference.detectable)
         if difference and difference.detectable is not None else "",
@@ -151,7 +152,8 @@ def _notes(table: Table) -> Iterator[str]:
     yield "The seed is the replicate; mean of final values, t interval of the mean."
     if table.comparisons:
         yield (
-            "Differences are paired by seed, with a paired t interval and a bootstrap over seeds; "
+            "Differences are paired by seed, with a paired t interval and a bootstrap over seeds "
+            "(with items: over seeds and the images or texts that they were tested on); "
             f"p values are adjusted for all {table.comparisons} comparisons of this table. "
             "Detectable: what so many pairs would find with a power of 80% at 5%, unadjusted."
         )

@@ -48,9 +48,14 @@ def report(
             raise UserError(f"experiments: expected some of {known}, got {', '.join(missing)}")
         stored = {name: stored[name] for name in experiments}
     stored = dict(sorted(stored.items(), key=lambda item: _prominence(item[0])))
+    by_name = {row["run"]: run for row, run in pairs}
     compared = {
-        name: compare.tables(own, papers, baseline=baseline) for name, own in stored.items()
-    }
+        name: compare.tables(
+            own, papers, baseline=baseline,
+            outcomes=lambda row: by_name[row["run"]].outcomes() if row["run"] in by_name else None,
+        )
+        for name, own in stored.items()
+    }  # fmt: skip
     if baseline is not None and not any(
         arm.name == baseline for own in compared.values() for table in own for arm in table.arms
     ):
