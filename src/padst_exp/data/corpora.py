@@ -126,15 +126,14 @@ def tokenised(table: Table, tokenizer: Tokenizer) -> TokenStream:
     name = Hasher.hash([rows._fingerprint, tokenizer.to_str(), "tokenised 2"])
 
     def pieces() -> Iterator[NDArray[np.int32]]:
-        progress = tqdm(total=len(rows), desc="tokenising", unit=" rows", leave=False)
-        for batch in rows.select_columns("text").iter(1000):
-            odd = [number for number, text in enumerate(batch["text"]) if type(text) is not str]
-            if odd:
-                place = Place(table, progress.n + odd[0])
-                require(False, "dataset.root", f"{batch['text'][odd[0]]} in {place}", "text")
-            yield encoded(batch["text"], tokenizer, end)
-            progress.update(len(batch["text"]))
-        progress.close()
+        with tqdm(total=len(rows), desc="tokenising", unit=" rows", leave=False) as progress:
+            for batch in rows.select_columns("text").iter(1000):
+                odd = [number for number, text in enumerate(batch["text"]) if type(text) is not str]
+                if odd:
+                    place = Place(table, progress.n + odd[0])
+                    require(False, "dataset.root", f"{batch['text'][odd[0]]} in {place}", "text")
+                yield encoded(batch["text"], tokenizer, end)
+                progress.update(len(batch["text"]))
 
     size = tokenizer.get_vocab_size()
     stream = TokenStream(cached_array(f"tokens-{name}", pieces, below=size))

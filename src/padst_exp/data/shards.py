@@ -131,8 +131,9 @@ def _members(files: Sequence[str]) -> NDArray[np.int32]:
     name = f"shards-{fingerprint('members 1', states)}"
 
     def pieces() -> Iterator[NDArray[np.int32]]:
-        for number, file in enumerate(tqdm(files, "listing", unit=" shards", leave=False)):
-            yield np.array([*_listed(number, Path(file))], np.int32).reshape(-1)
+        with tqdm(files, "listing", unit=" shards", leave=False) as progress:
+            for number, file in enumerate(progress):
+                yield np.array([*_listed(number, Path(file))], np.int32).reshape(-1)
 
     numbers = cached_array(name, pieces, below=2**31 - 1)
     require(len(numbers) > 0, "dataset.root", f"none in {files[0]}", "images in the shards")
