@@ -235,7 +235,7 @@ def test_folders_that_do_not_make_a_split_are_told(folders: str) -> None:
     root = Path(folders)
     validation = root / "val"
     (root / "validation").symlink_to(validation)
-    with pytest.raises(UserError, match=r"one folder of validation images, got .*/val, .*/valida"):
+    with pytest.raises(UserError, match=r"one copy of the validation images, got .*/val, .*/v"):
         from_yaml("dataset/imagenet1k", root=folders, num_classes=3)
     (root / "validation").unlink()
     for number, image in enumerate(list(validation.rglob("*.JPEG"))):

@@ -1,8 +1,10 @@
 """Every kind of file that a user can name, damaged in every way: one line that names it."""
 
 import gzip
+import io
 import json
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from from_yaml import from_yaml, leaf
 from hostile import DAMAGED, undone
 from padst_exp.config import build
+from padst_exp.data.sampler import train_loader
 from padst_exp.errors import UserError
 
 WORDS = "the quick brown fox jumps over a lazy dog\n" * 60
@@ -107,13 +110,46 @@ def test_texts_and_vocabularies(tmp_path: Path) -> None:
         {own["vocab"]: NO_DIGEST, own["merges"]: NO_DIGEST},
         lambda: corpus(own["vocab"], own["merges"]),
     )
+    documents = tmp_path / "corpus" / "train.jsonl"
+    documents.parent.mkdir()
+    for file in (documents, documents.with_name("valid.jsonl")):
+        file.write_text(rows(WORDS))
+
+    def streamed() -> None:
+        keys = {"root": str(documents.parent), "vocab": str(own["whole"]), "context_length": 8}
+        task = from_yaml("dataset/c4", **keys, streaming=True, streams=1)
+        loader = train_loader(
+            task, batch_size=8, micro_batches=1, start_step=0, total_steps=9, seed=0, rank=0,
+            world_size=1, workers=0,
+        )  # fmt: skip
+        assert len(list(loader)) == 9
+
+    # Half of it happens to end with a line.
+    found += complaints({documents: NO_DIGEST - {"half"}}, streamed, root=documents.parent)
     found += complaints({own["whole"]: NO_DIGEST}, lambda: corpus(own["whole"], None))
     assert not found, "\n".join(found)
+
+
+def rows(text: str) -> str:
+    """Lines of a text as documents of a corpus."""
+    return "".join(json.dumps({"text": line}) + "\n" for line in text.splitlines())
 
 
 def idx(array: np.ndarray) -> bytes:
     head = bytes([0, 0, 8, array.ndim])
     return head + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+
+
+def shard(folder: Path, path: Path) -> None:
+    """The images of class folders, as WebDataset has them."""
+    with tarfile.open(path, "w") as tar:
+        for label, name in enumerate(sorted(folder.iterdir())):
+            for image in sorted(name.iterdir()):
+                text = str(label).encode()
+                for suffix, content in ((image.suffix, image.read_bytes()), (".cls", text)):
+                    info = tarfile.TarInfo(f"{name.name}{image.stem}{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
 
 
 def test_images(tmp_path: Path) -> None:
@@ -154,6 +190,15 @@ def test_images(tmp_path: Path) -> None:
         for index in range(4):
             _ = task.validation[index]
 
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for split in ("train", "val"):
+        shard(images / split, shards / f"{split}-0.tar")
+    found += complaints(
+        {shards / "train-0.tar": NO_DIGEST},
+        lambda: from_yaml("dataset/imagenet1k", root=str(shards), num_classes=2),
+        root=shards,
+    )
     found += complaints(
         {images / "val" / "a" / "0.jpg": (NO_DIGEST - NO_FILE) | {"a pipe"}}, all_images
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import math
 import pickle
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ CELLS = ["", "x", "NaN", "inf", "-1", "0", "1e400", "9" * 30, "é", '"', "a,b,c"
 
 SOME = [b"\xef\xbb\xbf", b"\xff\xfe", b"\x00" * 9, b"\n", b"\xff", b"9" * 40]
 RAN = "it-ran"
+TAR_TYPES = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, b"S", b"Z"]
 
 
 class Running:
@@ -249,6 +252,31 @@ def _parquet(draw: st.DrawFn, path: Path) -> tuple[str, Damage]:
     return what, lambda damaged: pq.write_table(table, damaged)
 
 
+@st.composite
+def _tar(draw: st.DrawFn, path: Path) -> tuple[str, Damage]:
+    """A member that is something else, is called otherwise, or says something else."""
+    with tarfile.open(path) as tar:
+        members = [(one, tar.extractfile(one).read()) for one in tar]  # type: ignore[union-attr]
+    number = draw(st.integers(0, len(members) - 1))
+    what = draw(st.sampled_from(["type", "name", "content", "left out", "twice"]))
+    info, content = members[number]
+    if what == "type":
+        info.type, info.linkname = draw(st.sampled_from(TAR_TYPES)), "/dev/zero"
+    elif what == "name":
+        info.name = draw(st.sampled_from(["../x.jpg", "/x.jpg", "x", ".x", "é.cls", "a/" * 99]))
+    elif what == "content":
+        content = draw(st.sampled_from([*SOME, b"", b"-1", b"7", b"x" * 600]))
+        info.size, members[number] = len(content), (info, content)
+    members[number : number + 1] = [(info, content)] * {"left out": 0, "twice": 2}.get(what, 1)
+
+    def damage(damaged: Path) -> None:
+        with tarfile.open(damaged, "w") as tar:
+            for member, content in members:
+                tar.addfile(member, io.BytesIO(content))
+
+    return f"{what} of member {number}: {info.type!r} {info.name!r} {content[:9]!r}", damage
+
+
 MEANT: dict[str, Callable[[Path], st.SearchStrategy[tuple[str, Damage]]]] = {
     "config.yaml": _config,
     ".json": _json,
@@ -259,5 +287,6 @@ MEANT: dict[str, Callable[[Path], st.SearchStrategy[tuple[str, Damage]]]] = {
     "train-images-idx3-ubyte": _idx,
     "train-labels-idx1-ubyte": _idx,
     ".parquet": _parquet,
+    ".tar": _tar,
 }
 """Damage that keeps the format: what is said is wrong. By the name of a file, or its suffix."""

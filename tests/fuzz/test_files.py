@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from door.test_every_file import WORDS, byte_level, idx
+from door.test_every_file import WORDS, byte_level, idx, rows, shard
 from door.test_stored_configs import PLANTED
 from from_yaml import asked, leaf
 from fuzz.damage import RAN, damages
@@ -107,6 +107,20 @@ READERS = {
         ],
         ("wiki/*", "vocab.json", "merges.txt"),
     ),
+    "stream": Reader(
+        train.main,
+        [
+            *GPT,
+            *QUICK,
+            "dataset=c4",
+            "dataset.streaming=true",
+            "dataset.streams=2",
+            "dataset.root=corpus",
+            "dataset.vocab=vocab.json",
+            "dataset.merges=merges.txt",
+        ],
+        ("corpus/*",),
+    ),
     "fashion": Reader(
         train.main, [*VIT, *QUICK, "dataset=fashion_mnist", "dataset.root=fashion"], ("fashion/*",)
     ),
@@ -116,6 +130,7 @@ READERS = {
         ("cifar-100-python/*",),
     ),
     "images": Reader(train.main, [*IMAGES, "dataset.root=images"], ("images/*/*/*",)),
+    "shards": Reader(train.main, [*IMAGES, "dataset.root=shards"], ("shards/*",)),
     "parquet": Reader(train.main, [*IMAGES, "dataset.root=hub"], ("hub/*",)),
     "bench": Reader(bench.main, ["suite=memory", "out=tables"], ("tables/*",)),
     "own file": Reader(train.main, ["--config-dir=own", "+mine=here", *VIT, *QUICK], ("own/*/*",)),
@@ -150,15 +165,17 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _texts(root: Path) -> None:
     (root / "t.txt").write_text(WORDS)
     (root / "t.txt.gz").write_bytes(gzip.compress(WORDS.encode()))
+    (root / "corpus").mkdir()
     (root / "wiki").mkdir()
     for split in ("train", "valid"):
         (root / "wiki" / f"{split}.txt").write_text(WORDS)
+        (root / "corpus" / f"{split}.jsonl").write_text(rows(WORDS))
     byte_level(root)
 
 
 def _images(root: Path) -> None:
     rng = np.random.default_rng(0)
-    for name in ("fashion", "cifar-100-python", "hub"):
+    for name in ("fashion", "cifar-100-python", "hub", "shards"):
         (root / name).mkdir()
     for split, number in (("train", 30), ("t10k", 20)):
         pixels = rng.integers(0, 256, (number, 28, 28), dtype=np.uint8)
@@ -180,6 +197,7 @@ def _images(root: Path) -> None:
                 cells.append({"bytes": (folder / f"{number}.png").read_bytes(), "path": None})
         rows = pa.table({"image": cells, "label": [0, 0, 1, 1]})
         pq.write_table(rows, root / "hub" / f"{split}-00000.parquet")
+        shard(root / "images" / split, root / "shards" / f"{split}-00000.tar")
 
 
 @pytest.fixture

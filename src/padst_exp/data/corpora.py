@@ -17,13 +17,15 @@ from padst_exp.data.sources import (
     Split,
     Table,
     existing,
+    files_of,
     load_files,
     load_hub,
     require_columns,
     require_hub,
 )
+from padst_exp.data.stream import TextStream
 from padst_exp.data.task import LanguageModeling
-from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks
+from padst_exp.data.tokens import TokenStream, TrainBlocks, ValidationBlocks, encoded
 from padst_exp.errors import UserError, require
 from padst_exp.files import reading, reason
 from padst_exp.messages import say
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_HUB = "openai-community/gpt2"
+C4_HUB = "allenai/c4"
 C4_HUB_SHARDS: Mapping[str, int] = {"train": 1024, "validation": 8}
 
 
@@ -118,29 +121,30 @@ def tokenised(table: Table, tokenizer: Tokenizer) -> TokenStream:
 
     rows = table.rows
     require_columns(rows, "text")
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    assert end is not None
+    end = _end(tokenizer)
     # By content: a tokenizer's pickle is no stable name.
     name = Hasher.hash([rows._fingerprint, tokenizer.to_str(), "tokenised 2"])
 
     def pieces() -> Iterator[NDArray[np.int32]]:
-        progress = tqdm(total=len(rows), desc="tokenising", unit=" rows", leave=False)
-        for batch in rows.select_columns("text").iter(1000):
-            odd = [number for number, text in enumerate(batch["text"]) if type(text) is not str]
-            if odd:
-                place = Place(table, progress.n + odd[0])
-                require(False, "dataset.root", f"{batch['text'][odd[0]]} in {place}", "text")
-            # The hub writes blank lines as empty rows, text files as spaces and a line break.
-            texts = [text for text in batch["text"] if text.strip()]
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            yield np.array([i for e in encodings for i in (*e.ids, end)], np.int32)
-            progress.update(len(batch["text"]))
-        progress.close()
+        with tqdm(total=len(rows), desc="tokenising", unit=" rows", leave=False) as progress:
+            for batch in rows.select_columns("text").iter(1000):
+                odd = [number for number, text in enumerate(batch["text"]) if type(text) is not str]
+                if odd:
+                    place = Place(table, progress.n + odd[0])
+                    require(False, "dataset.root", f"{batch['text'][odd[0]]} in {place}", "text")
+                yield encoded(batch["text"], tokenizer, end)
+                progress.update(len(batch["text"]))
 
     size = tokenizer.get_vocab_size()
     stream = TokenStream(cached_array(f"tokens-{name}", pieces, below=size))
     say(f"{len(stream):,} tokens in {table.source}")
     return stream
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    assert end is not None
+    return end
 
 
 def count_words(rows: "datasets.Dataset") -> int:
@@ -203,6 +207,9 @@ class C4(LanguageModeling):
         validation_shards: the same, of 8 with 45,000 documents each.
         documents: use only the first so many training documents, null for all.
         validation_documents: the same for validation.
+        streaming: read and tokenise the training text while training goes on, see `TextStream`.
+        streams: places that are read side by side then: a multiple of the number of processes,
+            and a divisor of the batch size.
         context_length: tokens of one sample.
         vocab, merges: local files of a tokenizer, see `gpt2_tokenizer`.
     """
@@ -215,6 +222,8 @@ class C4(LanguageModeling):
         validation_shards: int,
         documents: int | None,
         validation_documents: int | None,
+        streaming: bool,
+        streams: int,
         context_length: int,
         vocab: str | None,
         merges: str | None,
@@ -230,22 +239,45 @@ class C4(LanguageModeling):
         ):
             valid = limit_or_none is None or limit_or_none >= 1
             require(valid, f"dataset.{key}", limit_or_none, "at least 1, or null for all")
+        whole = not streaming or documents is None
+        require(whole, "dataset.documents", documents, "null with dataset.streaming=true")
         tokenizer = gpt2_tokenizer(vocab, merges)
         super().__init__(vocab_size=tokenizer.get_vocab_size(), context_length=context_length)
         self.tokenizer = tokenizer
-        train = self._rows(root, "train", shards, documents)
+        if streaming:
+            builder, files = self._files(root, shards)
+            self.train = TextStream(
+                files,
+                builder,
+                tokenizer,
+                end=_end(tokenizer),
+                context_length=context_length,
+                streams=streams,
+            )
+        else:
+            train = self._rows(root, "train", shards, documents)
+            self.train = TrainBlocks(tokenised(train, tokenizer), context_length, moving=False)
         validation = self._rows(root, "validation", validation_shards, validation_documents)
-        self.train = TrainBlocks(tokenised(train, tokenizer), context_length, moving=False)
         self.validation = ValidationBlocks(tokenised(validation, tokenizer), context_length)
+
+    @staticmethod
+    def _files(root: str | None, shards: int) -> tuple[str, list[str]]:
+        if root is not None:
+            return files_of(existing(root, "root"), "train")
+        require_hub("dataset.root", f"a local copy of {C4_HUB}")
+        return "json", [f"hf://datasets/{C4_HUB}/{name}" for name in _hub_names("train", shards)]
 
     @staticmethod
     def _rows(root: str | None, split: Split, shards: int, documents: int | None) -> Table:
         if root is None:
-            total = C4_HUB_SHARDS[split]
-            names = [f"en/c4-{split}.{i:05d}-of-{total:05d}.json.gz" for i in range(shards)]
-            table = load_hub("allenai/c4", name=None, split=split, files=names)
+            table = load_hub(C4_HUB, name=None, split=split, files=_hub_names(split, shards))
         else:
             table = load_files(existing(root, "root"), split)
         if documents is None:
             return table
         return Table(table.rows.select(range(min(documents, len(table.rows)))), table.files)
+
+
+def _hub_names(split: Split, shards: int) -> list[str]:
+    total = C4_HUB_SHARDS[split]
+    return [f"en/c4-{split}.{number:05d}-of-{total:05d}.json.gz" for number in range(shards)]

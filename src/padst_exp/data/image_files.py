@@ -103,6 +103,22 @@ def checked_labels(values: object, name: str, num_classes: int) -> NDArray[np.in
     return labels.astype(np.int64)
 
 
+def numbered_classes(labels: object, source: str) -> list[str]:
+    """The classes of labels without names, by their numbers.
+
+    Args:
+        labels: of all samples, a list or an array.
+        source: where they are, for messages.
+
+    Raises:
+        UserError: they are not 0, 1, ... without gaps.
+    """
+    seen = set(checked_labels(labels, source, 2**31).tolist())
+    found = f"{len(seen)} from {min(seen)} to {max(seen)} in {source}"
+    require(max(seen) < len(seen), "dataset.root", found, "labels 0, 1, ... without gaps")
+    return [str(label) for label in sorted(seen)]
+
+
 def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     """Reads an idx file of unsigned bytes, plain or gzipped (LeCun's MNIST format).
 

@@ -1,5 +1,6 @@
 """ImageNet-1k and its subsets, decoded and transformed image by image (timm's transforms)."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -18,9 +19,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 from padst_exp.data.fingerprint import fingerprint
-from padst_exp.data.image_files import checked_labels, read_image
+from padst_exp.data.image_files import checked_labels, numbered_classes, read_image
+from padst_exp.data.shards import ShardImages, pattern_files, require_whole
 from padst_exp.data.sources import (
     IMAGES,
+    SHARDS,
     SPLIT_NAMES,
     Place,
     Split,
@@ -109,10 +112,7 @@ class TableImages:
             self.classes = list(feature.names)
             checked_labels(labels, table.source, len(self.classes))
         else:
-            seen = set(checked_labels(labels, table.source, 2**31).tolist())
-            found = f"{len(seen)} from {min(seen)} to {max(seen)} in {table.source}"
-            require(max(seen) < len(seen), "dataset.root", found, "labels 0, 1, ... without gaps")
-            self.classes = [str(label) for label in sorted(seen)]
+            self.classes = numbered_classes(labels, table.source)
         self.table = Table(table.rows.select_columns(["image", "label"]), table.files)
         self.table = self.table.undecoded("image")
 
@@ -171,8 +171,9 @@ class Imagenet1k(Classification):
     """ImageNet-1k (Deng et al. 2009), or any subset laid out like it.
 
     Args:
-        root: a folder with train/ and val/ of one folder per class, or with parquet files as on
-            the hub; null: the hub's ILSVRC/imagenet-1k (accept its terms, log in).
+        root: a folder with train/ and val/ of one folder per class, with parquet files as on the
+            hub, or with WebDataset shards; a brace pattern of shards; null: the hub's
+            ILSVRC/imagenet-1k (accept its terms, log in).
         num_classes: must be what is found: 1000, or 100 for an ImageNet-100.
         image_size: of the crops, in pixels.
         mixup, cutmix, smoothing, objective: see `Classification`.
@@ -277,24 +278,46 @@ def _posterized(image: Image.Image, bits: int, **unused: object) -> Image.Image:
     return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def _source(root: str | None, split: Split) -> FolderImages | TableImages:
+def _source(root: str | None, split: Split) -> FolderImages | TableImages | ShardImages:
     if root is None:
         return TableImages(load_hub("ILSVRC/imagenet-1k", name=None, split=split))
+    if "{" in root and not os.path.exists(os.path.expanduser(root)):
+        return ShardImages(_shards_of_pattern(root, split), split)
     folder = existing(root, "root")
     with reading("dataset.root", folder, f"a folder with {split} images"):
         folders = [path for name in sorted(SPLIT_NAMES[split]) if (path := folder / name).is_dir()]
         filled = [path for path in folders if class_folders(path)]
-    if len(filled) > 1:
-        names = ", ".join(map(str, filled))
-        raise UserError(f"dataset.root: expected one folder of {split} images, got {names}")
+        # What lies deeper may be a million files.
+        places = [*folder.iterdir(), *(path for each in filled for path in each.iterdir())]
+    formats = (*IMAGES, *SHARDS)
     if filled:
+        beside = split_files(folder, split, formats, paths=places)
+        if len(filled) > 1 or beside is not None:
+            names = ", ".join(map(str, [*filled, *(beside[1][:1] if beside else ())]))
+            raise UserError(f"dataset.root: expected one copy of the {split} images, got {names}")
         return FolderImages(filled[0])
-    found = folder.is_dir() and split_files(folder, split, IMAGES) is not None
-    if folders and not found:
+    found = split_files(folder, split, formats) if folder.is_dir() else None
+    if folders and found is None:
         raise UserError(
             f"dataset.root: expected a folder for each class in {folders[0]}, got none "
             "(images are sorted into class folders, a file of labels is not read)"
         )
-    wanted = f"train/ and val/ of class folders, or {split} parquet files"
-    require(found, "dataset.root", root, wanted)
-    return TableImages(load_files(folder, split, IMAGES))
+    wanted = f"train/ and val/ of class folders, or {split} parquet files or shards"
+    if found is None:
+        raise UserError(f"dataset.root: expected {wanted}, got {root}")
+    builder, files = found
+    if builder != "webdataset":
+        return TableImages(load_files(folder, split, IMAGES))
+    require_whole(files)
+    return ShardImages(files, split)
+
+
+def _shards_of_pattern(pattern: str, split: Split) -> list[str]:
+    paths = pattern_files(pattern)
+    top = Path(os.path.commonpath([path.parent for path in paths]))
+    found = split_files(top, split, SHARDS, paths=paths)
+    names = "|".join(sorted(SPLIT_NAMES[split]))
+    if found is None:
+        wanted = f"a brace pattern with {split} shards (names with {names})"
+        raise UserError(f"dataset.root: expected {wanted}, got {pattern}")
+    return found[1]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Generator, Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, repeat
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from padst_exp.data.stream import StreamReader, TextStream
 from padst_exp.data.task import Address, Batch, Task
 from padst_exp.errors import UserError, require
 from padst_exp.seeds import seed_of
 from padst_exp.signals import held, leave_to_parent
 
 LAST_BATCH_S = 3.0
+STREAM_BATCHES = 8  # kept ready, since some take longer: those that begin another group
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -60,9 +63,7 @@ class StepSampler(Sampler[list[Address]]):
         world_size: int,
         repeats: int = 1,
     ) -> None:
-        even = batch_size % (world_size * micro_batches) == 0
-        parts = f"trainer.micro_batches={micro_batches} times {world_size} processes"
-        require(even, "trainer.batch_size", batch_size, f"a multiple of {parts}")
+        _require_even(batch_size, micro_batches, world_size)
         assert 1 <= batch_size <= length  # the trainer has looked
         self.length, self.batch_size, self.micro_batches = length, batch_size, micro_batches
         self.start_step, self.total_steps = start_step, total_steps
@@ -97,6 +98,59 @@ class StepSampler(Sampler[list[Address]]):
         return list(zip(epochs.tolist(), indices.tolist(), strict=True))
 
 
+class StreamSampler(Sampler[list[int]]):
+    """Numbers of streams, one list for each micro-batch of each optimizer step of a rank.
+
+    A batch has as many blocks of each stream, one stream after the other. Ranks and micro-batches
+    take slices of it as in `StepSampler`; no two ranks read one stream.
+
+    Args:
+        streams: how many there are.
+        batch_size: global, over all ranks and micro-batches.
+        steps: optimizer steps to yield.
+
+    Raises:
+        UserError: `batch_size` does not divide evenly.
+    """
+
+    def __init__(
+        self,
+        *,
+        streams: int,
+        batch_size: int,
+        micro_batches: int,
+        steps: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        _require_even(batch_size, micro_batches, world_size)
+        fits = streams % world_size == 0 and batch_size % streams == 0
+        wanted = f"a multiple of {world_size} processes and a divisor of trainer.batch_size="
+        require(fits, "dataset.streams", streams, f"{wanted}{batch_size}")
+        share, self.steps = batch_size // world_size, steps
+        places = range(rank * share, (rank + 1) * share)
+        numbers = [place * streams // batch_size for place in places]
+        micro = share // micro_batches
+        self.parts = [numbers[start : start + micro] for start in range(0, share, micro)]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The streams of this rank."""
+        return sorted({number for part in self.parts for number in part})
+
+    def __len__(self) -> int:
+        return self.steps * len(self.parts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return chain.from_iterable(repeat(self.parts, self.steps))
+
+
+def _require_even(batch_size: int, micro_batches: int, world_size: int) -> None:
+    even = batch_size % (world_size * micro_batches) == 0
+    parts = f"trainer.micro_batches={micro_batches} times {world_size} processes"
+    require(even, "trainer.batch_size", batch_size, f"a multiple of {parts}")
+
+
 def train_loader(
     task: Task,
     *,
@@ -108,13 +162,32 @@ def train_loader(
     rank: int,
     world_size: int,
     workers: int,
+    position: Tensor | None = None,
 ) -> Batches:
     """Yields the micro-batches of this rank in order, `micro_batches` for each optimizer step.
 
     Args:
         batch_size: global, over all ranks and micro-batches.
         start_step: optimizer steps already done; resuming there is exact.
+        position: of this rank's part of a `TextStream` at that step, as `Batches` has it; None:
+            at its beginning.
     """
+    if isinstance(task.train, TextStream):
+        sampled = StreamSampler(
+            streams=task.train.streams,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            steps=max(0, total_steps - start_step),
+            rank=rank,
+            world_size=world_size,
+        )
+        reader = StreamReader(
+            task.train,
+            seed=seed,
+            numbers=sampled.numbers,
+            position=position,
+        )
+        return Batches(reader, sampled, workers)
     # A copy, so that two loaders of one task keep their own seeds.
     dataset = copy.copy(task.train)
     dataset.seed = seed
@@ -156,16 +229,21 @@ class Batches:
     Args:
         dataset: map-style.
         addresses: of the samples of each batch.
-        workers: processes that prepare batches; 0: this one does.
+        workers: processes that prepare batches; 0: this one does. Of a stream there is one at
+            most, which has so many threads.
+
+    Attributes:
+        position: of a stream, after the batch that was yielded last; None of other data.
     """
 
     def __init__(
         self,
         dataset: Dataset[Batch],
-        addresses: Sampler[list[Address]] | list[list[int]],
+        addresses: Sampler[list[Address]] | Sampler[list[int]] | list[list[int]],
         workers: int,
     ) -> None:
         self.dataset, self.addresses, self.workers = dataset, addresses, workers
+        self.position = dataset.position() if isinstance(dataset, StreamReader) else None
 
     def __len__(self) -> int:
         assert isinstance(self.addresses, Sized)
@@ -178,12 +256,16 @@ class Batches:
             UserError: a sample cannot be read, the workers have too little shared memory, or one
                 of them was killed.
         """
+        streamed = self.position is not None
         loader = DataLoader(
             _Collated(self.dataset, shared=self.workers > 0),
             batch_sampler=self.addresses,
             collate_fn=_unchanged,
-            num_workers=self.workers,
-            worker_init_fn=leave_to_parent,
+            num_workers=min(1, self.workers) if streamed else self.workers,
+            # The threads of a tokenizer do not survive a fork.
+            multiprocessing_context="spawn" if streamed and self.workers else None,
+            prefetch_factor=STREAM_BATCHES if streamed and self.workers else None,
+            worker_init_fn=partial(_start, self.workers) if streamed else leave_to_parent,
             pin_memory=torch.cuda.is_available(),
             # Without one of its own, a loader draws from the global generator at every epoch,
             # and a resumed run would part from a straight one.
@@ -203,7 +285,10 @@ class Batches:
             for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
-                yield batch
+                inputs, targets, *position = batch
+                if position:
+                    (self.position,) = position
+                yield inputs, targets
         except (OSError, RuntimeError, EOFError) as error:
             if _is_memory_error(error):
                 raise _too_little_memory(self.workers) from error
@@ -218,6 +303,11 @@ class Batches:
             timer.cancel()
             kill()
             atexit.unregister(kill)
+
+
+def _start(threads: int, worker: int) -> None:
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    leave_to_parent(worker)
 
 
 @contextmanager
@@ -269,24 +359,24 @@ class _Collated(Dataset[Any]):
     def __init__(self, dataset: Any, *, shared: bool) -> None:
         self.dataset, self.shared = dataset, shared
 
-    def __getitems__(self, addresses: list[Any]) -> Batch | UserError:
+    def __getitems__(self, addresses: list[Any]) -> tuple[Tensor, ...] | UserError:
         try:
             if hasattr(self.dataset, "__getitems__"):
-                inputs, targets = self.dataset.__getitems__(addresses)
+                batch = self.dataset.__getitems__(addresses)
             else:
                 parts = zip(*(self.dataset[address] for address in addresses), strict=True)
-                inputs, targets = (torch.stack(part) for part in parts)
+                batch = tuple(torch.stack(part) for part in parts)
         except UserError as error:
             return error
         if self.shared:
             try:
-                inputs, targets = inputs.share_memory_(), targets.share_memory_()
+                batch = tuple(part.share_memory_() for part in batch)
             except RuntimeError as error:
                 if not _is_memory_error(error):
                     raise
                 info = get_worker_info()
                 return _too_little_memory(1 if info is None else info.num_workers)
-        return inputs, targets
+        return batch
 
 
 def _unchanged(batch: Any) -> Any:

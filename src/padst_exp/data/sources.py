@@ -1,11 +1,13 @@
 """Where rows come from: local files of any common format, or the Hugging Face hub."""
 
+import codecs
+import gzip
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from padst_exp.cache import cache_folder
 from padst_exp.errors import UserError, require
@@ -25,10 +27,15 @@ BUILDERS = {
     ".txt": "text",
     ".raw": "text",
     ".tokens": "text",
+    ".tar": "webdataset",
 }
 PACKINGS = (".gz", ".zst")
+OWN_ARCHIVE = "ILSVRC2012_img_"
 IMAGES = (".parquet",)
-"""Formats that hold images with their labels."""
+"""Formats that hold images with their labels, in rows."""
+SHARDS = (".tar",)
+"""Formats that hold the same as files in a file."""
+TEXTS = tuple(suffix for suffix in BUILDERS if suffix not in SHARDS)
 HUB_TIMEOUT_S = 5
 
 
@@ -96,7 +103,11 @@ class Place:
 
 
 def split_files(
-    root: Path, split: Split, formats: Collection[str] = tuple(BUILDERS)
+    root: Path,
+    split: Split,
+    formats: Collection[str] = TEXTS,
+    *,
+    paths: Iterable[Path] | None = None,
 ) -> tuple[str, list[str]] | None:
     """The `datasets` builder and the files of a split below `root`, None where there are none.
 
@@ -106,20 +117,24 @@ def split_files(
     Files and folders whose names begin with a dot are skipped.
 
     Args:
-        formats: endings of files that can hold what is wanted; all other files are skipped.
+        formats: endings of files that can hold what is wanted; all other files are skipped, and
+            ImageNet's own archives, which lie beside what was unpacked from them.
+        paths: below `root`, to look at instead of all of them.
 
     Raises:
         UserError: there are two candidates: files that are no shards of each other, or a name with
             the words of two splits.
     """
     candidates: dict[tuple[str, ...], list[str]] = {}
-    for path in sorted(root.rglob("*")):
+    for path in sorted(root.rglob("*") if paths is None else paths):
         place = path.relative_to(root)
         hidden = any(part.startswith(".") for part in place.parts)
         suffixes = [suffix.lower() for suffix in path.suffixes]
         packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
         suffix = suffixes[-1] if suffixes else ""
-        if hidden or suffix not in formats or not path.is_file():
+        if hidden or suffix not in formats or path.name.startswith(OWN_ARCHIVE):
+            continue
+        if not path.is_file():
             continue
         named = _splits(set(re.split("[^a-z]+", path.name.lower())))
         if len(named) > 1 and split in named:
@@ -149,11 +164,11 @@ def _splits(words: set[str]) -> set[str]:
     return {split for split, names in SPLIT_NAMES.items() if names & words}
 
 
-def load_files(root: Path, split: Split, formats: Collection[str] = tuple(BUILDERS)) -> Table:
-    """The rows of a split found by `split_files`, cached as Arrow below `cache_folder()`.
+def files_of(root: Path, split: Split, formats: Collection[str] = TEXTS) -> tuple[str, list[str]]:
+    """What `split_files` finds.
 
     Raises:
-        UserError: the split has no file or no row, or a file cannot be read.
+        UserError: nothing, or an empty file.
     """
     found = split_files(root, split, formats)
     if found is None:
@@ -167,12 +182,34 @@ def load_files(root: Path, split: Split, formats: Collection[str] = tuple(BUILDE
         with reading("dataset.root", Path(file), f"a readable {split} {builder} file"):
             if os.path.getsize(file) == 0:
                 raise EOFError
+            if builder == "json":
+                _require_row(file)
+    return found
+
+
+def _require_row(file: str) -> None:
+    """Raise a `ValueError` unless a JSON file begins with a row: pyarrow dies of `null`."""
+    if file.endswith(".zst"):
+        return
+    with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as content:
+        start = content.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+    if not start.startswith((b"{", b"[")):
+        raise ValueError("it does not begin with a row of JSON")
+
+
+def load_files(root: Path, split: Split, formats: Collection[str] = TEXTS) -> Table:
+    """The rows of a split found by `split_files`, cached as Arrow below `cache_folder()`.
+
+    Raises:
+        UserError: the split has no file or no row, or a file cannot be read.
+    """
+    builder, files = files_of(root, split, formats)
     try:
         rows = _load(builder, files)
     except Exception:
         for file in files:  # which one is it?
             with reading("dataset.root", Path(file), f"a readable {split} {builder} file"):
-                for _ in _load(builder, [file], streaming=True):
+                for _ in opened(builder, file):
                     pass
         # None of them, so that what is damaged is our own copy.
         with reading("dataset.root", root, f"readable {split} {builder} files"):
@@ -182,7 +219,13 @@ def load_files(root: Path, split: Split, formats: Collection[str] = tuple(BUILDE
     return Table(rows, tuple(files))
 
 
-def _load(builder: str, files: list[str], **options: object) -> "datasets.Dataset":
+def opened(builder: str, file: str) -> "datasets.IterableDataset":
+    """The rows of a file, as they are read from it."""
+    rows: datasets.IterableDataset = _load(builder, [file], streaming=True)
+    return rows
+
+
+def _load(builder: str, files: list[str], **options: object) -> Any:
     import datasets
 
     if builder == "text":

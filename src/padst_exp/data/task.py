@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,7 +33,8 @@ class Task(abc.ABC):
         monitor: name of the summary entry to watch, and whether more or less is better.
         repeats: times each drawn training sample enters a batch (repeated augmentation).
         train: map-style, addressed by (epoch, index). Augmentation is a function of
-            (train.seed, epoch, index) alone. The loader sets `seed` on a copy of its own.
+            (train.seed, epoch, index) alone. The loader sets `seed` on a copy of its own. Or a
+            `TextStream`.
         validation: map-style, addressed by index.
         for_training: False for data that models are only tested on.
     """
@@ -63,13 +64,20 @@ class Task(abc.ABC):
         """What the data are, wherever they lie: a run goes on with the same, on every rank.
 
         Returns:
-            The samples of both splits, and a hash of their `fingerprint`s, which a split without
-            one leaves out.
+            The samples of both splits but a stream, and a hash of their `fingerprint`s, which a
+            split without one leaves out.
         """
         splits = {"training": self.train, "validation": self.validation}
         prints = [split.fingerprint() for split in splits.values() if hasattr(split, "fingerprint")]
-        counts: dict[str, int | str] = {name: len(split) for name, split in splits.items()}
+        counts: dict[str, int | str] = {
+            name: len(split) for name, split in splits.items() if isinstance(split, Sized)
+        }
         return counts | {"fingerprint": fingerprint(*prints)}
+
+    @property
+    def samples(self) -> int | None:
+        """How many there are for training; None of a stream."""
+        return len(self.train) if isinstance(self.train, Sized) else None
 
     @abc.abstractmethod
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from padst_exp.data.fingerprint import fingerprint
@@ -37,6 +38,14 @@ class TokenStream:
         if isinstance(self.tokens, np.memmap) and self.tokens.filename is not None:
             return _remapped, (str(self.tokens.filename), self.tokens.dtype, self.tokens.shape)
         return TokenStream, (self.tokens,)
+
+
+def encoded(texts: Sequence[str], tokenizer: Tokenizer, end: int) -> NDArray[np.int32]:
+    """The tokens of all texts but blank ones, with `end` after each."""
+    # The hub writes blank lines as empty rows, text files as spaces and a line break.
+    kept = [text for text in texts if text.strip()]
+    encodings = tokenizer.encode_batch_fast(kept, add_special_tokens=False)
+    return np.array([i for e in encodings for i in (*e.ids, end)], np.int32)
 
 
 def _remapped(path: str, dtype: "np.dtype[np.integer]", shape: tuple[int, ...]) -> TokenStream:

@@ -116,4 +116,4 @@ class Experiment:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
-        return self.trainer.total_steps(len(self.task.train))
+        return self.trainer.total_steps(self.task.samples)

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from padst_exp import dispatch
-from padst_exp.data.sampler import train_loader, validation_loader
+from padst_exp.data.sampler import Batches, train_loader, validation_loader
+from padst_exp.data.stream import TextStream
 from padst_exp.data.task import Batch
 from padst_exp.dispatch import Pick
 from padst_exp.dst import Periodic
@@ -187,7 +189,13 @@ class _Training:
         self.stepper = Stepper(experiment, self.state, record=self.record, say=self.say)
         self.numerics = numerics(world.device)
         self.apart = ""
+        self.loader: Batches
+        self.position: Tensor | None = None  # of a stream, after the last step
         if saved is not None:
+            if isinstance(self.task.train, TextStream):
+                with restoring(path, "stream"):
+                    self.task.train.require_position(saved["stream"])
+                    self.position = saved["stream"].chunk(world.size)[world.rank]
             with restoring(path, "backends"):
                 self.apart = self.differing(saved)
         self.progress = Progress(total=self.total, step=self.state.step, shown=world.main)
@@ -237,7 +245,9 @@ class _Training:
             rank=self.world.rank,
             world_size=self.world.size,
             workers=trainer.workers,
+            position=self.position,
         )
+        self.loader, self.position = loader, loader.position
         state.start_generators(self.experiment.seed)
         self.joules_before = 0.0 if self.joules is None else self.joules()
         self.mark = time.perf_counter()
@@ -274,6 +284,7 @@ class _Training:
         """One step, and what is due after it."""
         state, trainer = self.state, self.trainer
         self.stepper.step(iter(self.fetch(batches)))
+        self.position = self.loader.position
         began = time.perf_counter()
         self.profiler.step()
         self.mark += time.perf_counter() - began
@@ -398,7 +409,8 @@ class _Training:
         values = {"loss": sum(state.losses) / len(state.losses), "lr": self.stepper.lr}
         if state.norms:
             values["grad_norm"] = sum(state.norms) / len(state.norms)
-        values["epoch"] = state.step * self.trainer.batch_size / len(self.task.train)
+        if (samples := self.task.samples) is not None:
+            values["epoch"] = state.step * self.trainer.batch_size / samples
         timing = {"seconds": seconds, "samples_per_second": speed}
         timing["input_wait_share"] = self.waited / seconds
         shown = f"{speed:,.0f} samples/s"
@@ -485,6 +497,8 @@ class _Training:
         self.world.average_statistics(self.state.model)
         self.world.first(self.directory.require_held)
         payload = self.state.payload()
+        if self.position is not None:
+            payload["stream"] = torch.cat(self.world.gather(self.position))
         payload = self.state.placement.write(payload, self.directory.checkpoints.folder)
         self.world.first(lambda: self._write(payload, is_best))
         self.saved = self.state.step

@@ -1,6 +1,7 @@
 """How long and in what portions to train: the target of conf/trainer/*.yaml."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -107,12 +108,19 @@ class Trainer:
         """
         return max(1, self.batch_size // (self.micro_batches * world_size))
 
-    def total_steps(self, samples: int) -> int:
+    def total_steps(self, samples: int | None) -> int:
         """Optimizer steps of the training on a set of `samples` samples, ragged ends dropped.
 
+        Args:
+            samples: None of a stream.
+
         Raises:
-            UserError: the set is smaller than a batch.
+            UserError: the set is smaller than a batch, or its size is unknown and asked for.
         """
+        if samples is None:
+            wanted = "null, and trainer.steps=... for a stream, whose end is not known"
+            require(self.steps is not None, "trainer.epochs", self.epochs, wanted)
+            samples = sys.maxsize
         fits = self.batch_size <= samples
         wanted = f"at most {samples}, the size of the training set"
         require(fits, "trainer.batch_size", self.batch_size, wanted)
@@ -141,5 +149,5 @@ class Longer(Trainer):
         super().__post_init__()
         self._require("times", lambda value: 0 < value <= MOST_STEPS, "a positive number")
 
-    def total_steps(self, samples: int) -> int:
+    def total_steps(self, samples: int | None) -> int:
         return max(1, round(self.times * super().total_steps(samples)))
