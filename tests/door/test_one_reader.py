@@ -24,15 +24,25 @@ OTHERS = {
     "memory": {"total_memory"},  # of the control group
     "bench.session": {"last_level_cache"},  # /sys
     "dispatch.timing": {"device_name", "_kernels_digest", "_times"},  # /proc, our code, our cache
-    "engine.checkpoint": {"_copy"},  # of what was just written
+    "engine.checkpoint": {
+        "_copy",
+        "_prune",
+    },  # of what was just written
     "engine.lock": {"_link", "_take_away", "read", "__init__"},  # whose content is never shown
     "engine.records": {"read_metrics"},  # rows of what was read
     "engine.run_directory": {"open_metrics"},  # writes
     "data.image_files": {"_cifar_bytes"},  # in a block of its only caller
     "data.corpora": {"_hub_tokenizer"},  # of the hub's cache
     "data.tokens": {"_remapped"},  # opens again what was found sound
-    "data.sources": {"_load", "load_hub", "__str__"},  # in blocks of its caller; tells of a row
+    "data.sources": {
+        "_load",
+        "load_hub",
+        "__str__",
+        "_require_row",
+    },  # of its caller; tells of a row
+    "data.shards": {"__str__", "_checked", "_label"},  # tells of a member; in blocks of callers
     "data.imagenet_variants": {"_lines", "_relabelled"},  # timm's own lists
+    "integrations.timm": {"timm_files"},  # what timm has just written
     "report.plan": {"_own_dim"},  # our own conf/
     "report.runs": {"_entry"},  # a line of what was read
     "report.store": {"_sweeper"},  # our own conf/

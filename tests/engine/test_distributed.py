@@ -22,18 +22,19 @@ def both_runs(world: World, root: Path) -> None:
     toy_run(root, name="muon", world=world, optimizer=optimizer, **double(world.size))
 
 
-def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
+def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
     """On the same global batches in float64: changes, hardenings, metrics, checkpoints."""
-    processes = start_ranks(both_runs, tmp_path / "two", ranks=2)
+    processes = start_ranks(both_runs, tmp_path / "two", ranks=ranks)
     both_runs(World(), tmp_path / "one")
     for process in processes:
         process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in processes] == [0] * ranks
     for name in ("rigl", "moving", "muon"):
         paths = [tmp_path / number / name for number in ("one", "two")]
         one, two = (checkpoint.read(path / "checkpoints" / "last.pt") for path in paths)
         check_equal_states(one, two)
-        assert len(one["random"]) == 1 and len(two["random"]) == 2
+        assert len(one["random"]) == 1 and len(two["random"]) == ranks
         rows = [read_metrics(path / "metrics.jsonl") for path in paths]
         check_equal_rows(*rows)
         kinds = [row["of"] for row in rows[0] if row["kind"] == "harden"]

@@ -363,7 +363,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         export(keys(run, overwrite=True), World())
     assert (run / "export" / "model.json").exists()
     for override, message in (
-        ("format=zip", "format: expected packed or dense or transformers, got 'zip'"),
+        ("format=zip", "format: expected packed or dense or timm or transformers, got 'zip'"),
         ("device=tpu", "device: expected auto or cpu or cuda, got 'tpu'"),
         ("out=''", "out: expected a folder, got ''"),
     ):
