@@ -434,12 +434,13 @@ class _Training:
         state, began = self.state, time.perf_counter()
         self.world.average_statistics(state.model)
         name, direction = self.task.monitor
-        outcomes: list[Tensor] = []
+        # Only the last ones are kept, and they cost a text its losses once more.
+        outcomes: list[Tensor] | None = [] if state.step == self.total else None
         try:
             values = self.metrics_of(state.model, outcomes)
             self.watched = values[name]
             if state.average is not None:
-                outcomes.clear()
+                outcomes = None if outcomes is None else []
                 averaged = self.metrics_of(state.average.model, outcomes)
                 self.watched = averaged[name]
                 values |= {f"ema_{key}": value for key, value in averaged.items()}
@@ -447,7 +448,7 @@ class _Training:
             raise
         except Exception as error:
             self.leave(None if isinstance(error, _Asked) else error)
-        if state.step == self.total:
+        if outcomes is not None:
             each = [part for parts in self.world.gather(outcomes) for part in parts]
             self.world.first(lambda: self.directory.keep_outcomes(each))
         self.record("eval", values)
@@ -460,7 +461,7 @@ class _Training:
         self.mark += time.perf_counter() - began
         return is_best
 
-    def metrics_of(self, model: nn.Module, outcomes: list[Tensor]) -> dict[str, float]:
+    def metrics_of(self, model: nn.Module, outcomes: list[Tensor] | None) -> dict[str, float]:
         """Return the metrics of `model` on the validation set, and `outcomes` of its samples."""
         trainer = self.trainer
         batches = validation_loader(
