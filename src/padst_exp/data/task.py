@@ -197,8 +197,7 @@ class Classification(Task):
         """
         logits = at_least_float32(logits)
         loss = F.cross_entropy(logits, targets, reduction="none")
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
-        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        ranked = _ranked(logits, targets)
         return {
             "loss": loss.double().sum(),
             "top1": ranked[:, 0].double().sum(),
@@ -208,9 +207,7 @@ class Classification(Task):
 
     def outcomes(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Whether the best class of each image is right, and 1: float64 `[B, 2]`."""
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
-        # As `metrics` decides between equal ones.
-        right = logits.topk(min(5, logits.shape[1])).indices[:, 0] == labels
+        right = _ranked(at_least_float32(logits), targets)[:, 0]
         return torch.stack([right, torch.ones_like(right)], dim=1).double()
 
     def summarize(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
@@ -221,6 +218,12 @@ class Classification(Task):
             "top1": 100 * float(sums["top1"]) / count,
             "top5": 100 * float(sums["top5"]) / count,
         }
+
+
+def _ranked(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether each of the best five classes, or of all, is the right one: bool `[B, 5]`."""
+    labels = targets if targets.ndim == 1 else targets.argmax(1)
+    return logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
 
 
 class LanguageModeling(Task):
