@@ -145,6 +145,9 @@ def test_gpt2_weights_load_in_float32_and_must_be_complete(tmp_path: Path) -> No
     GPT2LMHeadModel(GPT2Config(**sizes)).bfloat16().save_pretrained(tmp_path)
     same = small("gpt2", depth=1, checkpoint=str(tmp_path))
     loaded = build(same, "model", SMALL_TEXT)
+    tokens = torch.arange(16).reshape(2, 8) % 11
+    plain = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(loaded.eval()(tokens), plain.eval()(tokens).logits)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     for key, value in (("depth", 2), ("heads", 1)):
         other = small("gpt2", **{"depth": 1, key: value}, checkpoint=str(tmp_path))
