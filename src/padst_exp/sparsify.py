@@ -124,6 +124,12 @@ class Report:
     baseline: Baseline
     algorithm: Algorithm | None = None
 
+    def __str__(self) -> str:
+        return (
+            f"{len(self.layers)} sparse weights keep {self.density('layers'):.2%} of their entries, "
+            f"{self.density('model'):.2%} of the model's parameters remain"
+        )
+
     @property
     def layers(self) -> list[LayerReport]:
         """One row for each sparse weight."""

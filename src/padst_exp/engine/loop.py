@@ -101,9 +101,7 @@ def announce(experiment: Experiment, directory: RunDirectory, world: World) -> N
     """Say what is about to be trained, and where."""
     report = experiment.report
     say(
-        f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
-        f"entries, {report.density('model'):.2%} of the model's parameters remain; "
-        f"{experiment.total_steps} steps on {world.device}, in {directory.path}"
+        f"{report}; {experiment.total_steps} steps on {world.device}, in {directory.path}"
     )
     algorithm, total = experiment.algorithm, experiment.total_steps
     if isinstance(algorithm, Periodic) and any(not layer.static for layer in report.layers):
