@@ -126,8 +126,8 @@ class Report:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.layers)} sparse weights keep {self.density('layers'):.2%} of their entries, "
-            f"{self.density('model'):.2%} of the model's parameters remain"
+            f"{len(self.layers)} sparse weights keep {self.density('layers'):.2%} of their "
+            f"entries, {self.density('model'):.2%} of the model's parameters remain"
         )
 
     @property

@@ -240,7 +240,7 @@ def test_layers_slower_than_dense_are_not_hidden_behind_fast_ones() -> None:
     unknown = Pick("scatter")
     line = describe({"a": fast, "b": fast, "c": slow, "d": unknown})
     assert "3 by torch (4.00x dense), 1 of them slower" in line and "0.50x" in line
-    assert line.endswith("1 not called (attention reads its weights, and multiplies dense)")
+    assert line.endswith("1 not called (as in attention, which reads weights)")
     assert describe({"a": unknown, "b": unknown}).endswith(": 2 by scatter")
 
 

@@ -120,7 +120,7 @@ def describe(picks: Mapping[str, Pick]) -> str:
             measured += f", {len(slower)} of them slower than dense (down to {min(slower):.2f}x)"
         parts.append(f"{len(group)} by {backend}{measured}")
     if called and (others := len(picks) - len(called)):
-        parts.append(f"{others} not called (attention reads its weights, and multiplies dense)")
+        parts.append(f"{others} not called (as in attention, which reads weights)")
     return "sparse layers, forward and backward: " + ", ".join(parts)
 
 
