@@ -206,6 +206,20 @@ def test_after_remove_a_step_is_a_step() -> None:
     assert topology_digest(loop.model) == before and loop.dynamics.step == 0
 
 
+def test_another_one_takes_the_place_of_the_first() -> None:
+    rigl = option("dst/rigl", **OFTEN)
+    model, _ = net(algorithm=rigl)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = (
+        DynamicSparsity(model, optimizer, algorithm=rigl, total_steps=STEPS) for _ in range(2)
+    )
+    for _ in range(3):
+        model(X).sum().backward()
+        optimizer.step()
+    assert (first.step, first.tracker.updates) == (0, 0)
+    assert (second.step, second.tracker.updates) == (3, 1)
+
+
 def test_options_are_those_of_the_command_line() -> None:
     assert option("structure/block", size=16).size == 16
     for path, how, message in (

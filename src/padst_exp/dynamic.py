@@ -29,6 +29,9 @@ from padst_exp.layers import SparseWeight, sparse_weights
 from padst_exp.permutations import NoPermutation, PermutationLearner
 from padst_exp.soft import Learner, choices, soft_choices
 
+# Where an optimizer has what changes topologies in its steps: one, be a notebook's cell run twice.
+_OWNER = "_dynamic_sparsity"
+
 
 class DynamicSparsity:
     """Lets topologies change and permutations harden whenever `optimizer` takes a step.
@@ -43,7 +46,8 @@ class DynamicSparsity:
 
     Args:
         model: after `sparsify`, on its device.
-        optimizer: of all its values, made after `sparsify`. Its state moves along.
+        optimizer: of all its values, made after `sparsify`. Its state moves along. Another object
+            like this one on it is removed.
         algorithm: as given to `sparsify`.
         learner: as given to `sparsify`; None for none.
         total_steps: optimizer steps of the whole training, of which schedules take shares.
@@ -74,6 +78,9 @@ class DynamicSparsity:
         step: int = 0,
         seed: int = 0,
     ) -> None:
+        former = vars(optimizer).get(_OWNER)
+        if former is not None:
+            former.remove()
         self.model, self.optimizer = model, optimizer
         self.algorithm = algorithm
         self.learner = NoPermutation() if learner is None else learner
@@ -97,6 +104,7 @@ class DynamicSparsity:
         for each in self.learners:
             each.start({n: c for n, c in found.items() if isinstance(c, each.kind)})
         self._wrap_step()
+        setattr(optimizer, _OWNER, self)
         self._ask()
 
     def remove(self) -> None:

@@ -72,8 +72,6 @@ class SparseTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        if self.dynamics is not None:
-            self.dynamics.remove()
         self.dynamics = DynamicSparsity(
             model,
             getattr(optimizer, "optimizer", optimizer),
