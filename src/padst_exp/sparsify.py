@@ -322,10 +322,7 @@ def match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rul
         for module, name in matched.items():
             where, found = f"sparse: pattern '{rule.pattern}' matches '{name}', ", views[module]
             if found is None:
-                raise UserError(
-                    f"{where}a {type(module).__name__}; only linear layers and ungrouped 2d "
-                    "convolutions can be made sparse"
-                )
+                raise UserError(f"{where}a {type(module).__name__} and no {_known(model, views)}")
             if (obstacle := found.obstacle()) is not None:
                 raise UserError(f"{where}{obstacle}; make it a plain layer first")
             if len(tied := owners[_memory(found.parameter)]) > 1:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,8 @@ def write(
         text = json.dumps(whole, indent=2) + "\n"
         for name, content in {**extra, DESCRIPTION: text}.items():
             (temporary / name).write_text(content, "utf-8")
+        # safetensors lets nobody but its writer read a file.
+        shutil.copymode(temporary / DESCRIPTION, temporary / WEIGHTS)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         _replace(temporary, folder)
@@ -303,6 +305,14 @@ def _part(
         weight = PackedEntries(entries)
     weight.check()
     return weight
+
+
+def guards(layers: Iterable[str]) -> dict[str, Tensor]:
+    """What stands in a file for plain transformers where it looks for weights of packed `layers`.
+
+    It draws a weight that a file lacks at random, with a warning, and refuses one of another size.
+    """
+    return {f"{name}.weight": torch.zeros(1) for name in layers}
 
 
 def _without_shared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -32,7 +32,13 @@ Trained sparse by padst_exp, {storage}.
 
 Speed was not measured for this card; `padst_exp.inference.tune` measures it where the model runs.
 """
+DENSE = "stored dense, with zeros where there are no weights"
 METRICS = ("perplexity", "top1", "top5")
+
+
+def is_original(restored: RestoredRun) -> bool:
+    """Whether the model of a run is what its constructor makes, and no transform of it."""
+    return bool(restored.config.transform._target_.endswith(f".{NoTransform.__name__}"))
 
 
 def require_no_transform(restored: RestoredRun, library: str) -> None:
@@ -41,8 +47,8 @@ def require_no_transform(restored: RestoredRun, library: str) -> None:
     Raises:
         UserError: in one line.
     """
-    transform = restored.config.transform._target_
-    if not transform.endswith(f".{NoTransform.__name__}"):
+    if not is_original(restored):
+        transform = restored.config.transform._target_
         raise UserError(
             f"format: expected packed or dense for a model with transform {transform}, which "
             f"{library} does not have, got {library}"
