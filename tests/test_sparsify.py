@@ -195,7 +195,7 @@ def test_a_dense_structure_leaves_the_model_alone() -> None:
 def test_mistakes_are_one_line_that_says_where() -> None:
     for rules, message in [
         ([Rule("blocks.*")], r"matches no layer of the model; layers that can be sparse are qkv"),
-        ([Rule("norm")], "only linear layers"),
+        ([Rule("norm")], "only linear layers .* can be made sparse, here qkv, fc1, fc2, head"),
         ([Rule("head")], "tied"),
         ([Rule("embedding")], "only linear layers"),
         ([Rule("fc1", split=5)], "does not divide"),

@@ -322,7 +322,10 @@ def match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rul
         for module, name in matched.items():
             where, found = f"sparse: pattern '{rule.pattern}' matches '{name}', ", views[module]
             if found is None:
-                raise UserError(f"{where}a {type(module).__name__} and no {_known(model, views)}")
+                raise UserError(
+                    f"{where}a {type(module).__name__}; only linear layers and ungrouped 2d "
+                    f"convolutions can be made sparse, here {_some(model, views)}"
+                )
             if (obstacle := found.obstacle()) is not None:
                 raise UserError(f"{where}{obstacle}; make it a plain layer first")
             if len(tied := owners[_memory(found.parameter)]) > 1:
@@ -333,12 +336,17 @@ def match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rul
 
 def _known(model: nn.Module, views: Mapping[nn.Module, LinearView | None]) -> str:
     """What could have been matched, in words that follow "no"."""
-    known = [found.name for module, found in views.items() if found and module is not model]
-    if not known and view(model, "") is not None:
+    some = _some(model, views)
+    if some == "none" and view(model, "") is not None:
         kind = type(model).__name__
         return f"layer: the model itself is the {kind}, and cannot be replaced inside itself"
-    some = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "") if known else "none"
     return f"layer of the model; layers that can be sparse are {some}"
+
+
+def _some(model: nn.Module, views: Mapping[nn.Module, LinearView | None]) -> str:
+    """The first layers that can be sparse."""
+    known = [found.name for module, found in views.items() if found and module is not model]
+    return ", ".join(known[:6]) + (", ..." if len(known) > 6 else "") if known else "none"
 
 
 def _owners(names: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
