@@ -225,5 +225,7 @@ def test_an_explicit_distribution_overrides_by_pattern() -> None:
     with pytest.raises(UserError, match=r"^distribution: expected a sparsity"):
         layer_densities(SHAPES, 0.2, {"s*": 1.5})
     for density in (0.0, -0.5, 1.5):
-        with pytest.raises(UserError, match=r"^sparsity: expected a number in \[0, 1\)"):
+        with pytest.raises(
+            UserError, match=rf"^density: expected a number in \(0, 1\], got {density:g}$"
+        ):
             layer_densities(SHAPES, density, "uniform")

@@ -202,6 +202,8 @@ def test_of_a_run_that_is_not_finished_a_line_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"^export: .* \(a run, of which .*export run=.*\)$"):
+        load(run)
     (run / "summary.json").unlink(missing_ok=True)
     said = f"{run} is not finished: last.pt is of step "
     metrics_of(run)

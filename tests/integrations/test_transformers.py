@@ -161,10 +161,12 @@ def test_card_and_tokens(run: Path, folder: Path) -> None:
         f"| perplexity | {perplexity:.4g} |",
         f"| all layers | {described['density_of_layers']:.4g} |",
         f"| all model | {described['density_of_model']:.4g} |",
-        "| permutation |",
+        "| permutation | ",
+        "| dst | rigl |",
         "Speed was not measured",
     ):
         assert wanted in card
+    assert "| structure | nm group=" in card or "| structure | unstructured |" in card
     own = restore_run(run, World()).task.tokenizer  # type: ignore[attr-defined]
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs(WORDS)["input_ids"] == own.encode(WORDS).ids

@@ -158,6 +158,11 @@ def read_description(folder: Path) -> Description:
     path = folder / DESCRIPTION
     if not folder.exists():
         raise UserError(f"export: expected a folder, got {folder} (there is none)")
+    if (folder / "checkpoints").is_dir() and not path.exists():
+        raise UserError(
+            f"export: expected a folder of one, got {folder} (a run, of which "
+            f"python -m padst_exp.export run={folder} writes it)"
+        )
     wanted = f"the {DESCRIPTION} that padst_exp.export wrote"
     with reading("export", path, wanted):
         description = json.loads(path.read_text("utf-8"))

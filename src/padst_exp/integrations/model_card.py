@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import cast
+
+from omegaconf import OmegaConf
 
 from padst_exp.errors import UserError
+from padst_exp.report.choices import option, structure_label
 from padst_exp.restore import RestoredRun
 from padst_exp.transforms import NoTransform
 
@@ -16,7 +20,7 @@ tags: [sparse, padst]
 ---
 # {architecture}, {structure}, density {density:.4g}
 
-Trained sparse by padst_exp, {storage}.
+Trained sparse by `padst_exp` (choices below in the words of its command line), {storage}.
 
 ```python
 {program}
@@ -75,12 +79,12 @@ def model_card(
         storage: how weights lie in the file, in words.
         program: that loads it.
     """
-    report, config = restored.report, restored.config
+    report = restored.report
+    config = cast(dict[str, object], OmegaConf.to_container(restored.config, resolve=True))
+    structure = structure_label(config["structure"])
     facts = {
-        "structure": report.structure,
-        "permutation": _short(config.permutation._target_),
-        "algorithm": _short(config.dst._target_),
-        "data": _short(config.dataset._target_),
+        "structure": structure,
+        **{group: option(group, config[group]) for group in ("permutation", "dst", "dataset")},
         "optimizer steps": restored.step,
         **{
             name: f"{value:.4g}"
@@ -110,12 +114,8 @@ def model_card(
         architecture=architecture,
         storage=storage,
         program=program,
-        structure=report.structure,
+        structure=structure,
         density=report.density("layers"),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         scopes="\n".join(scopes),
     )
-
-
-def _short(target: str) -> str:
-    return target.rpartition(".")[2]
