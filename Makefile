@@ -13,7 +13,7 @@ REQUIREMENTS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb
 
 export PYTHONPATH := src:kernels
 
-.PHONY: help setup fmt lint types test test-slow test-thorough fuzz kills smoke demo experiments bench test-compile docs-test test-gpu ci clean
+.PHONY: help setup fmt lint types test test-slow test-thorough fuzz kills smoke demo experiments bench test-compile docs-test test-extras test-gpu ci clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s ':'
@@ -60,6 +60,15 @@ test-compile: $(STAMP)  ## compile every Triton kernel ahead of time for sm_80 a
 docs-test: $(STAMP)  ## run every command of every page of docs/
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m docs
 
+EXTRAS := .venv-extras
+EVERYTHING = import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["dependencies"], *sum(project["optional-dependencies"].values(), []), sep="\n")
+test-extras:  ## tests of the optional libraries, in an environment of their own that has all of them
+	test -x $(EXTRAS)/bin/python || python3 -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -c '$(EVERYTHING)' | $(EXTRAS)/bin/python -m pip install --quiet --requirement /dev/stdin
+	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q -n 2 -m "not gpu" tests/engine/test_trackers.py \
+		tests/integrations tests/inference/test_programs.py tests/packaging/test_hub_kernels.py tests/data/test_shards.py
+
 test-gpu: $(STAMP)  ## check every kernel on the GPU of this machine
 	$(PYTHON) -m pytest -q -m gpu
 
@@ -87,5 +96,5 @@ bench: $(STAMP)  ## measure what has a limit, and speed beside dense: hours on 2
 ci: lint types test smoke  ## what a change must pass
 
 clean:  ## remove the caches and our environment, never runs/
-	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-extras dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

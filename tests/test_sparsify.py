@@ -195,7 +195,7 @@ def test_a_dense_structure_leaves_the_model_alone() -> None:
 def test_mistakes_are_one_line_that_says_where() -> None:
     for rules, message in [
         ([Rule("blocks.*")], r"matches no layer of the model; layers that can be sparse are qkv"),
-        ([Rule("norm")], "only linear layers .* can be made sparse, here qkv, fc1, fc2, head"),
+        ([Rule("norm")], "only linear layers, .* can be made sparse, here qkv, fc1, fc2, head"),
         ([Rule("head")], "tied"),
         ([Rule("embedding")], "only linear layers"),
         ([Rule("fc1", split=5)], "does not divide"),
@@ -224,6 +224,11 @@ def test_an_explicit_distribution_overrides_by_pattern() -> None:
         layer_densities(SHAPES, 0.2, {"x*": 0.5})
     with pytest.raises(UserError, match=r"^distribution: expected a sparsity"):
         layer_densities(SHAPES, 0.2, {"s*": 1.5})
+    named = {"fc.weights.0": (8, 8), "fc2.weights.0": (8, 8), "fc2.weights.1": (8, 8)}
+    wanted = {"fc.weights.0": 0.2, "fc2.weights.0": 0.5, "fc2.weights.1": 0.5}
+    assert layer_densities(named, 0.2, {"fc2": 0.5}) == wanted
+    with pytest.raises(UserError, match=r"^distribution: expected uniform, erk or a mapping, got"):
+        layer_densities(SHAPES, 0.2, "erkk")  # type: ignore[arg-type]
     for density in (0.0, -0.5, 1.5):
         with pytest.raises(
             UserError, match=rf"^density: expected a number in \(0, 1\], got {density:g}$"

@@ -260,7 +260,10 @@ def explain(error: BaseException) -> str:
         if option.startswith("submitit_"):
             return f"{group}={option}: expected hydra-submitit-launcher, the extra `cluster`"
         group, *rest = f"{group}/{option}".split("/")
-        return f"{group}={'/'.join(rest)}: unknown option; choose from {', '.join(options(group))}"
+        # Those of --config-dir too.
+        names = {*options(group), *(name for name in error.options or () if name[0] != "_")}
+        chosen = "/".join(rest)
+        return f"{group}={chosen}: unknown option; choose from {', '.join(sorted(names))}"
     if isinstance(error, OverrideParseException):
         return unreadable(error.override)
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):

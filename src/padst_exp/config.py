@@ -55,6 +55,39 @@ def options(group: str) -> list[str]:
     )
 
 
+def option_node(path: str, /, **changes: Any) -> DictConfig:
+    """The constructor call of an option, e.g. "dst/rigl", as `option` makes it.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    group, _, name = path.partition("/")
+    require(group in GROUPS, "option", path, f"<group>/<option>, a group of {', '.join(GROUPS)}")
+    file = config_dir() / group / f"{name}.yaml"
+    if not file.is_file():
+        raise UserError(f"{group}: there is no {name!r}{closest(name, options(group))}")
+    tree = OmegaConf.load(file)
+    assert isinstance(tree, DictConfig)
+    bases = [x for x in tree.pop("defaults", []) if isinstance(x, str) and x != "_self_"]
+    parts = [option_node(f"{group}/{base}") for base in bases]
+    call = OmegaConf.merge(*parts, tree.get(group, tree), changes)
+    assert isinstance(call, DictConfig)
+    return call
+
+
+def option(path: str, /, **changes: Any) -> Any:
+    """What an option of a group is on the command line, as an object.
+
+    Args:
+        path: group and option, e.g. "dst/rigl" or "structure/diag".
+        changes: keys that differ from those of its YAML file, e.g. `interval=10`.
+
+    Raises:
+        UserError: no such option, an unknown key, or a value that is none for it.
+    """
+    return build(option_node(path, **changes), path.partition("/")[0])
+
+
 def read_keys(cfg: DictConfig, schema: type[Keys], groups: Collection[str] = ()) -> Keys:
     """The keys of an entry point, checked as `build` checks those of a constructor.
 

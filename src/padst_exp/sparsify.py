@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -123,6 +123,12 @@ class Report:
     sides: Mapping[str, str]
     baseline: Baseline
     algorithm: Algorithm | None = None
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.layers)} sparse weights keep {self.density('layers'):.2%} of their "
+            f"entries, {self.density('model'):.2%} of the model's parameters remain"
+        )
 
     @property
     def layers(self) -> list[LayerReport]:
@@ -249,7 +255,9 @@ def sparsify(
         UserError: a pattern matches nothing, or a tied or unsuitable layer; an impossible
             density. The model is then as it was.
     """
+    require(0 < density <= 1, "density", density, "a share to keep, in (0, 1]")
     require(low_rank >= 0, "low_rank", low_rank, "a rank of at least 0")
+    require(storage in get_args(Storage), "storage", storage, "packed or masked")
     parameters = _count(model)
     if isinstance(structure, Dense):
         return Report(type(structure).__name__, {}, {}, {}, baseline or Baseline(parameters, 0))
@@ -308,6 +316,10 @@ def match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rul
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     views = {module: view(module, known[0]) for module, known in names.items()}
+    for module, found in views.items():
+        if found is not None and found.name != names[module][0]:
+            inside = found.name.removeprefix(names[module][0])  # a projection goes by its own name
+            names[module] += [f"{name}{inside}" for name in names[module]]
     owners = _owners(names)
     chosen: dict[nn.Module, Rule] = {}
     for rule in rules:
@@ -323,8 +335,9 @@ def match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rul
             where, found = f"sparse: pattern '{rule.pattern}' matches '{name}', ", views[module]
             if found is None:
                 raise UserError(
-                    f"{where}a {type(module).__name__}; only linear layers and ungrouped 2d "
-                    f"convolutions can be made sparse, here {_some(model, views)}"
+                    f"{where}a {type(module).__name__}; only linear layers, projections of "
+                    "attention and ungrouped 2d convolutions can be made sparse, here "
+                    f"{_some(model, views)}"
                 )
             if (obstacle := found.obstacle()) is not None:
                 raise UserError(f"{where}{obstacle}; make it a plain layer first")

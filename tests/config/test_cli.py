@@ -97,6 +97,13 @@ def test_of_other_packages_only_warnings_are_passed_on(program: Program) -> None
         root.handlers[:] = before[1]
 
 
+def test_options_of_a_folder_of_ones_own_are_among_those_to_choose_from(program: Program) -> None:
+    Path("own/structure").mkdir(parents=True)
+    Path("own/structure/runs.yaml").write_text("_target_: mine.Runs\n")
+    code, _, err = program(checked, "--config-dir", "own", "structure=run")
+    assert code == 1 and "unknown option; choose from block, " in err and ", runs, " in err
+
+
 def test_mistakes_are_one_line(program: Program) -> None:
     cases = {
         "structure=nn": "structure=nn: unknown option; choose from block, ",

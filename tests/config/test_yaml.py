@@ -32,6 +32,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "cifar10": {"image_size": 32, "channels": 3, "num_classes": 10},
     "cifar100": {"image_size": 32, "channels": 3, "num_classes": 100},
     "imagenet1k": {"image_size": 224, "channels": 3, "num_classes": 1000},
+    "image_folder": {"image_size": 32, "channels": 3, "num_classes": 10},
     "synthetic_images": {"image_size": 224, "channels": 3, "num_classes": 1000},
     "shakespeare": {"vocab_size": 512, "context_length": 64},
     "text_file": {"vocab_size": 1024, "context_length": 128},

@@ -364,6 +364,7 @@ def test_text_file_splits_at_a_line_and_names_its_mistakes(tmp_path: Path) -> No
     empty.write_text("")
     cases: dict[str, dict[str, object]] = {
         r"dataset\.path: expected .* got gone$": {"path": "gone"},
+        r"dataset\.path: expected one file of plain text .* got \S+$": {"path": str(tmp_path)},
         r"dataset\.path: expected UTF-8 text, got .*binary\.txt": {"path": str(binary)},
         r"dataset\.path: expected UTF-8 text.*empty\.txt \(it is empty\)$": {"path": str(empty)},
         r"dataset\.vocab_size: .* got 10$": {"path": str(path), "vocab_size": 10},

@@ -240,7 +240,8 @@ def test_layers_slower_than_dense_are_not_hidden_behind_fast_ones() -> None:
     unknown = Pick("scatter")
     line = describe({"a": fast, "b": fast, "c": slow, "d": unknown})
     assert "3 by torch (4.00x dense), 1 of them slower" in line and "0.50x" in line
-    assert line.endswith("1 by scatter")
+    assert line.endswith("1 not called (as in attention, which reads weights)")
+    assert describe({"a": unknown, "b": unknown}).endswith(": 2 by scatter")
 
 
 def test_a_signal_saves_and_exits(

@@ -29,6 +29,7 @@ from padst_exp.dst import Change, Selection
 from padst_exp.inference import PackedConv2d, PackedEntries, PackedLinear, load, pack
 from padst_exp.inference.packing import dense_state, harden
 from padst_exp.layers import SparseLinear, SparseWeight, sparse_layers, sparse_weights
+from padst_exp.layers.views import replace_module
 from padst_exp.permutations import RandomPermutation
 from padst_exp.sparsify import Rule, sparsify
 from padst_kernels.entries import condense
@@ -273,6 +274,9 @@ def test_parents_that_read_weights_find_dense_ones(tmp_path: Path) -> None:
         for grad in (True, False):  # without gradients the fused fast path
             with torch.set_grad_enabled(grad):
                 assert_equal(loaded(x).detach(), expected, (structure, grad))
+        for layer in packed_layers(twin := copy.deepcopy(loaded)):
+            replace_module(twin, layer, layer.dense())  # as `tune` may
+        assert_equal(twin(x).detach(), expected, structure)
         plain.load_state_dict(dense_state(loaded, plain), strict=True)
         assert_equal(plain(x).detach(), expected, structure)
 

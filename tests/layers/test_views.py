@@ -294,6 +294,40 @@ def test_attention_without_a_bias_and_over_other_keys_works() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_who_reads_a_weight_has_the_dense_gradients_of_who_calls_the_layer() -> None:
+    for number, (name, structure) in enumerate(STRUCTURES.items()):
+        life = LIVES[number % 4]
+        layer = sparse_layer(
+            nn.Linear(24, 96),
+            structure,
+            life=life,
+            storage="masked" if number % 3 == 1 else "packed",
+            split=3,
+            selected=life == "soft",
+            density=0.5,
+        )
+        x, dy = torch.randn(2, 5, 24), torch.randn(2, 5, 96)
+        gradients = []
+        for read in (False, True):
+            for weight in layer.parts():
+                weight.collect_dense_gradient, weight.dense_gradient = True, None
+            for part in range(2):
+                y = nn.functional.linear(x[part], layer.weight) if read else layer(x[part])
+                y.backward(dy[part])
+            gradients.append([weight.dense_gradient for weight in layer.parts()])
+        for wanted, found in zip(*gradients, strict=True):
+            assert wanted is not None and found is not None, name
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_projections_of_attention_go_by_their_own_names_too() -> None:
+    for patterns in (["attention", "attention.out_proj"], ["attention.in_proj", "*.out_proj"]):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4)})
+        rules = [Rule(pattern) for pattern in patterns]
+        sparsify(model, rules, structure=STRUCTURES["nm-16"], density=0.5)
+        assert {*sparse_layers(model)} == {"attention.in_proj", "attention.out_proj"}
+
+
 def test_what_cannot_be_sparse_is_refused_in_one_line() -> None:
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def site(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.docs
 @pytest.mark.thorough
 def test_a_wheel_made_of_a_source_archive_trains_in_any_folder_without_a_compiler(
     site: Path, tmp_path: Path

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from padst_exp import identity
 from padst_exp.config import GROUPS
 from padst_exp.errors import UserError
-from padst_exp.sweeps import Job
+from padst_exp.sweeps import Job, local
 from padst_exp.sweeps.local import Pool
 from padst_exp.sweeps.sweep import Sweep
 
@@ -125,25 +125,43 @@ def test_a_name_would_be_that_of_all_runs(tmp_path: Path) -> None:
         Fake(tmp_path).run(Job(None, {}, ["name=one"]))
 
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-S", "-c", code]
-
-
 def pool(folder: Path, size: int, gpus: Sequence[str] = ()) -> Pool:
     return Pool(size=size, gpus=gpus, logs=folder, label=str, outcome=lambda number: "fine")
 
 
+PROGRAMS = """
+import os, signal, sys, time
+from pathlib import Path
+
+def main():
+    name, folder = sys.argv[1:]
+    if name == "meet":
+        (Path(folder) / ("gpu" + os.environ["CUDA_VISIBLE_DEVICES"])).touch(exist_ok=False)
+        while len(list(Path(folder).glob("gpu*"))) < 2:
+            time.sleep(0.01)
+    if name == "mistake":
+        print("padst_exp: error: k: expected 1, got 2")
+        raise SystemExit(1)
+    if name == "killed":
+        os.kill(os.getpid(), 9)
+    if name == "sleep":
+        signal.signal(signal.SIGUSR1, lambda *a: os._exit(99))
+        (Path(folder) / "begun").touch()
+        time.sleep(60)
+"""
+
+
 def test_processes_run_side_by_side_and_fail_each_for_itself(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    meet = f"import os, time; d = {str(tmp_path)!r}; open(d + '/a' + os.environ['{{}}'], 'x')"
-    wait = "\nwhile len([f for f in os.listdir(d) if f[0] == 'a']) < 2: time.sleep(0.01)"
-    gpu = python(meet.format("CUDA_VISIBLE_DEVICES") + wait)
-    error = python("print('padst_exp: error: k: expected 1, got 2'); raise SystemExit(1)")
-    killed = python("import os; os.kill(os.getpid(), 9)")
-    ended = pool(tmp_path, 2, ["3", "5"]).run([gpu, gpu, error, killed], first=7)
+    programs = tmp_path / "programs.py"
+    programs.write_text(PROGRAMS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(local, "IMPORTED", [])
+    commands = [["programs", name, str(tmp_path)] for name in ("meet", "meet", "mistake", "killed")]
+    ended = pool(tmp_path, 2, ["3", "5"]).run(commands, first=7)
     assert ended == [None, None, "k: expected 1, got 2", "ended by SIGKILL"]
-    assert (tmp_path / "a3").exists() and (tmp_path / "a5").exists()
+    assert (tmp_path / "gpu3").exists() and (tmp_path / "gpu5").exists()
     said = capsys.readouterr().err
     assert "9 failed: k: expected 1, got 2" in said and "7: fine" in said
     assert "2 of 4 done, 0 running, 2 failed" in said
@@ -151,16 +169,15 @@ def test_processes_run_side_by_side_and_fail_each_for_itself(
 
 def test_who_asks_a_sweep_to_end_asks_its_runs(tmp_path: Path) -> None:
     """They save their work; what waits is not begun, and the sweep ends as they do."""
+    (tmp_path / "programs.py").write_text(PROGRAMS)
     code = f"""
-import signal, sys, threading, os
 from pathlib import Path
-from padst_exp.sweeps.local import Pool
-work = "import signal, time, os; signal.signal(signal.SIGUSR1, lambda *a: os._exit(99)); " \
-    "open({str(tmp_path / "begun")!r}, 'x'); time.sleep(60)"
-pool = Pool(size=1, gpus=[], logs=Path({str(tmp_path)!r}), label=str, outcome=str)
-pool.run([[sys.executable, "-S", "-c", work]] * 2)
+from padst_exp.sweeps import local
+local.IMPORTED = []
+pool = local.Pool(size=1, gpus=[], logs=Path({str(tmp_path)!r}), label=str, outcome=str)
+pool.run([["programs", "sleep", {str(tmp_path)!r}]] * 2)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment())
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment())
     wait_for((tmp_path / "begun").exists)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 99

@@ -233,12 +233,13 @@ class Imagenet1k(Classification):
         _allow_no_bits(augmented)
         plain = plain_transform(image_size, interpolation, crop_pct)
         train, validation = _source(root, "train"), _source(root, "validation")
-        for name, source in (("training", train), ("validation", validation)):
-            count = len(source.classes)
-            wanted = f"{count}, the classes of the {name} images"
-            require(count == num_classes, "dataset.num_classes", num_classes, wanted)
-        alike = train.classes == validation.classes
-        require(alike, "dataset.root", root, "the same classes in training and validation")
+        alone = sorted({*train.classes} ^ {*validation.classes})
+        found = f"{root} ({alone[0]} is in one of them only)" if alone else root
+        wanted = "the same classes in training and validation"
+        require(train.classes == validation.classes, "dataset.root", found, wanted)
+        count = len(train.classes)
+        wanted = f"{count}, the classes of the images"
+        require(count == num_classes, "dataset.num_classes", num_classes, wanted)
         self.train = TrainImages(train, augmented)
         self.validation = ValidationImages(validation, plain)
         self.preprocessing = {

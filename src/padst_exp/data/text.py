@@ -133,6 +133,9 @@ class TextFile(_OwnTokenizer):
         valid = 0 < validation_fraction < 1
         require(valid, "dataset.validation_fraction", validation_fraction, "between 0 and 1")
         file = existing(path, "path")
+        wanted = "one file of plain text (join a folder's by cat; jsonl and shards: dataset=c4)"
+        plain = not file.is_dir() and file.suffix not in (".jsonl", ".parquet")
+        require(plain, "dataset.path", path, wanted)
         with reading("dataset.path", file, "UTF-8 text"):
             content = file.read_bytes()
             if file.suffix == ".gz":
@@ -141,9 +144,9 @@ class TextFile(_OwnTokenizer):
             text = io.TextIOWrapper(io.BytesIO(content), "utf-8").read()
             if not text:
                 raise EOFError("there is no text in it")
-        wanted = int(len(text) * (1 - validation_fraction))
+        end = int(len(text) * (1 - validation_fraction))
         # At a line break, or between words in a text of one line.
-        cut = (text.rfind("\n", 0, wanted) + 1) or (text.rfind(" ", 0, wanted) + 1) or wanted
+        cut = (text.rfind("\n", 0, end) + 1) or (text.rfind(" ", 0, end) + 1) or end
         require(cut > 0, "dataset.path", path, "a text long enough to be cut in two")
         super().__init__(
             train_text=text[:cut],

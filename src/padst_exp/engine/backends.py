@@ -108,7 +108,8 @@ def _measure(
 def describe(picks: Mapping[str, Pick]) -> str:
     """One line: how many layers each backend computes, and how fast beside dense ones."""
     groups: dict[str, list[Pick]] = defaultdict(list)
-    for pick in picks.values():
+    called = {name: pick for name, pick in picks.items() if pick.tokens}
+    for pick in (called or picks).values():
         groups[pick.backend].append(pick)
     parts = []
     for backend, group in groups.items():
@@ -118,6 +119,8 @@ def describe(picks: Mapping[str, Pick]) -> str:
         if slower:
             measured += f", {len(slower)} of them slower than dense (down to {min(slower):.2f}x)"
         parts.append(f"{len(group)} by {backend}{measured}")
+    if called and (others := len(picks) - len(called)):
+        parts.append(f"{others} not called (as in attention, which reads weights)")
     return "sparse layers, forward and backward: " + ", ".join(parts)
 
 

@@ -16,7 +16,7 @@ from padst_exp.engine.ema import Average
 from padst_exp.engine.optimizers import lr_scale
 from padst_exp.engine.placement import Placement
 from padst_exp.engine.tracker import Births, TopologyTracker
-from padst_exp.errors import require
+from padst_exp.errors import UserError, require
 from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
 from padst_exp.permutations import Permutation, PermutationLearner
 from padst_exp.seeds import stream
@@ -185,8 +185,19 @@ def update_topologies(
 
     Returns:
         What was done to each weight, in order.
+
+    Raises:
+        UserError: no gradient that the algorithm asks for reached one of them; nothing has
+            happened then.
     """
     changing, following = set(weights), followers(experiment, state)
+    needs = experiment.algorithm.needs & {"dense_gradient", "weight_gradient"}
+    for name, weight in sparse_weights(state.model).items():
+        if weight in changing and any(getattr(weight, need) is None for need in needs):
+            raise UserError(
+                f"layer {name}: dst chooses its units by its gradient, and there is none at step "
+                f"{state.step}; leave it dense, or let the forward pass use it"
+            )
     moves = []
     for position, (name, weight) in enumerate(sparse_weights(state.model).items()):
         if weight not in changing:

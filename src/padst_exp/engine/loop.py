@@ -100,11 +100,7 @@ def _run(experiment: Experiment, directory: RunDirectory, world: World) -> dict[
 def announce(experiment: Experiment, directory: RunDirectory, world: World) -> None:
     """Say what is about to be trained, and where."""
     report = experiment.report
-    say(
-        f"{len(report.layers)} sparse weights keep {report.density('layers'):.2%} of their "
-        f"entries, {report.density('model'):.2%} of the model's parameters remain; "
-        f"{experiment.total_steps} steps on {world.device}, in {directory.path}"
-    )
+    say(f"{report}; {experiment.total_steps} steps on {world.device}, in {directory.path}")
     algorithm, total = experiment.algorithm, experiment.total_steps
     if isinstance(algorithm, Periodic) and any(not layer.static for layer in report.layers):
         ends = algorithm.interval, math.ceil(algorithm.stop * total)

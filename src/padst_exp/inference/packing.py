@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from padst_exp.inference import files
 from padst_exp.inference.files import Layer
 from padst_exp.inference.linear import PackedConv2d, PackedLinear
 from padst_exp.inference.weights import PackedEntries, PackedTiles, PackedWeight
@@ -51,6 +53,32 @@ def pack(model: nn.Module) -> dict[str, Layer]:
         replace_module(model, layer, packed)
     model.eval().requires_grad_(False)
     return described
+
+
+def save(model: nn.Module, path: Path | str, *, overwrite: bool = False) -> None:
+    """Write a trained `model` packed, for `load(path, model=...)` with a dense model like it.
+
+    `python -m padst_exp.export` does so for runs. The model itself stays as it is.
+
+    Args:
+        model: all its permutations and selections hard, see `harden`.
+        path: the folder to make.
+        overwrite: whether an earlier export may be replaced.
+
+    Raises:
+        UserError: the folder exists and may not be replaced, or the disk is full.
+        ValueError: a choice is still soft.
+    """
+    folder, kind = Path(path), type(model)
+    files.require_free(folder, overwrite=overwrite)
+    packed = copy.deepcopy(model)
+    description = {
+        "kind": "packed",
+        "model": {"_target_": f"{kind.__module__}.{kind.__qualname__}", "arguments": {}},
+        "layers": pack(packed),
+        "config": "",
+    }
+    files.write(folder, packed.state_dict(), description, extra={}, overwrite=overwrite)
 
 
 @torch.no_grad()

@@ -33,6 +33,18 @@ def collect_dense_gradients(
     return tapped
 
 
+def collect_from_matrix(matrix: Tensor, weight: SparseWeight) -> Tensor:
+    """`matrix` itself, S of `weight`; its backward also adds dS to the weight's `dense_gradient`.
+
+    For a parent that multiplies by the matrix: samples are not told apart, whatever
+    `weight.gradient_parts` says.
+    """
+    if weight.collect_dense_gradient and matrix.requires_grad:
+        tapped: Tensor = _MatrixTap.apply(matrix, weight)
+        return tapped
+    return matrix
+
+
 def _sum(one: Tensor | None, other: Tensor) -> Tensor:
     return other if one is None else one.add_(other)
 
@@ -72,6 +84,21 @@ class _Tap(torch.autograd.Function):
         return dy, None, None, None, None
 
 
+class _MatrixTap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, weight: SparseWeight) -> Tensor:
+        ctx.weight = weight
+        return matrix.view_as(matrix)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = grads
+        # Kept and added to, whereas autograd's own may be handed on to somebody else.
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        _keep(ctx.weight, gradient.to(dtype, copy=True))
+        return gradient, None
+
+
 def _add(weight: SparseWeight, rows: Tensor, inputs: Tensor) -> None:
     """Add rows^T inputs, `[T, O]` and `[T, I]`, to what `weight` has collected."""
     if weight.gradient_parts:
@@ -82,6 +109,11 @@ def _add(weight: SparseWeight, rows: Tensor, inputs: Tensor) -> None:
         weight.part_gradients = _sum(weight.part_gradients, parts)
     else:
         gradient = rows.t() @ inputs
+    _keep(weight, gradient)
+
+
+def _keep(weight: SparseWeight, gradient: Tensor) -> None:
+    """Add the dense gradient `[O, I]` of one backward pass to what `weight` has collected."""
     if weight.reduce_gradient is not None:
         gradient = weight.reduce_gradient(gradient)
     weight.dense_gradient = _sum(weight.dense_gradient, gradient)

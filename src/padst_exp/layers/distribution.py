@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from padst_exp.errors import UserError
+from padst_exp.errors import UserError, require
 
 
 def layer_densities(
@@ -19,8 +19,8 @@ def layer_densities(
     Args:
         shapes: `(O, I)` of each weight by name.
         density: overall share to keep, in (0, 1].
-        distribution: `"uniform"`, `"erk"`, or sparsities by name pattern; names that no pattern
-            matches keep `density`.
+        distribution: `"uniform"`, `"erk"`, or sparsities by pattern over names of weights, or of
+            layers (`body.1` for `body.1.weights.0`); what no pattern matches keeps `density`.
 
     Raises:
         UserError: `density` is outside (0, 1], or a pattern is wrong.
@@ -31,6 +31,7 @@ def layer_densities(
         return _explicit(shapes, density, distribution)
     if distribution == "uniform":
         return dict.fromkeys(shapes, density)
+    require(distribution == "erk", "distribution", distribution, "uniform, erk or a mapping")
     return _erdos_renyi(shapes, density)
 
 
@@ -39,9 +40,16 @@ def _explicit(
 ) -> dict[str, float]:
     densities = dict.fromkeys(shapes, density)
     for pattern, sparsity in sparsities.items():
-        names = [name for name in shapes if fnmatchcase(name, pattern)]
+        names = [
+            name
+            for name in shapes
+            if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".weights.")[0], pattern)
+        ]
         if not names:
-            raise UserError(f"distribution: pattern '{pattern}' matches no sparse weight")
+            some = ", ".join([*shapes][:6]) + (", ..." if len(shapes) > 6 else "")
+            raise UserError(
+                f"distribution: pattern '{pattern}' matches no sparse weight; there are {some}"
+            )
         if not 0 <= sparsity < 1:
             raise UserError(
                 f"distribution: expected a sparsity in [0, 1) for '{pattern}', got {sparsity}"

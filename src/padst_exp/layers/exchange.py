@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_exp.dst import Change
+from padst_exp.errors import UserError
 from padst_exp.layers.sparse_linear import SparseLinear
 from padst_exp.layers.sparse_weight import SparseWeight
 from padst_exp.permutations import Evidence, Exchange, Permutation
@@ -111,11 +112,17 @@ def evidence(found: list[Place], budget: float) -> Evidence:
     Args:
         found: the weights; their `part_gradients` were collected.
         budget: how many active entries may be lost.
+
+    Raises:
+        UserError: they were not, since no forward pass called the layer.
     """
     active, values, gradients = [], [], []
     for place in found:
         matrix, parts = place.weight.matrix(), place.weight.part_gradients
-        assert parts is not None, "no backward pass collected the gradients of parts"
+        if parts is None:
+            wanted = "gradients of parts of a batch, which a layer has where it is called"
+            why = "its weight is read, as by nn.MultiheadAttention, or it was not used"
+            raise UserError(f"permutation: expected {wanted}; of {place.name} {why}")
         mask = torch.zeros(matrix.numel() + 1, dtype=torch.bool, device=matrix.device)
         mask[place.weight.entries().flatten()] = True
         active.append(place.table(mask[:-1].view(matrix.shape)))

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from padst_exp.layers.dense_gradient import collect_dense_gradients
+from padst_exp.layers.dense_gradient import collect_dense_gradients, collect_from_matrix
 from padst_exp.layers.low_rank import LowRank
 from padst_exp.layers.sparse_weight import SparseWeight
 from padst_exp.permutations import Permutation
@@ -252,7 +252,7 @@ class SparseLinear(nn.Module):
     def _matrix(self) -> Tensor:
         """`[O, I]`, what `weight` shows."""
         self._check_permutations()
-        matrices = [weight.matrix() for weight in self.parts()]
+        matrices = [collect_from_matrix(weight.matrix(), weight) for weight in self.parts()]
         for i, permutation in enumerate(self.output_permutations):
             if isinstance(permutation, Permutation):
                 matrices[i] = (

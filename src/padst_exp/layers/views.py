@@ -42,11 +42,12 @@ class SparseAttention(nn.MultiheadAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As of `nn.MultiheadAttention`, which reads its weight several times: built once."""
-        self._built = self.in_proj_weight
+        # Past Module's own way, which takes the parameter of a dense projection for one of ours.
+        self.__dict__["_built"] = self.in_proj_weight
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._built = None
+            del self.__dict__["_built"]
 
 
 # Move along with a layer that takes the place of another; handles of the user remain valid.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
+import atexit
+import importlib
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from padst_exp.engine.interruption import Interrupted, Interruption
@@ -19,25 +22,31 @@ from padst_exp.sweeps.board import Board
 
 POLL_S = 0.1
 ERROR = "padst_exp: error: "
-_PR_SET_PDEATHSIG = 1
+# Imports of a run take seconds. They are done once: processes are forks of one that has them.
+IMPORTED = ["padst_exp.restore", "padst_exp.engine.plots", "torch._dynamo", "timm", "transformers"]
 
 
 @dataclass
 class _Running:
     number: int
-    process: subprocess.Popen[bytes]
+    process: ForkServerProcess
     slot: int
     log: Path
 
+    def send(self, signum: int) -> None:
+        """Signal it, unless it has ended."""
+        if self.process.pid is not None and self.process.exitcode is None:
+            os.kill(self.process.pid, signum)
+
 
 class Pool:
-    """Runs commands side by side until all have ended.
+    """Runs programs side by side until all have ended.
 
     Args:
         size: how many at a time; None: as many as GPUs, or as cores where there is no GPU.
-        gpus: to be used, as CUDA_VISIBLE_DEVICES names them; each command sees one.
-        logs: folder for what the commands write.
-        label: what a command is for.
+        gpus: to be used, as CUDA_VISIBLE_DEVICES names them; each program sees one.
+        logs: folder for what the programs write.
+        label: what a program is run for.
         outcome: what came out of it, once it has ended well.
     """
 
@@ -58,7 +67,7 @@ class Pool:
         """Run all, and say of each how it ended.
 
         Args:
-            commands: arguments of each process.
+            commands: a module and its arguments, for each process. Its `main` is what runs.
             first: number of the first command.
 
         Returns:
@@ -73,6 +82,7 @@ class Pool:
         running: list[_Running] = []
         failures: dict[int, str | None] = {}
         board = Board(len(left), size)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // size)))
         self.logs.mkdir(parents=True, exist_ok=True)
         try:
             with Interruption() as interruption:
@@ -81,13 +91,13 @@ class Pool:
                     if interruption.signum is not None and not asked:
                         asked, left = True, []
                         for each in running:
-                            each.process.send_signal(interruption.signum)
+                            each.send(interruption.signum)
                     while left and len(running) < size:
                         free = next(n for n in range(size) if all(n != r.slot for r in running))
-                        running.append(self._start(*left.pop(0), free, size))
+                        running.append(self._start(*left.pop(0), free))
                     board.show(running=len(running))
                     time.sleep(POLL_S)
-                    for each in [r for r in running if r.process.poll() is not None]:
+                    for each in [r for r in running if r.process.exitcode is not None]:
                         running.remove(each)
                         failures[each.number] = self._failure(each)
                         if not asked:
@@ -98,29 +108,23 @@ class Pool:
         finally:
             board.close()
             for each in running:
-                each.process.terminate()
+                each.send(signal.SIGTERM)
             for each in running:
-                each.process.wait()
+                each.process.join()
         return [failures[number] for number in sorted(failures)]
 
-    def _start(self, number: int, command: Sequence[str], slot: int, size: int) -> _Running:
-        environment = {"OMP_NUM_THREADS": str(max(1, cores() // size)), **os.environ}
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+    def _start(self, number: int, command: Sequence[str], slot: int) -> _Running:
+        gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
         log = self.logs / f"{number}.log"
-        with open(log, "ab") as file:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                preexec_fn=_end_with_parent,
-            )
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        process = context.Process(target=_run, args=(command, log.absolute(), gpu))
+        process.start()
         return _Running(number, process, slot, log)
 
     def _failure(self, ended: _Running) -> str | None:
-        status = ended.process.returncode
+        status = ended.process.exitcode
+        assert status is not None
         if status == 0:
             return None
         if status < 0:
@@ -171,12 +175,29 @@ def command(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
         raise UserError(
             "hydra/launcher: expected basic under torchrun, which is for one run at a time"
         )
-    module = "padst_exp.train"
     own = [word for word in arguments if word not in ("-m", "--multirun")]
-    return [sys.executable, "-m", module, *own, *overrides, "hydra.mode=RUN"]
+    return ["padst_exp.train", *own, *overrides, "hydra.mode=RUN"]
+
+
+def _run(command: Sequence[str], log: Path, gpu: str | None) -> None:
+    """In a process that was just made: what `python -m` does, with output in `log`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    module = importlib.import_module(command[0])
+    sys.argv = [str(module.__file__), *command[1:]]
+    try:
+        module.main()
+    finally:
+        atexit._run_exitfuncs()  # as at the end of an interpreter, which this is not
 
 
 def _end_with_parent() -> None:
-    """In a process that was just made: be asked to end when the one that made it has died."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Ask this process to end once the one that made it has died."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
