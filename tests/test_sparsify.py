@@ -195,7 +195,7 @@ def test_a_dense_structure_leaves_the_model_alone() -> None:
 def test_mistakes_are_one_line_that_says_where() -> None:
     for rules, message in [
         ([Rule("blocks.*")], r"matches no layer of the model; layers that can be sparse are qkv"),
-        ([Rule("norm")], "only linear layers"),
+        ([Rule("norm")], "only linear layers, .* can be made sparse, here qkv, fc1, fc2, head"),
         ([Rule("head")], "tied"),
         ([Rule("embedding")], "only linear layers"),
         ([Rule("fc1", split=5)], "does not divide"),
@@ -230,5 +230,7 @@ def test_an_explicit_distribution_overrides_by_pattern() -> None:
     with pytest.raises(UserError, match=r"^distribution: expected uniform, erk or a mapping, got"):
         layer_densities(SHAPES, 0.2, "erkk")  # type: ignore[arg-type]
     for density in (0.0, -0.5, 1.5):
-        with pytest.raises(UserError, match=r"^sparsity: expected a number in \[0, 1\)"):
+        with pytest.raises(
+            UserError, match=rf"^density: expected a number in \(0, 1\], got {density:g}$"
+        ):
             layer_densities(SHAPES, density, "uniform")

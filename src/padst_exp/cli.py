@@ -269,8 +269,13 @@ def explain(error: BaseException) -> str:
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         return explain(cause)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
-        known = error.parent_node if isinstance(error.parent_node, DictConfig) else {}
-        return f"{error.full_key}: unknown key{closest(str(error.key), map(str, known))}"
+        node, name = error.parent_node, str(error.key)
+        if not isinstance(node, DictConfig):
+            return f"{error.full_key}: unknown key{closest(name, ())}"
+        # A key of the run that was looked for in one of its parts: trainer.device.
+        outside = name in node._get_root()
+        hint = f"; did you mean just {name}?" if outside else closest(name, map(str, node))
+        return f"{error.full_key}: unknown key{hint}"
     if isinstance(error, OmegaConfBaseException):
         first_line = str(error).partition("\n")[0]
         return f"{error.full_key}: {first_line}" if error.full_key else first_line

@@ -94,7 +94,11 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     from padst_exp import dispatch
     from padst_exp.inference import files, pack
     from padst_exp.inference.packing import dense_state, harden
-    from padst_exp.integrations.hub_files import hub_files, require_language_model
+    from padst_exp.integrations.hub_files import (
+        hub_files,
+        is_language_model,
+        require_language_model,
+    )
     from padst_exp.integrations.timm import not_of_timm, timm_files, timm_model
     from padst_exp.restore import plain_model, restore_run
 
@@ -120,18 +124,20 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"run: {restored.path} computes logits that are not finite")
 
     layers, metrics = pack(model), _metrics(restored)
-    extra = {}
+    state, extra = model.state_dict(), {}
     if keys.format == "transformers":
         extra = hub_files(restored, layers, metrics)
+        state |= files.guards(layers)
     if plain is not None:
         # Copies: a plain load_state_dict wants tied weights under each of their names.
-        state = {name: tensor.clone() for name, tensor in dense_state(model, plain).items()}
-        plain.load_state_dict(state, assign=True)
+        copies = {name: tensor.clone() for name, tensor in dense_state(model, plain).items()}
+        plain.load_state_dict(copies, assign=True)
         model, layers = plain.to(world.device, restored.trainer.dtype).eval(), {}
+        state = model.state_dict()
         if keys.format == "timm":
             extra = timm_files(restored, model, metrics)
-        else:
-            extra = _configuration(model)
+        elif is_language_model(restored):
+            extra = hub_files(restored, None, metrics)
     found = _logits(model, samples)
     largest = dispatch.difference(found, expected)
     if keys.format == "timm" and not largest <= TOLERANCE:
@@ -156,7 +162,7 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
         },
         "config": OmegaConf.to_yaml(restored.config, resolve=True),
     }
-    files.write(folder, model.state_dict(), description, extra=extra, overwrite=keys.overwrite)
+    files.write(folder, state, description, extra=extra, overwrite=keys.overwrite)
     return folder, description
 
 
@@ -218,14 +224,6 @@ def _logits(model: nn.Module, samples: Tensor) -> Tensor:
 
     with torch.no_grad():
         return model(samples).double()
-
-
-def _configuration(model: nn.Module) -> dict[str, str]:
-    """`config.json`, with which transformers' `from_pretrained` reads the folder."""
-    from padst_exp.integrations.hub_files import configuration_of
-
-    config = configuration_of(model)
-    return {} if config is None else {"config.json": config.to_json_string()}
 
 
 def _metrics(restored: RestoredRun) -> dict[str, float]:

@@ -18,6 +18,7 @@ from padst_exp.engine import checkpoint
 from padst_exp.engine.backends import choose_backends
 from padst_exp.engine.distributed import World
 from padst_exp.engine.folders import is_run
+from padst_exp.engine.records import read_summary
 from padst_exp.engine.settings import Trainer
 from padst_exp.errors import UserError
 from padst_exp.files import MOST_YAML, TRAINING_CONFIG, one_line, read_text, reading
@@ -208,6 +209,8 @@ def restore_run(
     """
     opened = open_run(path, trust=trust, changes=changes)
     cfg, path, saved = opened.config, opened.path, opened.saved
+    if opened.run is not None and read_summary(opened.run / "summary.json") is None:
+        say(f"{opened.run} is not finished: {path.name} is of step {saved['step']}")
     experiment = build_experiment(cfg, world, task(cfg))
     data = experiment.task.describe()
     if experiment.task.for_training and data != saved["data"]:

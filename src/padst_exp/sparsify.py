@@ -336,7 +336,8 @@ def match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rul
             if found is None:
                 raise UserError(
                     f"{where}a {type(module).__name__}; only linear layers, projections of "
-                    "attention and ungrouped 2d convolutions can be made sparse"
+                    "attention and ungrouped 2d convolutions can be made sparse, here "
+                    f"{_some(model, views)}"
                 )
             if (obstacle := found.obstacle()) is not None:
                 raise UserError(f"{where}{obstacle}; make it a plain layer first")
@@ -348,12 +349,17 @@ def match(model: nn.Module, rules: Sequence[Rule]) -> list[tuple[LinearView, Rul
 
 def _known(model: nn.Module, views: Mapping[nn.Module, LinearView | None]) -> str:
     """What could have been matched, in words that follow "no"."""
-    known = [found.name for module, found in views.items() if found and module is not model]
-    if not known and view(model, "") is not None:
+    some = _some(model, views)
+    if some == "none" and view(model, "") is not None:
         kind = type(model).__name__
         return f"layer: the model itself is the {kind}, and cannot be replaced inside itself"
-    some = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "") if known else "none"
     return f"layer of the model; layers that can be sparse are {some}"
+
+
+def _some(model: nn.Module, views: Mapping[nn.Module, LinearView | None]) -> str:
+    """The first layers that can be sparse."""
+    known = [found.name for module, found in views.items() if found and module is not model]
+    return ", ".join(known[:6]) + (", ..." if len(known) > 6 else "") if known else "none"
 
 
 def _owners(names: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:

@@ -111,6 +111,7 @@ def test_mistakes_are_one_line(program: Program) -> None:
         "recipe=nn": "recipe=nn: unknown option; choose from demo, paper/c4, ",
         "structre=nm": "structre: unknown key; did you mean structure?",
         "structure.grup=3": "structure.grup: unknown key; did you mean group?",
+        "trainer.device=cpu": "trainer.device: unknown key; did you mean just device?",
         "structure.n=0": "structure.n: expected an integer of at least 1, got 0",
         "structure=null": "structure: expected one of block, ",
         "structure=5": "structure: expected one of block, ",

@@ -204,6 +204,10 @@ def test_what_needs_whole_parameters_is_refused() -> None:
         ({"optimizer": from_yaml("optimizer/muon", lr=0.01)}, "optimizer: .* got Muon"),
         ({"algorithm": Moving()}, "dst: .* keeps the number of entries .* got Moving"),
         (
+            {"algorithm": from_yaml("dst/gmp")},
+            "dst: .* got DropGrow with counts Cubic",
+        ),
+        (
             {"trainer": toy_trainer(parallel="fsdp", compile=True)},
             "trainer.compile: expected false",
         ),

@@ -198,6 +198,21 @@ def test_a_dense_model_exports_too(tmp_path: Path) -> None:
     assert_equal(load(folder)(inputs), hardened_logits(run, inputs), "dense")
 
 
+def test_of_a_run_that_is_not_finished_a_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"^export: .* \(a run, of which .*export run=.*\)$"):
+        load(run)
+    (run / "summary.json").unlink(missing_ok=True)
+    said = f"{run} is not finished: last.pt is of step "
+    metrics_of(run)
+    assert said in capsys.readouterr().err
+    (run / "summary.json").write_text('{"monitor": "top1", "final": {"top1": 1.0}}')
+    metrics_of(run)
+    assert said not in capsys.readouterr().err
+
+
 def test_one_checkpoint_even_moved_out_of_its_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     inputs = first_images()

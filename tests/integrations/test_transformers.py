@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from from_yaml import asked
 from hostile import trained_run
@@ -112,6 +113,30 @@ def test_what_is_saved_again_is_the_same(folder: Path, tmp_path: Path) -> None:
     assert_equal(again(tokens()).logits, first(tokens()).logits, "parts")
 
 
+def test_plain_transformers_refuses_what_it_would_start_at_random(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded(folder).save_pretrained(tmp_path)
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "padst")
+    for packed in (folder, tmp_path):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            loaded(packed)
+
+
+def test_plain_transformers_finds_all_it_wants_in_a_dense_export(
+    run: Path, folder: Path, tmp_path: Path
+) -> None:
+    dense = exported(run, format="dense", out=str(tmp_path / "dense"))
+    model, tokenizer = loaded(dense), AutoTokenizer.from_pretrained(dense)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert_equal(model(tokens()).logits, loaded(folder)(tokens()).logits, "dense")
+    assert model.config.architectures == [type(model).__name__]
+    assert tokenizer.decode(tokenizer(WORDS)["input_ids"]) == WORDS
+    assert "padst_exp.integrations" not in (dense / "README.md").read_text()
+    modes = {path.stat().st_mode for path in dense.iterdir()}
+    assert len(modes) == 1, "whoever may read one file may read all"
+
+
 def test_a_model_that_transformers_itself_trained_is_saved_packed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
@@ -136,10 +161,12 @@ def test_card_and_tokens(run: Path, folder: Path) -> None:
         f"| perplexity | {perplexity:.4g} |",
         f"| all layers | {described['density_of_layers']:.4g} |",
         f"| all model | {described['density_of_model']:.4g} |",
-        "| permutation |",
+        "| permutation | ",
+        "| dst | rigl |",
         "Speed was not measured",
     ):
         assert wanted in card
+    assert "| structure | nm group=" in card or "| structure | unstructured |" in card
     own = restore_run(run, World()).task.tokenizer  # type: ignore[attr-defined]
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs(WORDS)["input_ids"] == own.encode(WORDS).ids

@@ -10,7 +10,7 @@ from torch import nn
 from padst_exp.data.sampler import train_loader
 from padst_exp.data.task import Task
 from padst_exp.dispatch import Backend
-from padst_exp.dst import Algorithm
+from padst_exp.dst import Algorithm, DropGrow
 from padst_exp.engine.distributed import World
 from padst_exp.engine.loggers import NoLogger
 from padst_exp.engine.optimizers import SGD, AdamW, OptimizerBuilder
@@ -84,6 +84,8 @@ class Experiment:
         kind = type(self.optimizer)
         require(kind in (AdamW, SGD), "optimizer", kind.__name__, f"adamw or sgd {with_fsdp}")
         name = type(self.algorithm).__name__
+        if isinstance(self.algorithm, DropGrow):
+            name += f" with counts {type(self.algorithm.counts).__name__}"
         wanted = f"one that keeps the number of entries {with_fsdp}, such as rigl"
         require(not self.algorithm.resizes, "dst", name, wanted)
         moves = self.learner.moves_masks

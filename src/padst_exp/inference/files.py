@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,8 @@ def write(
         text = json.dumps(whole, indent=2) + "\n"
         for name, content in {**extra, DESCRIPTION: text}.items():
             (temporary / name).write_text(content, "utf-8")
+        # safetensors lets nobody but its writer read a file.
+        shutil.copymode(temporary / DESCRIPTION, temporary / WEIGHTS)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         _replace(temporary, folder)
@@ -156,6 +158,11 @@ def read_description(folder: Path) -> Description:
     path = folder / DESCRIPTION
     if not folder.exists():
         raise UserError(f"export: expected a folder, got {folder} (there is none)")
+    if (folder / "checkpoints").is_dir() and not path.exists():
+        raise UserError(
+            f"export: expected a folder of one, got {folder} (a run, of which "
+            f"python -m padst_exp.export run={folder} writes it)"
+        )
     wanted = f"the {DESCRIPTION} that padst_exp.export wrote"
     with reading("export", path, wanted):
         description = json.loads(path.read_text("utf-8"))
@@ -303,6 +310,14 @@ def _part(
         weight = PackedEntries(entries)
     weight.check()
     return weight
+
+
+def guards(layers: Iterable[str]) -> dict[str, Tensor]:
+    """What stands in a file for plain transformers where it looks for weights of packed `layers`.
+
+    It draws a weight that a file lacks at random, with a warning, and refuses one of another size.
+    """
+    return {f"{name}.weight": torch.zeros(1) for name in layers}
 
 
 def _without_shared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,6 +16,7 @@ from padst_exp.inference.files import (
     Layer,
     construct,
     empty_layer,
+    guards,
     read_description,
     read_state,
 )
@@ -55,19 +56,22 @@ def load(
 
 
 def put_layers(
-    model: nn.Module, layers: Mapping[str, Layer], state: Mapping[str, Tensor], path: Path
+    model: nn.Module, layers: Mapping[str, Layer], state: dict[str, Tensor], path: Path
 ) -> None:
     """Let packed layers, with their tensors of `state`, take the place of dense ones.
 
     Args:
         model: the dense model.
         layers: described, by name.
-        state: all tensors by name.
+        state: all tensors by name; loses the guards of these layers.
         path: where these are from.
 
     Raises:
         UserError: they do not fit each other, or are none that kernels may multiply by.
     """
+    for name, guard in guards(layers).items():
+        if name in state and state[name].shape == guard.shape:
+            del state[name]
     for name, described in layers.items():
         try:
             _, dense = view_of(model, name)

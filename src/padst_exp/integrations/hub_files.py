@@ -1,4 +1,4 @@
-"""What stands beside the tensors of a packed language model: config, tokenizer, model card."""
+"""What stands beside the tensors of a language model: config, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from padst_exp.data.corpora import END_OF_TEXT
 from padst_exp.data.task import LanguageModeling
 from padst_exp.errors import UserError
 from padst_exp.inference.files import Layer
-from padst_exp.integrations.model_card import model_card, require_no_transform
+from padst_exp.integrations.model_card import DENSE, is_original, model_card, require_no_transform
 from padst_exp.integrations.transformers import KEY, PadstConfig
 from padst_exp.models.language import GPT2, Llama
 from padst_exp.restore import RestoredRun
 
-PROGRAM = """import padst_exp.integrations.transformers
-from transformers import AutoModelForCausalLM
+IMPORT = "import padst_exp.integrations.transformers\n"
+PROGRAM = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("<this folder>")"""
+PACKED = (
+    "layers packed, permutations folded into their indices. Reading them needs padst_exp, and its "
+    "import once: without it transformers refuses the file"
+)
 
 
 def require_language_model(restored: RestoredRun) -> None:
@@ -31,8 +35,7 @@ def require_language_model(restored: RestoredRun) -> None:
     Raises:
         UserError: it is none of ours of GPT-2 or LLaMA, or was made another one.
     """
-    model = restored.model
-    if not isinstance(model, GPT2 | Llama):
+    if not isinstance(restored.model, GPT2 | Llama):
         raise UserError(
             "format: expected packed or dense for a model that is neither GPT-2 nor LLaMA, got "
             "transformers"
@@ -40,20 +43,26 @@ def require_language_model(restored: RestoredRun) -> None:
     require_no_transform(restored, "transformers")
 
 
+def is_language_model(restored: RestoredRun) -> bool:
+    """Whether transformers has a class for the model of a run."""
+    return isinstance(restored.model, GPT2 | Llama) and is_original(restored)
+
+
 def hub_files(
-    restored: RestoredRun, layers: Mapping[str, Layer], metrics: Mapping[str, float]
+    restored: RestoredRun, layers: Mapping[str, Layer] | None, metrics: Mapping[str, float]
 ) -> dict[str, str]:
     """The text of each file by name.
 
     Args:
         restored: a language model, packed.
-        layers: its packed layers, as `pack` described them.
+        layers: its packed layers, as `pack` described them; None: it is stored dense.
         metrics: of the checkpoint, by name.
     """
     config = copy.deepcopy(configuration_of(restored.model))
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = restored.trainer.dtype
-    setattr(config, KEY, PadstConfig(layers=dict(layers)))
+    if layers is not None:
+        setattr(config, KEY, PadstConfig(layers=dict(layers)))
     files = {}
     tokenizer = restored.task.tokenizer if isinstance(restored.task, LanguageModeling) else None
     if tokenizer is not None:
@@ -76,8 +85,8 @@ def hub_files(
         architecture=config.architectures[0],
         library="transformers",
         task="text-generation",
-        storage="layers packed, permutations folded into their indices",
-        program=PROGRAM,
+        storage=DENSE if layers is None else PACKED,
+        program=PROGRAM if layers is None else IMPORT + PROGRAM,
     )
     return files
 

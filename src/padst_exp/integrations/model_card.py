@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import cast
+
+from omegaconf import OmegaConf
 
 from padst_exp.errors import UserError
+from padst_exp.report.choices import option, structure_label
 from padst_exp.restore import RestoredRun
 from padst_exp.transforms import NoTransform
 
@@ -16,7 +20,7 @@ tags: [sparse, padst]
 ---
 # {architecture}, {structure}, density {density:.4g}
 
-Trained sparse by padst_exp, {storage}.
+Trained sparse by `padst_exp` (choices below in the words of its command line), {storage}.
 
 ```python
 {program}
@@ -32,7 +36,13 @@ Trained sparse by padst_exp, {storage}.
 
 Speed was not measured for this card; `padst_exp.inference.tune` measures it where the model runs.
 """
+DENSE = "stored dense, with zeros where there are no weights"
 METRICS = ("perplexity", "top1", "top5")
+
+
+def is_original(restored: RestoredRun) -> bool:
+    """Whether the model of a run is what its constructor makes, and no transform of it."""
+    return bool(restored.config.transform._target_.endswith(f".{NoTransform.__name__}"))
 
 
 def require_no_transform(restored: RestoredRun, library: str) -> None:
@@ -41,8 +51,8 @@ def require_no_transform(restored: RestoredRun, library: str) -> None:
     Raises:
         UserError: in one line.
     """
-    transform = restored.config.transform._target_
-    if not transform.endswith(f".{NoTransform.__name__}"):
+    if not is_original(restored):
+        transform = restored.config.transform._target_
         raise UserError(
             f"format: expected packed or dense for a model with transform {transform}, which "
             f"{library} does not have, got {library}"
@@ -69,12 +79,12 @@ def model_card(
         storage: how weights lie in the file, in words.
         program: that loads it.
     """
-    report, config = restored.report, restored.config
+    report = restored.report
+    config = cast(dict[str, object], OmegaConf.to_container(restored.config, resolve=True))
+    structure = structure_label(config["structure"])
     facts = {
-        "structure": report.structure,
-        "permutation": _short(config.permutation._target_),
-        "algorithm": _short(config.dst._target_),
-        "data": _short(config.dataset._target_),
+        "structure": structure,
+        **{group: option(group, config[group]) for group in ("permutation", "dst", "dataset")},
         "optimizer steps": restored.step,
         **{
             name: f"{value:.4g}"
@@ -104,12 +114,8 @@ def model_card(
         architecture=architecture,
         storage=storage,
         program=program,
-        structure=report.structure,
+        structure=structure,
         density=report.density("layers"),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         scopes="\n".join(scopes),
     )
-
-
-def _short(target: str) -> str:
-    return target.rpartition(".")[2]

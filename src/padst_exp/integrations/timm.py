@@ -15,7 +15,7 @@ from torch import nn
 from padst_exp.data.task import Classification
 from padst_exp.errors import UserError
 from padst_exp.files import reason
-from padst_exp.integrations.model_card import model_card, require_no_transform
+from padst_exp.integrations.model_card import DENSE, model_card, require_no_transform
 from padst_exp.restore import RestoredRun, plain_model
 
 # What timm's constructors call the keys of ours that they have. What is not in here, timm's model
@@ -93,7 +93,7 @@ def timm_files(
         architecture=architecture,
         library="timm",
         task="image-classification",
-        storage="stored dense, with zeros where there are no weights",
+        storage=DENSE,
         program=PROGRAM,
     )
     return {"config.json": text, "README.md": card}

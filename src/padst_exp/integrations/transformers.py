@@ -9,6 +9,7 @@ of a model that was loaded. To transformers, packed layers are a way of quantiza
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from padst_exp.inference.files import (
     DESCRIPTION,
     FORMAT,
     Layer,
+    guards,
     read_description,
     read_tensors,
 )
@@ -99,6 +101,8 @@ class PadstQuantizer(HfQuantizer):
             layers = {name.removeprefix(prefix): layer for name, layer in layers.items()}
             put_layers(model, layers, state, paths[0])
         self.quantization_config.layers = layers
+        known = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*known, *map(re.escape, guards(layers))}
         for name in layers:
             _prepare(model.get_submodule(name), dtype)
         _require_fit(model, state, paths[0])
@@ -108,6 +112,12 @@ class PadstQuantizer(HfQuantizer):
         for part in model.modules():
             if isinstance(part, PackedTiles):
                 part.column_pointer.zero_()  # in no file: it was filled with whatever was there
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """What `save_pretrained` writes."""
+        return {**model.state_dict(), **guards(self.quantization_config.layers)}, {}
 
     def is_serializable(self) -> bool:
         return True

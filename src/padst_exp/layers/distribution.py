@@ -26,7 +26,7 @@ def layer_densities(
         UserError: `density` is outside (0, 1], or a pattern is wrong.
     """
     if not 0 < density <= 1:
-        raise UserError(f"sparsity: expected a number in [0, 1), got {1 - density:.6g}")
+        raise UserError(f"density: expected a number in (0, 1], got {density:.6g}")
     if isinstance(distribution, Mapping):
         return _explicit(shapes, density, distribution)
     if distribution == "uniform":
