@@ -19,6 +19,7 @@ OTHERS = {
     "atomic": {"replacing", "own_descriptor", "sync"},  # write
     "files": {"sha256", "_no_content"},  # parts of the one function, and of its blocks
     "cli": {"_undecodable"},  # looks for the line of an error in conf/
+    "config": {"option_node"},  # our own conf/
     "messages": {"outlive_readers", "_to_nowhere"},  # open nothing
     "processes": {"_place", "_started"},  # /proc
     "memory": {"total_memory"},  # of the control group
@@ -46,7 +47,7 @@ OTHERS = {
     "report.plan": {"_own_dim"},  # our own conf/
     "report.runs": {"_entry"},  # a line of what was read
     "report.store": {"_sweeper"},  # our own conf/
-    "sweeps.local": {"_start", "_failure"},  # what our own processes say
+    "sweeps.local": {"_run", "_failure"},  # what our own processes say
     "sweeps.sweep": {"record"},  # writes
     "data.text": {"__init__"},  # our own asset
 }
