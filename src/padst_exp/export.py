@@ -34,6 +34,8 @@ class ExportSchema:
             plain transformers, "timm" for plain timm, dense too.
         out: folder to write; null is `export`, or `export-<format>` if not packed, in the run.
         overwrite: whether an earlier export there may be replaced.
+        measure: whether the model card says how fast a forward pass of these samples is here,
+            beside dense.
         batch_size: of the validation samples with which the export is compared with the run.
         device: "auto" takes the GPU where there is one.
         trust: packages other than ours whose constructors the run's config may name.
@@ -45,6 +47,7 @@ class ExportSchema:
     format: Literal["packed", "dense", "timm", "transformers"]
     out: str | None
     overwrite: bool
+    measure: bool
     batch_size: int
     device: Device
     trust: str | tuple[str, ...]
@@ -52,6 +55,8 @@ class ExportSchema:
 
     def __post_init__(self) -> None:
         require(self.out != "", "out", repr(self.out), "a folder")
+        cards = "true with format=transformers, whose card says so"
+        require(not self.measure or self.format == "transformers", "measure", self.measure, cards)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
 
@@ -126,7 +131,8 @@ def export(keys: ExportSchema, world: World) -> tuple[Path, dict[str, Any]]:
     layers, metrics = pack(model), _metrics(restored)
     state, extra = model.state_dict(), {}
     if keys.format == "transformers":
-        extra = hub_files(restored, layers, metrics)
+        speed = _speed(model, samples) if keys.measure else None
+        extra = hub_files(restored, layers, metrics, speed)
         state |= files.guards(layers)
     if plain is not None:
         # Copies: a plain load_state_dict wants tied weights under each of their names.
@@ -204,6 +210,25 @@ def _call(node: DictConfig, **more: object) -> dict[str, Any]:
     assert isinstance(plain, dict)
     target = plain.pop("_target_")
     return {"_target_": target, "arguments": {**plain, **more}}
+
+
+def _speed(model: nn.Module, samples: Tensor) -> str:
+    """How fast a copy of a packed model is here, once tuned, beside the dense one, in words."""
+    import copy
+
+    import torch
+
+    from padst_exp.inference import tune
+
+    report = tune(copy.deepcopy(model), samples)
+    shape = " x ".join(map(str, samples.shape))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    threads = f", threads: {torch.get_num_threads()}" if samples.device.type == "cpu" else ""
+    return (
+        f"A forward pass of {shape} took {1e3 * report.seconds[report.form]:.3g} ms in the form "
+        f"that `padst_exp.inference.tune` picked ({report.form}), {report.speedup:.2f} times as "
+        f"fast as the dense model beside it: {dtype}, {report.device}{threads}."
+    )
 
 
 def _samples(restored: RestoredRun, batch_size: int) -> Tensor:

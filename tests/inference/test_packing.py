@@ -344,12 +344,44 @@ def test_a_loaded_model_is_a_backbone_under_ddp_with_its_defaults(tmp_path: Path
         distributed.destroy_process_group()
 
 
-def test_gradients_are_refused() -> None:
-    for structure in ("block-8", "unstructured"):
-        model = sparse_model("vit", structure)
-        pack(model)
-        with pytest.raises(ValueError, match="inference only"):
-            model(example("vit").requires_grad_())
+@pytest.mark.parametrize("structure", ["nm-16", "unstructured", "conv"])
+def test_gradients_are_those_of_the_dense_weight(structure: str) -> None:
+    """In what is stored, which is all that a step of an optimizer changes; and in the input."""
+    if structure == "conv":
+        torch.manual_seed(0)
+        model: nn.Module = nn.Sequential(nn.Conv2d(3, 10, 3, padding=1))
+        sparsify(model, [Rule("0")], structure=STRUCTURES["nm-16"], density=0.3)
+        x = torch.randn(2, 3, 7, 5)
+    else:
+        model, x = sparse_model("vit", structure, "random", low_rank=2), example("vit")
+    pack(model)
+    dense = copy.deepcopy(model)
+    for layer in packed_layers(dense):
+        replace_module(dense, layer, layer.dense())
+    outputs = []
+    for each in (model, dense):
+        inputs = x.clone().requires_grad_()
+        y = each.requires_grad_()(inputs)
+        y.square().sum().backward()
+        assert inputs.grad is not None
+        outputs.append((y.detach(), inputs.grad))
+    for found, expected in zip(*outputs, strict=True):
+        assert_equal(found, expected, structure)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    for name, layer in packed.items():
+        whole = dense.get_submodule(name).weight.grad
+        assert isinstance(whole, torch.Tensor)
+        flat = whole.permute(0, *range(2, whole.dim()), 1).flatten(1)
+        first = 0
+        for part in layer.weights():
+            gradient = part.values.grad
+            assert gradient is not None
+            where, own = copy.deepcopy(part), copy.deepcopy(part)
+            where.values.data.fill_(1)
+            own.values.data.copy_(gradient)
+            rows = slice(first, first + part.out_features)
+            assert_equal(own.matrix().detach(), flat[rows] * where.matrix().detach(), name)
+            first += part.out_features
 
 
 def test_soft_choices_are_refused_before_anything_changes_and_hardened_if_asked() -> None:

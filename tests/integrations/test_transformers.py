@@ -1,6 +1,7 @@
 """Packed language models in transformers itself: loaded, generating, saved again, damaged."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -22,6 +25,7 @@ from from_yaml import asked
 from hostile import trained_run
 from inference.small_models import assert_equal
 from inference.test_export import make_run
+from padst_exp.dispatch import device_name
 from padst_exp.engine.distributed import World
 from padst_exp.errors import UserError
 from padst_exp.export import ExportSchema, export
@@ -76,7 +80,6 @@ def test_it_computes_what_the_run_does_and_generates(run: Path, folder: Path) ->
     with torch.no_grad():
         assert_equal(model(inputs).logits, trained(inputs), run)
     assert any(isinstance(module, PackedLinear) for module in model.modules())
-    assert not model.hf_quantizer.is_trainable
     for ours in (restore(folder, World()).model, load(folder)):
         assert_equal(model(inputs).logits, ours(inputs), "our own loader")
     # Its cache of keys and values changes nothing.
@@ -111,6 +114,27 @@ def test_what_is_saved_again_is_the_same(folder: Path, tmp_path: Path) -> None:
     again = loaded(tmp_path / "parts")
     assert all(map(torch.equal, again.state_dict().values(), first.state_dict().values()))
     assert_equal(again(tokens()).logits, first(tokens()).logits, "parts")
+
+
+def test_a_packed_model_is_fine_tuned_by_trainer(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = loaded(folder)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    before = {n: m.matrix() for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=8, per_device_train_batch_size=2, learning_rate=0.02,
+        logging_steps=1, save_steps=4, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in tokens()]
+    trainer = Trainer(model.requires_grad_(), arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    model.requires_grad_(False).eval()
+    for name, matrix in before.items():
+        after = model.get_submodule(name).matrix()
+        assert not torch.equal(after, matrix) and torch.equal(after != 0, matrix != 0)
+    assert_equal(loaded(tmp_path / "run/checkpoint-8")(tokens()).logits, model(tokens()).logits, "")
 
 
 def test_plain_transformers_refuses_what_it_would_start_at_random(
@@ -173,6 +197,16 @@ def test_card_and_tokens(run: Path, folder: Path) -> None:
     assert theirs.decode(theirs(WORDS)["input_ids"]) == WORDS
     assert theirs.model_max_length == 16
     assert exported(run, overwrite=True) == folder
+
+
+def test_a_card_says_how_fast_it_was_where(run: Path, tmp_path: Path) -> None:
+    card = (exported(run, measure=True, out=str(tmp_path / "out")) / "README.md").read_text()
+    found = re.search(
+        r"^A forward pass of 1 x 16 took .* as fast as .*: float32, (.*)$", card, re.M
+    )
+    assert found and device_name(torch.device("cpu")) in found[1]
+    with pytest.raises(UserError, match=r"^measure: expected true with format=transformers"):
+        exported(run, measure=True, format="dense")
 
 
 def changed_tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

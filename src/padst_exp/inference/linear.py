@@ -1,4 +1,4 @@
-"""Layers of a trained sparse model: packed weights, permutations folded in, no gradients.
+"""Layers of a trained sparse model: packed weights, permutations folded in, for inference first.
 
 Shape letters: I and O features in and out, r rank of a companion.
 """
@@ -22,6 +22,10 @@ Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
 class PackedLinear(nn.Module):
     """y = W x + U V x + b: x `[..., I]` to `[..., O]`, in the dtype of W or of autocast.
 
+    Parameters need no gradient until `requires_grad_()`. A pass in which x or one of them does is
+    one of the dense weight, whose zeros stay, in the time and memory that dense layers take:
+    enough to fine-tune it, or what lies before it. Fast sparse training is that of a run.
+
     Args:
         parts: W; several where projections of one input are too different to run as one product,
             their outputs are concatenated.
@@ -31,9 +35,6 @@ class PackedLinear(nn.Module):
     Attributes:
         backend: what multiplies, one of `backends`. Plain PyTorch until something else is proven
             to be as right and faster.
-
-    Raises:
-        ValueError: x requires a gradient while gradients are on.
     """
 
     bias: Tensor | None
@@ -52,18 +53,21 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return self._forward(x)
-        if x.requires_grad:
-            raise ValueError("x requires a gradient, but an exported layer is for inference only")
+        if x.requires_grad or any(parameter.requires_grad for parameter in self.parameters()):
+            return self._forward(x, dense=True)
         with torch.no_grad():
             return self._forward(x)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, *, dense: bool = False) -> Tensor:
         # Attributes of a module are found slowly; with few tokens that shows.
         weights, backend = self.weights(), self.backend
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else weights[0].values.dtype
         x = x.to(dtype)
+        if dense:
+            shift = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(x, self.matrix().to(dtype), shift)
         outputs = [weight.product(x, backend) for weight in weights]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         # In place: y is ours, and a second one of its size costs more than the sum.
@@ -131,9 +135,9 @@ class PackedConv2d(PackedLinear):
         super().__init__(parts, bias, companion)
         self.window = window
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, *, dense: bool = False) -> Tensor:
         patches, size = self.window.patches(x)
-        return super()._forward(patches).unflatten(1, size).permute(0, 3, 1, 2)
+        return super()._forward(patches, dense=dense).unflatten(1, size).permute(0, 3, 1, 2)
 
     @property
     def weight(self) -> Tensor:

@@ -49,7 +49,10 @@ def is_language_model(restored: RestoredRun) -> bool:
 
 
 def hub_files(
-    restored: RestoredRun, layers: Mapping[str, Layer] | None, metrics: Mapping[str, float]
+    restored: RestoredRun,
+    layers: Mapping[str, Layer] | None,
+    metrics: Mapping[str, float],
+    speed: str | None = None,
 ) -> dict[str, str]:
     """The text of each file by name.
 
@@ -57,6 +60,7 @@ def hub_files(
         restored: a language model, packed.
         layers: its packed layers, as `pack` described them; None: it is stored dense.
         metrics: of the checkpoint, by name.
+        speed: for the card, as in `model_card`.
     """
     config = copy.deepcopy(configuration_of(restored.model))
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
@@ -87,6 +91,7 @@ def hub_files(
         task="text-generation",
         storage=DENSE if layers is None else PACKED,
         program=PROGRAM if layers is None else IMPORT + PROGRAM,
+        speed=speed,
     )
     return files
 

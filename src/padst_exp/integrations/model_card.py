@@ -34,8 +34,12 @@ Trained sparse by `padst_exp` (choices below in the words of its command line), 
 |---|---|---|---|
 {scopes}
 
-Speed was not measured for this card; `padst_exp.inference.tune` measures it where the model runs.
+{speed}
 """
+NOT_MEASURED = (
+    "Speed was not measured for this card; `padst_exp.inference.tune` measures it where the model "
+    "runs."
+)
 DENSE = "stored dense, with zeros where there are no weights"
 METRICS = ("perplexity", "top1", "top5")
 
@@ -68,6 +72,7 @@ def model_card(
     task: str,
     storage: str,
     program: str,
+    speed: str | None = None,
 ) -> str:
     """Its text.
 
@@ -78,6 +83,7 @@ def model_card(
         library, task: of the hub.
         storage: how weights lie in the file, in words.
         program: that loads it.
+        speed: what was measured, and where, in words; None: nothing.
     """
     report = restored.report
     config = cast(dict[str, object], OmegaConf.to_container(restored.config, resolve=True))
@@ -114,6 +120,7 @@ def model_card(
         architecture=architecture,
         storage=storage,
         program=program,
+        speed=speed or NOT_MEASURED,
         structure=structure,
         density=report.density("layers"),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),

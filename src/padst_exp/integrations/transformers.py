@@ -76,8 +76,9 @@ class PadstConfig(QuantizationConfigMixin):
 class PadstQuantizer(HfQuantizer):
     """Puts packed layers where dense ones are; transformers then fills them like any others.
 
-    What a file holds is checked before that as `padst_exp.inference.load` checks it. The model is
-    for inference: its layers keep no gradient.
+    What a file holds is checked before that as `padst_exp.inference.load` checks it. No parameter
+    needs a gradient until `model.requires_grad_()`: training then changes values and leaves the
+    topology, see `padst_exp.inference.PackedLinear`.
     """
 
     requires_calibration = True
@@ -124,7 +125,12 @@ class PadstQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether `Trainer` may train without adapters."""
+        return True
 
 
 def pack_pretrained(model: PreTrainedModel) -> None:
