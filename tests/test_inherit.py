@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from from_yaml import asked
 from padst_exp import dispatch
 from padst_exp.config import config_dir
 from padst_exp.data.task import Task
@@ -97,10 +98,8 @@ def run(folder: Path, *overrides: str, hard: bool = False, seed: int = 7) -> Pat
 
 
 def exported(folder: Path, out: Path, form: Any) -> Path:
-    keys = ExportSchema(
-        run=str(folder), format=form, out=str(out), overwrite=False, device="cpu", trust=(),
-        changes=(), batch_size=1,
-    )  # fmt: skip
+    own = {"run": str(folder), "format": form, "out": str(out), "device": "cpu"}
+    keys = asked("export", ExportSchema, **own)
     return export(keys, World())[0]
 
 

@@ -35,9 +35,8 @@ def evaluated(path: Path, *changes: str, batch_size: int | None = None) -> dict[
 
 
 def exported(path: Path, *changes: str, out: str | None = None, **keys: Any) -> Path:
-    rest: dict[str, Any] = {"format": "packed", "overwrite": True, "batch_size": 3, **keys}
-    schema = ExportSchema(run=str(path), out=out, device="cpu", trust=(), changes=changes, **rest)
-    return export(schema, World())[0]
+    own = {"out": out, "overwrite": True, "batch_size": 3, "device": "cpu", "changes": changes}
+    return export(asked("export", ExportSchema, run=str(path), **own | keys), World())[0]
 
 
 @pytest.fixture(scope="module")

@@ -39,15 +39,8 @@ def evaluated(path: Path, **changes: Any) -> dict[str, float]:
 
 
 def exported(path: Path, out: Path | None = None, **changes: Any) -> Path:
-    values = {
-        "format": "packed",
-        "out": out and str(out),
-        "overwrite": True,
-        "batch_size": 1,
-        **KEYS,
-        **changes,
-    }
-    return export(ExportSchema(run=str(path), **values), World())[0]
+    values = {"out": out and str(out), "overwrite": True, **KEYS, **changes}
+    return export(asked("export", ExportSchema, run=str(path), **values), World())[0]
 
 
 def analysed(path: Path) -> None:

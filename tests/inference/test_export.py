@@ -102,15 +102,7 @@ def make_run(
 
 
 def keys(run: Path, **changes: Any) -> ExportSchema:
-    values = {
-        "format": "packed",
-        "out": None,
-        "overwrite": False,
-        "batch_size": 1,
-        **KEYS,
-        **changes,
-    }
-    return ExportSchema(run=str(run), **values)
+    return asked("export", ExportSchema, run=str(run), **KEYS | changes)
 
 
 def metrics_of(run: Path, batch_size: int | None = None, **changes: Any) -> dict[str, float]:
