@@ -1,5 +1,6 @@
 """Packed language models in transformers itself: loaded, generating, saved again, damaged."""
 
+import copy
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -197,6 +199,30 @@ def test_card_and_tokens(run: Path, folder: Path) -> None:
     assert theirs.decode(theirs(WORDS)["input_ids"]) == WORDS
     assert theirs.model_max_length == 16
     assert exported(run, overwrite=True) == folder
+
+
+def test_a_card_stays_with_a_model_that_is_saved_or_pushed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported(run, out=str(tmp_path / "out"))
+    card, model = (folder / "README.md").read_text(), copy.deepcopy(loaded(folder))
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card
+    pushed: dict[str, str] = {}
+
+    def upload(self: Any, repo_id: str, operations: Any, **unused: Any) -> Any:
+        """What would go to the hub, which cannot be reached from everywhere."""
+        pushed.update({each.path_in_repo: each.path_or_fileobj for each in operations})
+        pushed["card"] = Path(pushed["README.md"]).read_text()
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **unused: RepoUrl(f"hf.co/{name}"))
+    monkeypatch.setattr(HfApi, "create_commit", upload)
+    monkeypatch.setattr(ModelCard, "load", lambda *unused, **more: ModelCard("an older one"))
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(2)
+    model.push_to_hub("me/mine")
+    assert {"config.json", "model.safetensors", "README.md"} <= pushed.keys()
+    assert pushed["card"].startswith(card) and "Trained further since" in pushed["card"]
 
 
 def test_a_card_says_how_fast_it_was_where(run: Path, tmp_path: Path) -> None:

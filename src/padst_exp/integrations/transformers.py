@@ -4,13 +4,15 @@ import padst_exp.integrations.transformers
 model = AutoModelForCausalLM.from_pretrained("runs/mine/export-transformers")
 
 The folder is written by `python -m padst_exp.export format=transformers`, or by `save_pretrained`
-of a model that was loaded. To transformers, packed layers are a way of quantization.
+of a model that was loaded, which keeps its model card. To transformers, packed layers are a way of
+quantization.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from padst_exp.errors import UserError, require
+from padst_exp.files import reading
 from padst_exp.inference.files import (
     DESCRIPTION,
     FORMAT,
@@ -38,6 +41,7 @@ from padst_exp.inference.weights import PackedEntries, PackedTiles
 
 NAME = "padst"
 KEY = "quantization_config"
+CARD = "README.md"
 
 
 @register_quantization_config(NAME)
@@ -83,6 +87,7 @@ class PadstQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: PadstConfig
+    card: str | None = None
 
     def _process_model_before_weight_loading(
         self,
@@ -104,6 +109,9 @@ class PadstQuantizer(HfQuantizer):
         self.quantization_config.layers = layers
         known = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*known, *map(re.escape, guards(layers))}
+        if (beside := paths[0].with_name(CARD)).is_file():
+            with reading("from_pretrained", beside, "UTF-8 text"):
+                self.card = beside.read_text("utf-8")
         for name in layers:
             _prepare(model.get_submodule(name), dtype)
         _require_fit(model, state, paths[0])
@@ -113,6 +121,8 @@ class PadstQuantizer(HfQuantizer):
         for part in model.modules():
             if isinstance(part, PackedTiles):
                 part.column_pointer.zero_()  # in no file: it was filled with whatever was there
+        if self.card is not None:
+            _keep_card(model, self.card)
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -150,6 +160,30 @@ def pack_pretrained(model: PreTrainedModel) -> None:
     for name, value in attributes.items():  # as from_pretrained leaves them
         setattr(model, name, value)
     quantizer.postprocess_model(model)
+
+
+def _keep_card(model: PreTrainedModel, card: str) -> None:
+    """Let it be saved and pushed with the model; transformers itself would push a template's."""
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
+    for method in ("save_pretrained", "_upload_modified_files"):
+        setattr(model, method, partial(_with_card, model, method, card, versions))
+
+
+def _with_card(
+    model: PreTrainedModel,
+    method: str,
+    card: str,
+    versions: Mapping[str, int],
+    folder: str | Path,
+    *arguments: Any,
+    **options: Any,
+) -> Any:
+    """Call a method of the class of `model` that is about a folder, with the card in there."""
+    if any(p._version != versions.get(name) for name, p in model.named_parameters()):
+        card += "\nTrained further since: what was measured is of the model before.\n"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / CARD).write_text(card, "utf-8")
+    return getattr(type(model), method)(model, folder, *arguments, **options)
 
 
 def _read_all(paths: Sequence[Path]) -> dict[str, Tensor]:
