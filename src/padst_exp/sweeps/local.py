@@ -82,7 +82,7 @@ class Pool:
         running: list[_Running] = []
         failures: dict[int, str | None] = {}
         board = Board(len(left), size)
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // size)))
+        threads = max(1, cores() // size)
         self.logs.mkdir(parents=True, exist_ok=True)
         try:
             with Interruption() as interruption:
@@ -94,7 +94,7 @@ class Pool:
                             each.send(interruption.signum)
                     while left and len(running) < size:
                         free = next(n for n in range(size) if all(n != r.slot for r in running))
-                        running.append(self._start(*left.pop(0), free))
+                        running.append(self._start(*left.pop(0), free, threads))
                     board.show(running=len(running))
                     time.sleep(POLL_S)
                     for each in [r for r in running if r.process.exitcode is not None]:
@@ -113,12 +113,12 @@ class Pool:
                 each.process.join()
         return [failures[number] for number in sorted(failures)]
 
-    def _start(self, number: int, command: Sequence[str], slot: int) -> _Running:
+    def _start(self, number: int, command: Sequence[str], slot: int, threads: int) -> _Running:
         gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
         log = self.logs / f"{number}.log"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
-        process = context.Process(target=_run, args=(command, log.absolute(), gpu))
+        process = context.Process(target=_run, args=(command, log.absolute(), gpu, threads))
         process.start()
         return _Running(number, process, slot, log)
 
@@ -179,7 +179,7 @@ def command(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
     return ["padst_exp.train", *own, *overrides, "hydra.mode=RUN"]
 
 
-def _run(command: Sequence[str], log: Path, gpu: str | None) -> None:
+def _run(command: Sequence[str], log: Path, gpu: str | None, threads: int) -> None:
     """In a process that was just made: what `python -m` does, with output in `log`."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "ab") as file:
@@ -187,6 +187,10 @@ def _run(command: Sequence[str], log: Path, gpu: str | None) -> None:
         os.dup2(file.fileno(), 2)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if torch := sys.modules.get("torch"):  # which has read it where it was imported before
+            torch.set_num_threads(threads)
     module = importlib.import_module(command[0])
     sys.argv = [str(module.__file__), *command[1:]]
     try:
