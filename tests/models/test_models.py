@@ -69,6 +69,17 @@ def test_layer_scale_starts_where_it_is_told() -> None:
     assert torch.equal(model.blocks[0].ls1.gamma, torch.full((16,), 1e-4))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama_60m"])
+def test_fresh_weights_spread_as_told(name: str) -> None:
+    mlp = {"mlp_dim": 64} if name == "llama_60m" else {}
+    model = build(small(name, dim=64, init_std=0.5, **mlp), "model", SMALL_TEXT)
+    inner = model.transformer.h[0].mlp.c_fc if name == "gpt2" else model.model.layers[0].mlp.up_proj
+    assert inner.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    assert mistake(small(name, init_std=0, **mlp), SMALL_TEXT) == (
+        "model.init_std: expected a number above 0, got 0.0"
+    )
+
+
 def test_weights_from_a_file(tmp_path: Path) -> None:
     for name, body in (("vit", "mlp.fc1"), ("mixer", "mlp_tokens.fc1")):
         check_weights_from_a_file(name, f"blocks.1.{body}.weight", tmp_path)

@@ -167,6 +167,23 @@ def test_processes_run_side_by_side_and_fail_each_for_itself(
     assert "2 of 4 done, 0 running, 2 failed" in said
 
 
+def test_the_program_of_a_sweep_is_not_begun_anew_in_its_runs(tmp_path: Path) -> None:
+    (tmp_path / "programs.py").write_text("def main(): print('ran')")
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+print("begun", __name__, flush=True)
+if __name__ == "__main__":
+    from pathlib import Path
+    from padst_exp.sweeps import local
+    local.IMPORTED = []
+    pool = local.Pool(size=1, gpus=[], logs=Path({str(tmp_path)!r}), label=str, outcome=str)
+    assert pool.run([["programs"]]) == [None]
+""")
+    done = subprocess.run([sys.executable, program], env=environment(), capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"begun __main__\n"), done.stderr
+    assert (tmp_path / "0.log").read_text() == "ran\n"
+
+
 def test_who_asks_a_sweep_to_end_asks_its_runs(tmp_path: Path) -> None:
     """They save their work; what waits is not begun, and the sweep ends as they do."""
     (tmp_path / "programs.py").write_text(PROGRAMS)

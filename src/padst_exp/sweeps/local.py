@@ -10,10 +10,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import ModuleType
 
 from padst_exp.engine.interruption import Interrupted, Interruption
 from padst_exp.errors import UserError
@@ -119,7 +121,8 @@ class Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
         process = context.Process(target=_run, args=(command, log.absolute(), gpu, threads))
-        process.start()
+        with _no_main():
+            process.start()
         return _Running(number, process, slot, log)
 
     def _failure(self, ended: _Running) -> str | None:
@@ -142,6 +145,16 @@ class Pool:
         else:
             board.count(failed=True, running=running)
             say(f"{board}: {what} failed: {failure} (all it said: {ended.log})")
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Without the program that runs, which multiprocessing would import anew in each process."""
+    program, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 def cores() -> int:
