@@ -113,6 +113,29 @@ def test_what_every_image_says_is_in_the_interval(sweep: Path, tmp_path: Path) -
     _, page = report(folder, tmp_path / "out")
     markdown = (tmp_path / "out" / "tables" / "small_one.md").read_text()
     assert "with items" in page and "with items" in markdown.split("\n")[2]
+    # It stays when runs are gone: what their items said lies beside the table.
+    gone = shutil.copytree(folder, tmp_path / "fewer")
+    for path in gone.glob("run-nm_learned-*"):
+        shutil.rmtree(path)
+    (gone / "sweeps" / "small_one.jsonl").unlink()
+    report(gone, tmp_path / "out")
+    assert (tmp_path / "out" / "tables" / "small_one.md").read_text() == markdown
+    kept = tmp_path / "out" / "tables" / "small_one.safetensors"
+    content = kept.read_bytes()
+    for name in (
+        "empty",
+        "half",
+        "a little short",
+        "zeros",
+        "deep",
+        "a folder",
+        "a pipe",
+        "no end",
+    ):
+        DAMAGED[name](kept)
+        with pytest.raises(UserError, match=r"^out: expected outcomes of items that a report"):
+            report(gone, tmp_path / "out")
+        undone(kept, content)
     # What cannot be read, or is not what training writes, is known of nobody.
     (path,) = folder.glob("run-nm_learned-3*")
     sound = (path / "outcomes.npy").read_bytes()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from padst_exp.report import published, statistics, store
 from padst_exp.report.published import Published
 from padst_exp.report.statistics import Closure, Difference, Floats, Interval, Sample
 from padst_exp.report.store import Row, learned
 
-Outcomes = Callable[[Row], Floats | None]
+Outcomes = Mapping[str, Floats]
 UPPER, LOWER, PLAIN = "rigl", "random", "none"
 """Arms that span the gap to close, and one without permutations, where an experiment has them."""
 UNKNOWN = "another"
@@ -112,7 +113,7 @@ def tables(
     papers: Sequence[Published],
     *,
     baseline: str | None = None,
-    outcomes: Outcomes = lambda row: None,
+    outcomes: Outcomes = MappingProxyType({}),
 ) -> list[Table]:
     """Compare the arms of one experiment, at each scale, for each model and data set.
 
@@ -121,7 +122,7 @@ def tables(
         papers: published numbers.
         baseline: arm to pair all others with; None: a learned permutation with a random one, a
             random one with none, of the same structure and algorithm.
-        outcomes: of each item that the run of a row was tested on; None where they are not known.
+        outcomes: by the name of a run, where they are known: of each item that it was tested on.
     """
     whole: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -251,7 +252,10 @@ def _over_items(arm: Arm, base: Arm, outcomes: Outcomes) -> Interval | None:
     if len(seeds) < statistics.FEWEST:
         return None
     both = [
-        [outcomes(next(row for row in one.rows if row["seed"] == seed)) for seed in seeds]
+        [
+            outcomes.get(next(row["run"] for row in one.rows if row["seed"] == seed))
+            for seed in seeds
+        ]
         for one in (arm, base)
     ]
     known = [[each for each in own if each is not None] for own in both]

@@ -27,7 +27,7 @@ from padst_exp.files import (
     reason,
 )
 from padst_exp.identity import name_hash
-from padst_exp.report.statistics import figure_of
+from padst_exp.report.statistics import is_figure_of
 
 State = Literal["finished", "unfinished", "not begun", "damaged", "repeat"]
 
@@ -109,9 +109,8 @@ class Run:
         except UserError:
             return None
         metric = str(self.summary.get("monitor"))
-        figure = figure_of(metric, *outcomes.sum(axis=0)[:, None])
         stated = number(self.summary.get("final", {}).get(metric))
-        return outcomes if figure is not None and np.allclose(figure, stated, rtol=1e-4) else None
+        return outcomes if is_figure_of(outcomes, metric, stated) else None
 
     def metrics(self) -> Rows:
         """The rows of its `metrics.jsonl`, none where it cannot be read."""

@@ -266,6 +266,14 @@ def figure_of(metric: str, numerators: Floats, denominators: Floats) -> Floats |
         return figure(numerators / denominators)
 
 
+def is_figure_of(outcomes: Floats, metric: str, stated: object) -> bool:
+    """Whether outcomes of items, `[N, 2]`, make what is stated of a metric, but for rounding."""
+    figure = figure_of(metric, *outcomes.sum(axis=0)[:, None])
+    if figure is None or not isinstance(stated, int | float):
+        return False
+    return bool(np.allclose(figure, stated, rtol=1e-4))
+
+
 def _over_items(outcomes: Floats, metric: str) -> Floats | None:
     """The metric of each model over resampled items: outcomes `[M, N, 2]` to `[R, M]`."""
     models, n, _ = outcomes.shape

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from padst_exp.atomic import replace_text
 from padst_exp.errors import UserError
-from padst_exp.report import compare, page, published, runs, speeds, store, tables
+from padst_exp.report import compare, items, page, published, runs, speeds, store, tables
 
 
 def report(
@@ -49,13 +49,13 @@ def report(
         stored = {name: stored[name] for name in experiments}
     stored = dict(sorted(stored.items(), key=lambda item: _prominence(item[0])))
     by_name = {row["run"]: run for row, run in pairs}
+    outcomes = {
+        name: items.collected(folder / f"{name}.csv", own, by_name) for name, own in stored.items()
+    }
     compared = {
-        name: compare.tables(
-            own, papers, baseline=baseline,
-            outcomes=lambda row: by_name[row["run"]].outcomes() if row["run"] in by_name else None,
-        )
+        name: compare.tables(own, papers, baseline=baseline, outcomes=outcomes[name])
         for name, own in stored.items()
-    }  # fmt: skip
+    }
     if baseline is not None and not any(
         arm.name == baseline for own in compared.values() for table in own for arm in table.arms
     ):
@@ -64,6 +64,7 @@ def report(
     try:
         for name, own in stored.items():
             path = store.write(folder, name, own)
+            items.keep(path, outcomes[name])
             grids = [tables.grid(table) for table in compared[name]]
             replace_text(path.with_suffix(".md"), tables.document(grids, "markdown"))
             replace_text(path.with_suffix(".tex"), tables.document(grids, "latex"))
