@@ -148,7 +148,7 @@ def test_parts_of_two_ranks_go_on_as_one_process(
     assert {path.name for path in files.iterdir()} == {"last.pt", "best.pt", *spoken_of(files)}
     whole = run(World(), tmp_path, "whole", "ddp", **learned())
     run(World(), tmp_path, "left", "fsdp", **learned())
-    assert "resumed with 1 processes instead of 2" in capsys.readouterr().err
+    assert "resumed with 1 process instead of 2" in capsys.readouterr().err
     check_equal_runs(whole, left)
     # What the one process wrote is in one file again.
     assert {path.name for path in files.iterdir()} == {"last.pt", "best.pt"}

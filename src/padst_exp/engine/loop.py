@@ -389,7 +389,8 @@ class _Training:
         """What computes otherwise than before; empty where the rest will be bitwise equal."""
         parts = [changed(saved["environment"], self.numerics)]
         if (then_ranks := len(saved["random"])) != self.world.size:
-            parts.append(f"{self.world.size} processes instead of {then_ranks}")
+            now = f"{self.world.size} process" + ("es" if self.world.size > 1 else "")
+            parts.append(f"{now} instead of {then_ranks}")
         then = {name: pick["backend"] for name, pick in saved["backends"]["picks"].items()}
         other = [name for name, pick in self.picks.items() if then.get(name) != pick.backend]
         if other:
