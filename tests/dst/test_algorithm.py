@@ -197,8 +197,8 @@ def test_static_keeps_everything() -> None:
     assert torch.equal(change.active, topology.active) and carry == 0.5
 
 
-def test_too_few_units_or_all_of_them_leave_nothing_to_decide() -> None:
-    for active, candidates, wanted in [(7, 100, False), (8, 100, True), (100, 100, False)]:
+def test_no_units_or_all_of_them_leave_nothing_to_decide() -> None:
+    for active, candidates, wanted in [(0, 100, False), (1, 100, True), (100, 100, False)]:
         assert rigl().can_change(one_pool(active, candidates)) == wanted
 
 

@@ -171,6 +171,20 @@ def test_unpaired_seeds_single_seeds_ties_and_missing_arms(tmp_path: Path) -> No
     assert "nan" not in tables.markdown(cells).lower() and table.comparisons == 0
 
 
+def test_what_is_there_to_start_from_is_no_replicate(tmp_path: Path) -> None:
+    for seed in range(3):
+        made(tmp_path, f"own-{seed}", 50.0 + seed, overrides=("experiment=structures",), seed=seed)
+    for seed in range(2):
+        swept(tmp_path, "structures", f"own-{seed}", "a", seed)
+    (table,) = compared(tmp_path)
+    assert [sorted(arm.by_seed()) for arm in table.arms] == [[0, 1]]
+    said, _ = report(tmp_path, tmp_path / "out")
+    assert any("own-2: in no sweep" in line for line in said)
+    (tmp_path / "sweeps" / "structures.jsonl").unlink()
+    (table,) = compared(tmp_path)
+    assert [sorted(arm.by_seed()) for arm in table.arms] == [[0, 1, 2]]
+
+
 def test_what_has_no_result_is_listed(tmp_path: Path) -> None:
     made(tmp_path, "whole", 50.0)
     made(tmp_path, "wholly", 50.0, seed=6)

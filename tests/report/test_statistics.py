@@ -130,26 +130,48 @@ def test_gap_closure_is_a_ratio_with_an_interval() -> None:
     noise = np.random.default_rng(1).normal(size=(3, 10))
     lower, upper = 80 + 0.1 * noise[0], 90 + 0.1 * noise[1]
     ours = 82.5 + 0.1 * noise[2]
-    found = gap_closure(by_seed(ours), by_seed(lower), by_seed(upper))
-    assert found is not None and found.interval is not None
+    found = gap_closure(by_seed(ours), by_seed(lower), by_seed(upper), lower_is_better=False)
+    assert found is not None
     assert found.value == pytest.approx((ours - lower).mean() / (upper - lower).mean())
     assert found.interval[0] < found.value < found.interval[1]
     assert found.interval == pytest.approx((0.25, 0.25), abs=0.03)
     # The ends of the scale, exactly; fewer is better as well as more.
     for arm, value in ((lower, 0.0), (upper, 1.0)):
-        end = gap_closure(by_seed(arm), by_seed(lower), by_seed(upper))
+        end = gap_closure(by_seed(arm), by_seed(lower), by_seed(upper), lower_is_better=False)
         assert end is not None and end.value == pytest.approx(value)
-    turned = gap_closure(by_seed(-ours), by_seed(-lower), by_seed(-upper))
+    arms = by_seed(-ours), by_seed(-lower), by_seed(-upper)
+    turned = gap_closure(*arms, lower_is_better=True)
     assert turned is not None and turned.value == pytest.approx(found.value)
+    assert turned.interval == pytest.approx(found.interval)
+    assert gap_closure(*arms, lower_is_better=False) is None  # the upper arm is the worse one
+
+
+def test_fiellers_interval_has_the_true_ratio_as_often_as_it_says() -> None:
+    """Its ends are where a t test of `ours - lower - t (upper - lower)` turns."""
+    random = np.random.default_rng(0)
+    lower, hits = np.zeros(6), []
+    for _ in range(600):
+        upper = 1 + 0.4 * random.normal(size=6)
+        ours = 0.3 + 0.4 * random.normal(size=6)
+        found = gap_closure(by_seed(ours), by_seed(lower), by_seed(upper), lower_is_better=False)
+        if found is None:
+            continue
+        low, high = found.interval
+        hits.append(low <= 0.3 <= high)
+        for end in found.interval:
+            assert stats.ttest_1samp(ours - end * upper, 0).pvalue == pytest.approx(0.05, abs=1e-6)
+    assert len(hits) > 550 and np.mean(hits) == pytest.approx(0.95, abs=0.02)
 
 
 def test_no_gap_is_closed_where_there_is_none() -> None:
     lower = by_seed([80.0, 81, 79, 80.5, 80.2])
     near = {seed: value + (-1) ** seed for seed, value in lower.items()}
-    assert gap_closure(near, lower, near) is None  # the interval of the gap includes zero
-    assert gap_closure(near, lower, lower) is None  # no gap at all
-    assert gap_closure({0: 1.0}, {0: 0.0}, {0: 2.0}) is None  # one seed
-    assert gap_closure({9: 1.0}, lower, lower) is None  # no seed in common
+    assert (
+        gap_closure(near, lower, near, lower_is_better=False) is None
+    )  # the interval of the gap includes zero
+    assert gap_closure(near, lower, lower, lower_is_better=False) is None  # no gap at all
+    assert gap_closure({0: 1.0}, {0: 0.0}, {0: 2.0}, lower_is_better=False) is None  # one seed
+    assert gap_closure({9: 1.0}, lower, lower, lower_is_better=False) is None  # no seed in common
 
 
 def test_the_bootstrap_is_near_scipys_and_the_same_each_time() -> None:

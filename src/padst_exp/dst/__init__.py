@@ -1,6 +1,6 @@
 """Dynamic sparse training: scores, schedules, the drop-and-grow rule, soft selections."""
 
-from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Algorithm, DropGrow, Periodic, Static
+from padst_exp.dst.algorithm import Algorithm, DropGrow, Periodic, Static
 from padst_exp.dst.choosing import SRSTE, TopKAST
 from padst_exp.dst.cht import CH2L3, CH3L3, SoftMagnitude
 from padst_exp.dst.counts import Constant, Counts, Cubic, Elastic, Sigmoid
@@ -23,7 +23,6 @@ __all__ = [
     "CH2L3",
     "CH3L3",
     "DSB",
-    "MIN_DYNAMIC_UNITS",
     "SRSTE",
     "Algorithm",
     "Change",

@@ -16,9 +16,6 @@ from padst_exp.errors import require
 from padst_exp.pools import Trait, best_of_each
 from padst_exp.soft import Learner
 
-# With fewer active units a share of them is not a meaningful choice; such layers stay as drawn.
-MIN_DYNAMIC_UNITS = 8
-
 
 class Algorithm(abc.ABC):
     """Decides when and how topologies change. By itself it never changes one.
@@ -169,7 +166,7 @@ class DropGrow(Periodic):
     def can_change(self, topology: Topology) -> bool:
         shrinks = not torch.equal(topology.counts(), topology.target)
         num_active = len(topology.active)
-        return shrinks or MIN_DYNAMIC_UNITS <= num_active < int(topology.candidates.sum())
+        return shrinks or 0 < num_active < int(topology.candidates.sum())
 
     def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float

@@ -8,7 +8,7 @@ import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
 from torch import Tensor
 
-from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Periodic
+from padst_exp.dst.algorithm import Periodic
 from padst_exp.dst.topology import Change, Signals, Topology
 
 
@@ -31,7 +31,7 @@ class DSB(Periodic):
 
     def can_change(self, topology: Topology) -> bool:
         num_active = len(topology.active)
-        return MIN_DYNAMIC_UNITS <= num_active < int(topology.candidates.sum())
+        return 0 < num_active < int(topology.candidates.sum())
 
     def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float

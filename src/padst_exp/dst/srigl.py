@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from padst_exp.dst.algorithm import MIN_DYNAMIC_UNITS, Periodic
+from padst_exp.dst.algorithm import Periodic
 from padst_exp.dst.topology import Change, Signals, Topology
 from padst_exp.errors import require
 from padst_exp.pools import best_of_each
@@ -51,7 +51,7 @@ class SRigL(Periodic):
 
     def can_change(self, topology: Topology) -> bool:
         num_active = len(topology.active)
-        return MIN_DYNAMIC_UNITS <= num_active < int(topology.candidates.sum())
+        return 0 < num_active < int(topology.candidates.sum())
 
     def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float

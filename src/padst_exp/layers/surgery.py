@@ -275,9 +275,8 @@ class Sides:
         rows, taps = self.cuts[0].geometry.shape[0], self.found.taps
         side: str = learner.side
         if side == "auto":
-            # Fused projections share one input-side matrix, the cheapest there is.
-            fused = len(self.cuts) > 1
-            side = "in" if fused else structure.auto_side(rows, self.found.features)
+            # Fused projections count as one tall weight: they share the input-side matrix.
+            side = structure.auto_side(len(self.cuts) * rows, self.found.features)
         if side in ("in", "both"):
 
             def best_columns(table: Tensor) -> Tensor:

@@ -105,7 +105,12 @@ class Table:
     @property
     def lower_is_better(self) -> bool:
         """Whether less of the metric is better."""
-        return any(word in self.metric for word in ("perplexity", "loss"))
+        return lower_is_better(self.metric)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return any(word in metric for word in ("perplexity", "loss"))
 
 
 def tables(
@@ -243,7 +248,9 @@ def _compared(arm: Arm, arms: Mapping[str, Arm], named: str | None, outcomes: Ou
     lower, upper = _lower(arm, arms), _upper(arms)
     if lower and upper and arm.name not in (lower, upper) and arm.sample:
         ends = (arms[name].by_seed() for name in (lower, upper))
-        arm = replace(arm, closure=statistics.gap_closure(arm.by_seed(), *ends))
+        less = lower_is_better(str(arm.first["metric"]))
+        closure = statistics.gap_closure(arm.by_seed(), *ends, lower_is_better=less)
+        arm = replace(arm, closure=closure)
     return arm
 
 

@@ -137,7 +137,8 @@ def find(folders: Iterable[Path]) -> Found:
     """Read all runs in `folders`; nothing in them is trusted, and nothing is left out in silence.
 
     A run belongs to every experiment whose manifest, `<folder>/sweeps/<experiment>.jsonl`, names
-    it. One that none does is placed by its own config and command line.
+    it. One that none does is placed by its own config and command line, unless its experiment has
+    a manifest: then it is there for others to start from, and has no row of its own.
 
     Raises:
         UserError: a folder is none.
@@ -152,6 +153,7 @@ def find(folders: Iterable[Path]) -> Found:
             raise UserError(f"runs: expected folders of runs, got {folder} (it is a file)")
         runs = {path: read(path) for path in _run_directories(folder)}
         named: set[Path] = set()
+        swept: set[str] = set()
         for manifest in sorted((folder / MANIFESTS).glob("*.jsonl")):
             entries, bad = _entries(manifest)
             problems += bad
@@ -159,9 +161,15 @@ def find(folders: Iterable[Path]) -> Found:
                 path = _newest(folder, name, runs)
                 run = runs.get(path) or Run(path, "not begun", "there is no such folder")
                 named.add(path)
+                swept.add(place.experiment)
                 placed.append((place, _checked(place, run)))
-        rest = [path for path in runs if path not in named]
-        placed += [(_own_place(runs[path]), runs[path]) for path in rest]
+        for path, run in runs.items():
+            if path in named:
+                continue
+            if (place := _own_place(run)).experiment in swept:
+                problems.append(f"{path}: in no sweep, others may start from it")
+            else:
+                placed.append((place, run))
     return Found(tuple(_without_repeats(placed)), tuple(problems))
 
 

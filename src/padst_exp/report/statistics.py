@@ -96,12 +96,12 @@ class Closure:
     Args:
         n: seeds that all three arms have.
         value: the ratio of mean differences.
-        interval: 95% percentile interval over resampled seeds, or None for few seeds.
+        interval: 95%, Fieller's.
     """
 
     n: int
     value: float
-    interval: Interval | None
+    interval: Interval
 
 
 def sample(values: Sequence[float]) -> Sample:
@@ -215,35 +215,51 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def gap_closure(
-    ours: Mapping[int, float], lower: Mapping[int, float], upper: Mapping[int, float]
+    ours: Mapping[int, float],
+    lower: Mapping[int, float],
+    upper: Mapping[int, float],
+    *,
+    lower_is_better: bool,
 ) -> Closure | None:
     """`(ours - lower) / (upper - lower)`, over the seeds that all three arms have.
 
+    Its interval is Fieller's (1954) for the ratio of two means of paired values: what shares t of
+    the gap are compatible with `ours - lower - t (upper - lower)` being zero on average.
+
     Args:
         ours, lower, upper: finite values by seed.
+        lower_is_better: whether less of the metric is better.
 
     Returns:
-        None where the 95% interval of `upper - lower` includes zero, or cannot be told: there is
-        then no gap to close.
+        None where the 95% interval of `upper - lower` includes zero, or cannot be told, or `upper`
+        is the worse one: there is then no gap to close.
     """
     seeds = sorted(ours.keys() & lower.keys() & upper.keys())
     gap = paired(*({seed: arm[seed] for seed in seeds} for arm in (upper, lower)))
     if gap is None or gap.sample.interval is None:
         return None
     low, high = gap.sample.interval
-    if low <= 0 <= high:
+    if low <= 0 <= high or (high < 0) != lower_is_better:
         return None
     x, random, best = (np.array([arm[seed] for seed in seeds]) for arm in (ours, lower, upper))
-    resampled = _resamples(len(seeds))
-    interval = None
-    if resampled is not None:
-        denominators = (best - random)[resampled].mean(axis=1)
-        if (denominators != 0).all():
-            interval = _percentiles((x - random)[resampled].mean(axis=1) / denominators)
-    return Closure(len(seeds), float((x - random).mean() / (best - random).mean()), interval)
+    gained, whole = x - random, best - random
+    interval = _fieller(gained, whole)
+    return Closure(len(seeds), float(gained.mean() / whole.mean()), interval)
 
 
-@cache
+def _fieller(tops: Floats, bottoms: Floats) -> Interval:
+    """Of the ratio of the means of pairs, where the mean of `bottoms` differs from zero."""
+    n = len(tops)
+    critical = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) ** 2 / n
+    (top, both), (_, bottom) = np.cov(tops, bottoms) * critical
+    # The roots t of (mean(tops) - t mean(bottoms))^2 = top - 2 t both + t^2 bottom.
+    a = float(bottoms.mean()) ** 2 - bottom
+    b = float(tops.mean() * bottoms.mean()) - both
+    c = float(tops.mean()) ** 2 - top
+    root = math.sqrt(max(b * b - a * c, 0.0))
+    return float((b - root) / a), float((b + root) / a)
+
+
 def _resamples(n: int) -> NDArray[np.int64] | None:
     """Which of n seeds each resample takes, `[RESAMPLES, n]`: the same at every call."""
     if n < FEWEST:

@@ -159,8 +159,8 @@ def _notes(table: Table) -> Iterator[str]:
         )
     if any(arm.closure for arm in table.arms):
         yield (
-            f"Gap closed: (arm {MINUS} random) / (RigL {MINUS} random), bootstrap over seeds; "
-            "blank where the interval of the gap itself includes zero."
+            f"Gap closed: (arm {MINUS} random) / (RigL {MINUS} random), Fieller's interval; blank "
+            "where the interval of the gap itself includes zero, or RigL is the worse one."
         )
     papers = [row for arm in table.arms for row in arm.papers]
     if papers and not any(arm.comparable for arm in table.arms):
