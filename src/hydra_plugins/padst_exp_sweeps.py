@@ -21,12 +21,16 @@ class ArmsSweeper(Sweeper):
 
     Args:
         params, arms: as in `padst_exp.sweeps.expand`.
+        contrasts: pairs of arms; the report compares them, and nothing here does.
     """
 
     def __init__(
-        self, params: Mapping[str, Any] | None, arms: Mapping[str, Mapping[str, Any]]
+        self,
+        params: Mapping[str, Any] | None,
+        arms: Mapping[str, Mapping[str, Any]],
+        contrasts: Sequence[Sequence[str]],
     ) -> None:
-        self.params, self.arms = params, arms
+        self.params, self.arms, self.contrasts = params, arms, contrasts
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

@@ -5,12 +5,13 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from hostile import DAMAGED, HOSTILE_YAML, undone
 from padst_exp.analysis.masks import connections, mask
@@ -18,7 +19,17 @@ from padst_exp.engine.distributed import World
 from padst_exp.errors import UserError
 from padst_exp.layers import sparse_layers
 from padst_exp.report import __main__ as command
-from padst_exp.report import choices, compare, exhibits, published, runs, store, tables, write
+from padst_exp.report import (
+    choices,
+    compare,
+    exhibits,
+    published,
+    runs,
+    statistics,
+    store,
+    tables,
+    write,
+)
 from padst_exp.report.compare import Table
 from padst_exp.report.pictures import picture
 from padst_exp.restore import restore_run
@@ -101,6 +112,105 @@ def test_arms_are_paired_with_their_controls(sweep: Path) -> None:
     assert closure is not None and closure.value == pytest.approx(3.15 / 6.05)
     (named,) = compared(sweep, baseline="rigl")
     assert {arm.baseline for arm in named.arms} == {"", "rigl"}
+
+
+def lists(experiment: str, contrasts: object, conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be an experiment with five arms and these contrasts."""
+    names = ("nm", "nm_random", "nm_learned", "rigl", "set")
+    sweeper = {"arms": {name: {} for name in names}, "contrasts": contrasts}
+    (conf / "experiment").mkdir(parents=True, exist_ok=True)
+    content = yaml.safe_dump({"hydra": {"sweeper": sweeper}})
+    (conf / "experiment" / f"{experiment}.yaml").write_text(content)
+    monkeypatch.setattr(store, "config_dir", lambda: conf)
+    store._sweeper.cache_clear()
+
+
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    yield
+    store._sweeper.cache_clear()
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_contrasts_are_a_family_of_their_own(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [["rigl", "nm_random"], ["nm_learned", "nm"], ["nm_random", "nm"], ["set", "nm"]]
+    lists("small_one", pairs, tmp_path / "conf", monkeypatch)
+    (table,) = compared(sweep)
+    # There is no run of set, so its contrast is left out.
+    assert [[one.ours, one.theirs] for one in table.contrasts] == pairs[:3]
+    values = {arm.name: arm.by_seed() for arm in table.arms}
+    for one in table.contrasts:
+        apart = [values[one.ours][seed] - values[one.theirs][seed] for seed in range(6)]
+        assert one.difference.sample.mean == pytest.approx(np.mean(apart))
+        assert one.difference.sample.n == 6 and one.swept == table.arms[0].swept
+    ps = [one.difference.p for one in table.contrasts]
+    assert [one.p for one in table.contrasts] == statistics.holm(ps) != ps
+    assert table.comparisons == 2  # of the arms with their controls, which know nothing of it
+    _, page = report(sweep, tmp_path / "out")
+    for name in ("small_one.md", "small_one.tex", "report.html"):
+        text = page if name == "report.html" else (tmp_path / "out/tables" / name).read_text()
+        minus = "$-$" if name.endswith("tex") else tables.MINUS
+        learned = "nm\\_learned" if name != "report.html" else "nm_learned"
+        assert f"{learned} {minus} nm" in text and "small" in text.split("contrasts: top-1")[0]
+        (note,) = re.findall(r"A family of its own, .* its (\d+) comparisons\.", text)
+        assert note == "3" and f"set {minus} nm" not in text
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_contrast_in_several_cells_is_one_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists("cells", [["nm_random", "nm"], ["rigl", "set"]], tmp_path / "conf", monkeypatch)
+    for arm, structure, groups in (
+        ("nm", "nm", ("16", "32")), ("nm_random", "nm", ("16", "32")),
+        ("rigl", "unstructured", ("",)), ("set", "unstructured", ("",)),
+    ):  # fmt: skip
+        for group in groups:
+            for seed in range(3):
+                name, value = f"{arm}{group}-{seed}", 50 + seed + len(arm) * (1 + seed)
+                chosen = {"structure.group": group} if group else {}
+                more = [f"{key}={value}" for key, value in chosen.items()]
+                permutation = RANDOM if arm == "nm_random" else NONE
+                overrides = (f"structure={structure}", permutation, *more)
+                made(tmp_path, name, value, overrides=overrides, seed=seed)
+                swept(tmp_path, "cells", name, arm, seed, swept=chosen)
+    (table,) = compared(tmp_path)
+    grid = tables.contrasts(table)
+    assert grid is not None
+    names = [column.heading for column in grid.columns]
+    assert names[:4] == ["contrast", "swept", "seeds", "difference"]
+    minus = tables.MINUS
+    assert [row[:2] for row in grid.cells] == [
+        (f"nm_random {minus} nm", "structure.group=16"),
+        (f"nm_random {minus} nm", "structure.group=32"),
+        (f"rigl {minus} set", ""),
+    ]
+    assert "its 3 comparisons" in grid.notes[0]
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_contrast_of_what_is_no_arm_is_named(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = "hydra.sweeper.contrasts: expected two arms of experiment=small_one"
+    for wrong, message in (
+        ([["nm", "rigl"], ["nm_lerned", "nm"]],
+         f"{two}; did you mean nm_learned?, got ['nm_lerned', 'nm']"),
+        ([["nm", "nm"]], f"{two}, got ['nm', 'nm']"),
+        ([["nm"]], f"{two}, got ['nm']"),
+        ([["nm", {"a": 1}]], f"{two}; known: nm, nm_learned, nm_random, rigl, set, got ['nm', "),
+        (["nm"], f"{two}, got 'nm'"),
+        ("nm\nrigl", "hydra.sweeper.contrasts: expected pairs of arms, got 'nm\\nrigl'"),
+    ):  # fmt: skip
+        lists("small_one", wrong, tmp_path / "conf", monkeypatch)
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+            report(sweep, tmp_path / "out")
+    for nothing in (None, []):
+        lists("small_one", nothing, tmp_path / "conf", monkeypatch)
+        (table,) = compared(sweep)
+        assert table.contrasts == () and tables.contrasts(table) is None
 
 
 def test_what_every_image_says_is_in_the_interval(sweep: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from padst_exp.config import GROUPS, build, config_dir, options
+from padst_exp.report import store
 from padst_exp.sweeps import Job, expand, jobs
 from padst_exp.train import run_settings
 
@@ -43,6 +44,13 @@ def test_it_composes_at_every_scale_and_says_how_many_runs_it_is(name: str) -> N
         cfg = composed(jobs[number * (len(jobs) - 1) // 2], scale)
         assert run_settings(cfg).scale == scale
         assert (cfg.runs, cfg.name, cfg.resume) == ("runs", None, "never")
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_its_contrasts_name_its_arms(name: str) -> None:
+    pairs = store.contrasts(name)
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs)
+    assert bool(pairs) == name.startswith("headline_")
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ class Arm:
 
     def words(self, keys: Collection[str]) -> str:
         """What is swept, of some keys."""
-        return " ".join(f"{key}={value}" for key, value in self.swept.items() if key in keys)
+        return _swept_words(self.swept, keys)
 
     def by_seed(self) -> dict[int, float]:
         """The finite values."""
@@ -82,10 +82,33 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Two arms that their experiment lists to be compared, the first less the second.
+
+    Args:
+        swept: what both share of what is swept.
+        ours, theirs: names of the arms.
+        difference: paired by seed.
+        p: of it, adjusted (Holm) for all contrasts of the table.
+    """
+
+    swept: Mapping[str, str]
+    ours: str
+    theirs: str
+    difference: Difference
+    p: float | None = None
+
+    def words(self, keys: Collection[str]) -> str:
+        """What is swept, of some keys."""
+        return _swept_words(self.swept, keys)
+
+
+@dataclass(frozen=True)
 class Table:
     """The arms of an experiment at one scale, of one model on one data set.
 
-    `comparisons` is the size of the family of tests that p values are adjusted for.
+    `comparisons` is the size of the family of tests that p values of arms are adjusted for;
+    `contrasts` are a family of their own.
     """
 
     experiment: str
@@ -95,6 +118,7 @@ class Table:
     metric: str
     arms: tuple[Arm, ...]
     comparisons: int
+    contrasts: tuple[Contrast, ...] = ()
 
     @property
     def varying(self) -> list[str]:
@@ -128,6 +152,9 @@ def tables(
         baseline: arm to pair all others with; None: a learned permutation with a random one, a
             random one with none, of the same structure and algorithm.
         outcomes: by the name of a run, where they are known: of each item that it was tested on.
+
+    Raises:
+        UserError: the experiment lists a contrast of what is no arm of it.
     """
     whole: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -151,8 +178,11 @@ def _table(
 ) -> Table:
     metric = next((row["metric"] for row in rows if row["metric"]), "")
     arms: list[Arm] = []
-    for swept, by_name in _cells(rows):
-        plain = {name: _arm(name, swept, own, metric) for name, own in by_name.items()}
+    cells = [
+        {name: _arm(name, swept, own, metric) for name, own in by_name.items()}
+        for swept, by_name in _cells(rows)
+    ]
+    for plain in cells:
         arms += [_compared(arm, plain, named, outcomes) for arm in plain.values()]
     # An arm that stands in several cells may be compared with another such: that is one test.
     tests = {_test(arm): arm.difference.p for arm in arms if arm.difference}
@@ -163,7 +193,9 @@ def _table(
         for arm in arms
     ]
     comparisons = sum(p is not None for p in adjusted.values())
-    return Table(rows[0]["experiment"], scale, model, dataset, metric, tuple(arms), comparisons)
+    experiment = rows[0]["experiment"]
+    contrasts = _contrasts(store.contrasts(experiment), cells, outcomes)
+    return Table(experiment, scale, model, dataset, metric, tuple(arms), comparisons, contrasts)
 
 
 def _cells(rows: Sequence[Row]) -> list[tuple[dict[str, str], dict[str, list[Row]]]]:
@@ -212,6 +244,10 @@ def _chosen(row: Row) -> dict[str, str]:
     return chosen
 
 
+def _swept_words(swept: Mapping[str, str], keys: Collection[str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in swept.items() if key in keys)
+
+
 def _test(arm: Arm) -> tuple[object, ...]:
     """What is compared, whichever cell it stands in."""
     sample = arm.difference.sample if arm.difference else None
@@ -240,11 +276,7 @@ def _arm(name: str, swept: Mapping[str, str], rows: Sequence[Row], metric: str) 
 def _compared(arm: Arm, arms: Mapping[str, Arm], named: str | None, outcomes: Outcomes) -> Arm:
     base = named if named is not None and named in arms else _baseline(arm, arms)
     if base and base != arm.name:
-        difference = statistics.paired(arm.by_seed(), arms[base].by_seed())
-        if difference is not None:
-            interval = _over_items(arm, arms[base], outcomes)
-            difference = replace(difference, over_items=interval)
-        arm = replace(arm, baseline=base, difference=difference)
+        arm = replace(arm, baseline=base, difference=_difference(arm, arms[base], outcomes))
     lower, upper = _lower(arm, arms), _upper(arms)
     if lower and upper and arm.name not in (lower, upper) and arm.sample:
         ends = (arms[name].by_seed() for name in (lower, upper))
@@ -252,6 +284,38 @@ def _compared(arm: Arm, arms: Mapping[str, Arm], named: str | None, outcomes: Ou
         closure = statistics.gap_closure(arm.by_seed(), *ends, lower_is_better=less)
         arm = replace(arm, closure=closure)
     return arm
+
+
+def _contrasts(
+    pairs: Sequence[tuple[str, str]], cells: Sequence[Mapping[str, Arm]], outcomes: Outcomes
+) -> tuple[Contrast, ...]:
+    """Each pair in every cell that has both arms; two arms that stand in several are one test."""
+    found: dict[tuple[str, ...], Contrast] = {}
+    for ours, theirs in pairs:
+        for arms in cells:
+            if ours not in arms or theirs not in arms:
+                continue
+            both = arms[ours], arms[theirs]
+            test = (ours, theirs, *(row["run"] for arm in both for row in arm.rows))
+            if test in found:
+                shared = dict(found[test].swept.items() & both[0].swept.items())
+                swept = {key: shared[key] for key in both[0].swept if key in shared}
+                found[test] = replace(found[test], swept=swept)
+                continue
+            difference = _difference(*both, outcomes)
+            if difference is not None:
+                found[test] = Contrast(both[0].swept, ours, theirs, difference)
+    adjusted = statistics.holm([contrast.difference.p for contrast in found.values()])
+    return tuple(
+        replace(contrast, p=p) for contrast, p in zip(found.values(), adjusted, strict=True)
+    )
+
+
+def _difference(arm: Arm, base: Arm, outcomes: Outcomes) -> Difference | None:
+    difference = statistics.paired(arm.by_seed(), base.by_seed())
+    if difference is None:
+        return None
+    return replace(difference, over_items=_over_items(arm, base, outcomes))
 
 
 def _over_items(arm: Arm, base: Arm, outcomes: Outcomes) -> Interval | None:

@@ -15,17 +15,17 @@ from padst_exp.report.figures import COLOURS
 from padst_exp.report.runs import Run
 from padst_exp.report.speeds import Measured
 from padst_exp.report.store import Row
-from padst_exp.report.tables import SCALES, Grid, grid
+from padst_exp.report.tables import SCALES, Grid, contrasts, grid
 
 NOTHING = "python -m padst_exp.train -m experiment=structures seed=0,1,2"
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """What is said of one experiment: its exhibits, each with its whole table."""
+    """What is said of one experiment: its exhibits, each with its whole table and contrasts."""
 
     name: str
-    parts: tuple[tuple[Exhibit | None, Grid], ...]
+    parts: tuple[tuple[Exhibit | None, Grid, Grid | None], ...]
 
 
 def text(
@@ -62,7 +62,10 @@ def text(
         nothing=NOTHING,
         key=exhibits.key(every),
         chapters=[
-            Chapter(name, tuple((exhibits.results(table), grid(table)) for table in own))
+            Chapter(
+                name,
+                tuple((exhibits.results(table), grid(table), contrasts(table)) for table in own),
+            )
             for name, own in tables.items()
         ],
         frontiers=list(exhibits.frontiers(every, measured)),

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from padst_exp.atomic import replace_text
-from padst_exp.config import config_dir
+from padst_exp.config import closest, config_dir
+from padst_exp.errors import require
 from padst_exp.files import one_line, reading
 from padst_exp.identity import FREE, LOCATIONS, flat, results_part
 from padst_exp.report.choices import option, structure_label
@@ -264,20 +265,44 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 def arms(experiment: str) -> tuple[str, ...]:
     """The arms of an experiment in the order of its file; none where there is no such file."""
-    return _sweeper(experiment, "arms")
+    return _names(_sweeper(experiment, "arms"))
 
 
 def params(experiment: str) -> tuple[str, ...]:
     """The keys that an experiment sweeps besides arms."""
-    return _sweeper(experiment, "params")
+    return _names(_sweeper(experiment, "params"))
+
+
+def contrasts(experiment: str) -> tuple[tuple[str, str], ...]:
+    """The pairs of arms that an experiment lists to be compared, the first less the second.
+
+    Raises:
+        UserError: something listed is no pair of its arms.
+    """
+    listed = _sweeper(experiment, "contrasts")
+    key, known = "hydra.sweeper.contrasts", arms(experiment)
+    require(listed is None or isinstance(listed, list), key, repr(listed), "pairs of arms")
+    found = []
+    for pair in listed or ():
+        names = [str(name) for name in pair] if isinstance(pair, list) else []
+        guess = next((closest(name, known) for name in names if name not in known), "")
+        sound = len(set(names)) == len(names) == 2 and set(names) <= set(known)
+        require(sound, key, repr(pair), f"two arms of experiment={experiment}{guess}")
+        found.append((names[0], names[1]))
+    return tuple(found)
 
 
 @cache
-def _sweeper(experiment: str, part: str) -> tuple[str, ...]:
+def _sweeper(experiment: str, part: str) -> Any:
+    """What the file of an experiment says of a key of its sweeper; None for nothing."""
     path = config_dir() / "experiment" / f"{experiment}.yaml"
     content = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else None
     for key in ("hydra", "sweeper", part):
         content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _names(content: object) -> tuple[str, ...]:
     return tuple(map(str, content)) if isinstance(content, dict) else ()
 
 

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from padst_exp.report.compare import Arm, Table
-from padst_exp.report.statistics import Interval
+from padst_exp.report.compare import Arm, Contrast, Table
+from padst_exp.report.statistics import Difference, Interval
 from padst_exp.report.store import Row, params
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -57,22 +57,54 @@ class Grid:
 def grid(table: Table) -> Grid:
     """The cells of a table of arms, without columns in which nothing stands."""
     varying = table.varying
-    rows = [_cells(arm, varying) for arm in table.arms]
-    used = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-    columns = tuple(Column(heading, heading not in _TEXT) for heading in used)
-    better = "lower is better" if table.lower_is_better else "higher is better"
-    what = f"{metric_name(table.metric)}, {better}" if table.metric else "no result yet"
-    same = {key: value for key, value in table.arms[0].swept.items() if key not in varying}
-    held = ", ".join(f"{key}={value}" for key, value in same.items())
-    data = f"{table.model or 'model unknown'} on {table.dataset or 'unknown data'}"
-    caption = "; ".join(filter(None, [what, data, held, SCALES[table.scale]]))
+    columns, cells = _filled([_cells(arm, varying) for arm in table.arms])
     return Grid(
-        caption=f"{table.experiment}: {caption}",
+        caption=f"{table.experiment}: {_caption(table)}",
         columns=columns,
-        cells=tuple(tuple(row[heading] for heading in used) for row in rows),
+        cells=cells,
         notes=tuple(_notes(table)),
         commands=tuple(_commands(table)),
     )
+
+
+def contrasts(table: Table) -> Grid | None:
+    """The cells of the contrasts of a table, None where it has none."""
+    if not table.contrasts:
+        return None
+    varying = table.varying
+    columns, cells = _filled([_contrast_cells(one, varying) for one in table.contrasts])
+    return Grid(
+        caption=f"{table.experiment}, contrasts: {_caption(table)}",
+        columns=columns,
+        cells=cells,
+        notes=tuple(_contrast_notes(table)),
+    )
+
+
+def grids(tables: Sequence[Table]) -> list[Grid]:
+    """Each table of an experiment, and below it its contrasts."""
+    both = [each for table in tables for each in (grid(table), contrasts(table))]
+    return [each for each in both if each is not None]
+
+
+def _filled(
+    rows: Sequence[dict[str, str]],
+) -> tuple[tuple[Column, ...], tuple[tuple[str, ...], ...]]:
+    """Columns and cells, without columns in which nothing stands."""
+    used = [heading for heading in rows[0] if any(row[heading] for row in rows)]
+    columns = tuple(Column(heading, heading not in _TEXT) for heading in used)
+    return columns, tuple(tuple(row[heading] for heading in used) for row in rows)
+
+
+def _caption(table: Table) -> str:
+    """Metric, model, data, what is swept and the same in all arms, and scale."""
+    better = "lower is better" if table.lower_is_better else "higher is better"
+    what = f"{metric_name(table.metric)}, {better}" if table.metric else "no result yet"
+    varying, first = table.varying, table.arms[0].swept
+    same = {key: value for key, value in first.items() if key not in varying}
+    held = ", ".join(f"{key}={value}" for key, value in same.items())
+    data = f"{table.model or 'model unknown'} on {table.dataset or 'unknown data'}"
+    return "; ".join(filter(None, [what, data, held, SCALES[table.scale]]))
 
 
 def metric_name(metric: str) -> str:
@@ -111,11 +143,11 @@ def latex(grid: Grid) -> str:
     ])  # fmt: skip
 
 
-_TEXT = frozenset({"arm", "swept", "against", "published", "runs"})
+_TEXT = frozenset({"arm", "contrast", "swept", "against", "published", "runs"})
 
 
 def _cells(arm: Arm, varying: Sequence[str]) -> dict[str, str]:
-    sample, found, difference = arm.sample, arm.closure, arm.difference
+    sample, found = arm.sample, arm.closure
     density = [row["density"] for row in arm.rows if row["density"] is not None]
     gone = [f"{arm.not_finite} not finite"] * bool(arm.not_finite)
     gone += [f"{arm.missing} not finished"] * bool(arm.missing)
@@ -128,13 +160,7 @@ def _cells(arm: Arm, varying: Sequence[str]) -> dict[str, str]:
         "seeds": str(sample.n) if sample else "0",
         "95% interval": span(sample.interval) if sample else "",
         "against": arm.baseline,
-        "difference": _signed(difference.sample.mean) if difference else "",
-        "its 95% interval": span(difference.sample.interval) if difference else "",
-        "bootstrap": span(difference.bootstrap) if difference else "",
-        "with items": span(difference.over_items) if difference else "",
-        "p (Holm)": _p(arm.p),
-        "detectable": value(difference.detectable)
-        if difference and difference.detectable is not None else "",
+        **_difference_cells(arm.difference, arm.p),
         "gap closed": value(found.value) if found else "",
         "gap's interval": span(found.interval) if found else "",
         "published": "; ".join(f"{row.value:g} ({row.source})" for row in arm.papers),
@@ -143,6 +169,35 @@ def _cells(arm: Arm, varying: Sequence[str]) -> dict[str, str]:
         ) if sample and arm.comparable else "",
         "runs": ", ".join(gone),
     }  # fmt: skip
+
+
+def _contrast_cells(contrast: Contrast, varying: Sequence[str]) -> dict[str, str]:
+    return {
+        "contrast": f"{contrast.ours} {MINUS} {contrast.theirs}",
+        "swept": contrast.words(varying),
+        "seeds": str(contrast.difference.sample.n),
+        **_difference_cells(contrast.difference, contrast.p),
+    }
+
+
+def _difference_cells(difference: Difference | None, p: float | None) -> dict[str, str]:
+    return {
+        "difference": _signed(difference.sample.mean) if difference else "",
+        "its 95% interval": span(difference.sample.interval) if difference else "",
+        "bootstrap": span(difference.bootstrap) if difference else "",
+        "with items": span(difference.over_items) if difference else "",
+        "p (Holm)": _p(p),
+        "detectable": value(difference.detectable) if difference else "",
+    }
+
+
+def _contrast_notes(table: Table) -> Iterator[str]:
+    comparisons = sum(contrast.p is not None for contrast in table.contrasts)
+    if comparisons:
+        yield (
+            "A family of its own, listed in the experiment before its runs: "
+            f"p values are adjusted for its {comparisons} comparisons."
+        )
 
 
 def _notes(table: Table) -> Iterator[str]:

@@ -33,7 +33,8 @@ def report(
         Lines to say.
 
     Raises:
-        UserError: nothing can be written, or a table is damaged.
+        UserError: nothing can be written, a table is damaged, or an experiment lists a contrast of
+            what is no arm of it.
     """
     found = runs.find(folders)
     papers = published_numbers(published)
@@ -65,7 +66,7 @@ def report(
         for name, own in stored.items():
             path = store.write(folder, name, own)
             items.keep(path, outcomes[name])
-            grids = [tables.grid(table) for table in compared[name]]
+            grids = tables.grids(compared[name])
             replace_text(path.with_suffix(".md"), tables.document(grids, "markdown"))
             replace_text(path.with_suffix(".tex"), tables.document(grids, "latex"))
             states = [row["state"] for row in own]
