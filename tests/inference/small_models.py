@@ -43,6 +43,7 @@ ARGUMENTS = {
     },
     "gpt2": {
         "name": "gpt2", "pretrained": False, "checkpoint": None, "depth": 2, "dropout": 0.1,
+        "init_std": 0.02,
         "vocab_size": 13, "context_length": 9,
     },
 }  # fmt: skip
