@@ -398,7 +398,7 @@ def test_weights_that_are_not_finite_are_refused(dense: Path, tmp_path: Path) ->
         built(f"init_from={edited}", "sparsity=0.5")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_trained_model_survives_pruning_under_any_permutation(tmp_path: Path) -> None:
     sizes = ["logger=none", "device=cpu", "model.dim=64", "model.depth=2", "model.heads=2"]
 

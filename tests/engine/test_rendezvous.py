@@ -98,7 +98,7 @@ def test_who_never_comes_and_who_counts_otherwise_end_in_time(
             assert not error or error.startswith(f"WORLD_SIZE: expected {first}, as in process 0")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_ranks_find_each_other_by_their_variables_alone(tmp_path: Path) -> None:
     """As srun starts them: no launcher sets anything, or ends the others."""
     with socket.socket() as free:
