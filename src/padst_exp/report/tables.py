@@ -195,7 +195,7 @@ def _contrast_notes(table: Table) -> Iterator[str]:
     comparisons = sum(contrast.p is not None for contrast in table.contrasts)
     if comparisons:
         yield (
-            "A family of its own, listed in the experiment before its runs: "
+            "A family of its own, listed in the experiment: "
             f"p values are adjusted for its {comparisons} comparisons."
         )
 
