@@ -166,9 +166,8 @@ def test_fiellers_interval_has_the_true_ratio_as_often_as_it_says() -> None:
 def test_no_gap_is_closed_where_there_is_none() -> None:
     lower = by_seed([80.0, 81, 79, 80.5, 80.2])
     near = {seed: value + (-1) ** seed for seed, value in lower.items()}
-    assert (
-        gap_closure(near, lower, near, lower_is_better=False) is None
-    )  # the interval of the gap includes zero
+    # The interval of the gap includes zero.
+    assert gap_closure(near, lower, near, lower_is_better=False) is None
     assert gap_closure(near, lower, lower, lower_is_better=False) is None  # no gap at all
     assert gap_closure({0: 1.0}, {0: 0.0}, {0: 2.0}, lower_is_better=False) is None  # one seed
     assert gap_closure({9: 1.0}, lower, lower, lower_is_better=False) is None  # no seed in common

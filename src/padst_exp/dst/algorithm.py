@@ -108,6 +108,9 @@ class Periodic(Algorithm):
         self.stop = stop
         self.moments = moments
 
+    def can_change(self, topology: Topology) -> bool:
+        return 0 < len(topology.active) < int(topology.candidates.sum())
+
     def is_due(self, step: int, total: int) -> bool:
         return 0 < step < self.stop * total and step % self.interval == 0
 
@@ -165,8 +168,7 @@ class DropGrow(Periodic):
 
     def can_change(self, topology: Topology) -> bool:
         shrinks = not torch.equal(topology.counts(), topology.target)
-        num_active = len(topology.active)
-        return shrinks or 0 < num_active < int(topology.candidates.sum())
+        return shrinks or super().can_change(topology)
 
     def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float

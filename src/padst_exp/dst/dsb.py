@@ -29,10 +29,6 @@ class DSB(Periodic):
     requires = frozenset({"shuffled_blocks"})
     resizes = False
 
-    def can_change(self, topology: Topology) -> bool:
-        num_active = len(topology.active)
-        return 0 < num_active < int(topology.candidates.sum())
-
     def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
     ) -> tuple[Change, float]:

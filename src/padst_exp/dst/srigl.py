@@ -49,10 +49,6 @@ class SRigL(Periodic):
         self.ablation = ablation
         self.silences_rows = ablation
 
-    def can_change(self, topology: Topology) -> bool:
-        num_active = len(topology.active)
-        return 0 < num_active < int(topology.candidates.sum())
-
     def decide(
         self, topology: Topology, signals: Signals, *, step: int, total: int, carry: float
     ) -> tuple[Change, float]:

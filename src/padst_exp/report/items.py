@@ -43,11 +43,11 @@ def collected(table: Path, rows: Iterable[Row], runs: Mapping[str, Run]) -> dict
 
 
 def keep(table: Path, outcomes: Mapping[str, Floats]) -> None:
-    """Write what `collected` found beside its table; nothing where there is nothing."""
-    path = table.with_suffix(".safetensors")
-    if outcomes:
-        with replacing(path) as file:
-            file.write(save({name: _small(each) for name, each in sorted(outcomes.items())}))
+    """Write what `collected` found beside its table; not nothing, and not more than it reads."""
+    content = save({name: _small(each) for name, each in sorted(outcomes.items())})
+    if outcomes and len(content) <= MOST_BYTES:
+        with replacing(table.with_suffix(".safetensors")) as file:
+            file.write(content)
 
 
 def _read(path: Path) -> dict[str, Floats]:

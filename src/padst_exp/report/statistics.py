@@ -260,6 +260,7 @@ def _fieller(tops: Floats, bottoms: Floats) -> Interval:
     return float((b - root) / a), float((b + root) / a)
 
 
+@cache
 def _resamples(n: int) -> NDArray[np.int64] | None:
     """Which of n seeds each resample takes, `[RESAMPLES, n]`: the same at every call."""
     if n < FEWEST:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from padst_exp.report.compare import Arm, Contrast, Table
@@ -57,14 +57,9 @@ class Grid:
 def grid(table: Table) -> Grid:
     """The cells of a table of arms, without columns in which nothing stands."""
     varying = table.varying
-    columns, cells = _filled([_cells(arm, varying) for arm in table.arms])
-    return Grid(
-        caption=f"{table.experiment}: {_caption(table)}",
-        columns=columns,
-        cells=cells,
-        notes=tuple(_notes(table)),
-        commands=tuple(_commands(table)),
-    )
+    rows = [_cells(arm, varying) for arm in table.arms]
+    caption = f"{table.experiment}: {_caption(table)}"
+    return _filled(caption, rows, notes=_notes(table), commands=_commands(table))
 
 
 def contrasts(table: Table) -> Grid | None:
@@ -72,13 +67,9 @@ def contrasts(table: Table) -> Grid | None:
     if not table.contrasts:
         return None
     varying = table.varying
-    columns, cells = _filled([_contrast_cells(one, varying) for one in table.contrasts])
-    return Grid(
-        caption=f"{table.experiment}, contrasts: {_caption(table)}",
-        columns=columns,
-        cells=cells,
-        notes=tuple(_contrast_notes(table)),
-    )
+    rows = [_contrast_cells(one, varying) for one in table.contrasts]
+    caption = f"{table.experiment}, contrasts: {_caption(table)}"
+    return _filled(caption, rows, notes=_contrast_notes(table))
 
 
 def grids(tables: Sequence[Table]) -> list[Grid]:
@@ -88,12 +79,21 @@ def grids(tables: Sequence[Table]) -> list[Grid]:
 
 
 def _filled(
+    caption: str,
     rows: Sequence[dict[str, str]],
-) -> tuple[tuple[Column, ...], tuple[tuple[str, ...], ...]]:
-    """Columns and cells, without columns in which nothing stands."""
+    *,
+    notes: Iterable[str],
+    commands: Iterable[str] = (),
+) -> Grid:
+    """A grid of rows by heading, without columns in which nothing stands."""
     used = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-    columns = tuple(Column(heading, heading not in _TEXT) for heading in used)
-    return columns, tuple(tuple(row[heading] for heading in used) for row in rows)
+    return Grid(
+        caption=caption,
+        columns=tuple(Column(heading, heading not in _TEXT) for heading in used),
+        cells=tuple(tuple(row[heading] for heading in used) for row in rows),
+        notes=tuple(notes),
+        commands=tuple(commands),
+    )
 
 
 def _caption(table: Table) -> str:
