@@ -320,9 +320,13 @@ def test_what_has_no_result_is_listed(tmp_path: Path) -> None:
 def test_a_folder_without_runs_says_what_to_run(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     for folder in (tmp_path / "runs", tmp_path / "none"):
-        said, page = report(folder, tmp_path / "out")
-        assert any("experiment=structures" in line for line in said)
-        assert "No finished runs yet; this makes some: <code>python -m padst_exp.train" in page
+        with pytest.raises(UserError, match=r"^runs: .* none in .*experiment=structures .* some$"):
+            report(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    made(tmp_path / "runs", "begun", None)
+    said, page = report(tmp_path / "runs", tmp_path / "out")
+    assert any("experiment=structures" in line for line in said)
+    assert "No finished runs yet; this makes some: <code>python -m padst_exp.train" in page
     with pytest.raises(UserError, match=r"^runs: expected folders of runs, got .* \(it is a file"):
         (tmp_path / "file").touch()
         report(tmp_path / "file", tmp_path / "out")
@@ -559,9 +563,9 @@ def test_options_are_found_again() -> None:
     ):
         config = _composed(tuple(f"{group}={name}" for group, name in chosen.items()))
         for group, name in chosen.items():
-            assert choices.option(group, config[group]) == name
-    assert choices.option("model", {"_target_": "elsewhere.Model"}) == "own"
-    assert choices.option("dst", None) == "own"
+            assert choices.nearest_option(group, config[group]) == name
+    assert choices.nearest_option("model", {"_target_": "elsewhere.Model"}) == "own"
+    assert choices.nearest_option("dst", None) == "own"
     node = {"_target_": "padst_exp.structures.Diagonal", "bundle": "stride", "stride": 32}
     assert choices.structure_label({**node, "width": 16}) == "diag bundle=stride stride=32"
 
@@ -588,7 +592,9 @@ def test_the_command(
         ("baseline=nobody", "baseline: expected the name of an arm, got nobody"),
         ("colour=red", "colour: unknown key"),
         ("out=/dev/null", "out: expected a folder to write to, got /dev/null"),
+        (f"runs={tmp_path}/no out={tmp_path}/new", "runs: expected folders with runs, found none"),
     ):
-        assert command_line([*keys, wrong], monkeypatch) == 1
+        assert command_line([*keys, *wrong.split()], monkeypatch) == 1
         *_, line = capsys.readouterr().err.splitlines()
         assert line.startswith(f"padst_exp: error: {message}"), line
+    assert not (tmp_path / "new").exists()

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from padst_exp.dst import Algorithm, Change
 from padst_exp.engine.adamw import birth_dtype
 from padst_exp.engine.distributed import World
-from padst_exp.engine.ema import Average
 from padst_exp.engine.optimizers import lr_scale
-from padst_exp.engine.placement import Placement
+from padst_exp.engine.placement import Placement, Trained
 from padst_exp.engine.tracker import Births, TopologyTracker
 from padst_exp.errors import UserError, require
 from padst_exp.layers import Move, SparseWeight, index_stale, permutations, sparse_weights
@@ -46,16 +45,8 @@ class Method(Protocol):
         """Optimizer steps of the whole training."""
 
 
-class Trained(Protocol):
+class Changeable(Trained, Protocol):
     """What is changed: a `TrainingState`, or what has as much of one."""
-
-    @property
-    def model(self) -> nn.Module:
-        """Sparse."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Of all its values."""
 
     @property
     def world(self) -> World:
@@ -68,10 +59,6 @@ class Trained(Protocol):
     @property
     def step(self) -> int:
         """Completed steps."""
-
-    @property
-    def average(self) -> Average | None:
-        """Of the model."""
 
     @property
     def tracker(self) -> TopologyTracker:
@@ -154,7 +141,7 @@ class Moments:
         self.optimizer.state[move.new] = state
 
 
-def followers(experiment: Method, state: Trained) -> list[Follower]:
+def followers(experiment: Method, state: Changeable) -> list[Follower]:
     """The one list of what moves along when a topology changes."""
     each: list[Follower | None] = [
         Moments(state.optimizer, experiment.algorithm.moments),
@@ -179,7 +166,7 @@ def changing(experiment: Method, model: nn.Module, step: int) -> list[SparseWeig
 
 
 def update_topologies(
-    experiment: Method, state: Trained, weights: Iterable[SparseWeight]
+    experiment: Method, state: Changeable, weights: Iterable[SparseWeight]
 ) -> list[Move]:
     """Let the algorithm decide the next topology of each of `weights`, and adopt it.
 
@@ -221,7 +208,7 @@ def update_topologies(
 
 def harden(
     experiment: Method,
-    state: Trained,
+    state: Changeable,
     learners: Iterable[Learner],
     loss: Callable[[], float],
 ) -> tuple[list[dict[str, Any]], list[Move]]:
@@ -288,7 +275,7 @@ def adopt(
     return move
 
 
-def _settle(state: Trained, following: Iterable[Follower]) -> list[Move]:
+def _settle(state: Changeable, following: Iterable[Follower]) -> list[Move]:
     """Adopt what hard selections have chosen."""
     moves = []
     for name, weight in sparse_weights(state.model).items():
@@ -298,7 +285,7 @@ def _settle(state: Trained, following: Iterable[Follower]) -> list[Move]:
     return moves
 
 
-def finish(state: Trained, what: str) -> None:
+def finish(state: Changeable, what: str) -> None:
     """Derive anew what depends on topologies and choices, and make sure that ranks agree."""
     index_stale(state.model)
     if state.average is not None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from padst_exp.engine.changes import Method, Trained, adopt, finish, followers
+from padst_exp.engine.changes import Changeable, Method, adopt, finish, followers
 from padst_exp.engine.distributed import own_part
 from padst_exp.layers import SparseWeight, evidence, places
 from padst_exp.permutations import Permutation
 
 
-def weights_of(state: Trained, due: Mapping[str, Permutation]) -> list[SparseWeight]:
+def weights_of(state: Changeable, due: Mapping[str, Permutation]) -> list[SparseWeight]:
     """The sparse weights that these permutations act on, each once."""
     found = [place.weight for choice in due.values() for place in places(state.model, choice)]
     return list(dict.fromkeys(found))
@@ -19,7 +19,7 @@ def weights_of(state: Trained, due: Mapping[str, Permutation]) -> list[SparseWei
 
 def collecting(
     experiment: Method,
-    state: Trained,
+    state: Changeable,
     changing: Sequence[SparseWeight],
     due: Mapping[str, Permutation],
 ) -> list[SparseWeight]:
@@ -48,7 +48,9 @@ def keep_gradients(experiment: Method, changing: Iterable[SparseWeight]) -> None
             weight.weight_gradient = None if gradient is None else own_part(gradient).clone()
 
 
-def exchange(experiment: Method, state: Trained, due: Mapping[str, Permutation]) -> dict[str, Any]:
+def exchange(
+    experiment: Method, state: Changeable, due: Mapping[str, Permutation]
+) -> dict[str, Any]:
     """Let the learner exchange those permutations that are due, by name.
 
     Returns:

@@ -329,7 +329,7 @@ def looking_at(learners: Sequence[Learner], step: int, total: int) -> list[Learn
 
 
 def require_finite(
-    state: changes.Trained,
+    state: changes.Changeable,
     changing: Sequence[SparseWeight],
     due: Mapping[str, Permutation],
     looking: Sequence[Learner],

@@ -9,7 +9,7 @@ from typing import cast
 from omegaconf import OmegaConf
 
 from padst_exp.errors import UserError
-from padst_exp.report.choices import option, structure_label
+from padst_exp.report.choices import nearest_option, structure_label
 from padst_exp.restore import RestoredRun
 from padst_exp.transforms import NoTransform
 
@@ -90,7 +90,10 @@ def model_card(
     structure = structure_label(config["structure"])
     facts = {
         "structure": structure,
-        **{group: option(group, config[group]) for group in ("permutation", "dst", "dataset")},
+        **{
+            group: nearest_option(group, config[group])
+            for group in ("permutation", "dst", "dataset")
+        },
         "optimizer steps": restored.step,
         **{
             name: f"{value:.4g}"

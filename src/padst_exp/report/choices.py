@@ -27,7 +27,7 @@ _ONLY_OF = {"stride": "stride", "width": "band"}
 """Keys of `diag` that say something for one kind of bundle alone."""
 
 
-def option(group: str, node: object) -> str:
+def nearest_option(group: str, node: object) -> str:
     """The option of a config group that comes nearest to a part of a config, or "own".
 
     Constructors have to be the same, those of nested nodes too; of several options with the same
@@ -49,7 +49,7 @@ def option(group: str, node: object) -> str:
 
 def structure_label(node: object) -> str:
     """A structure with the keys that matter to it, as in `nm group=16`."""
-    name = option("structure", node)
+    name = nearest_option("structure", node)
     if not isinstance(node, Mapping):
         return name
     words = [name]

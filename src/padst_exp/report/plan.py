@@ -19,7 +19,7 @@ from padst_exp.config import build, config_dir
 from padst_exp.files import one_line, reading
 from padst_exp.identity import replicate_hash
 from padst_exp.report import runs as found_runs
-from padst_exp.report.choices import option, structure_label
+from padst_exp.report.choices import nearest_option, structure_label
 from padst_exp.report.runs import Run, number
 from padst_exp.report.store import learned
 from padst_exp.sweeps import compose, jobs
@@ -168,7 +168,7 @@ def _samples(config: Config, earlier: Sequence[Run]) -> float | None:
     trainer = config["trainer"]
     if trainer.get("steps") is not None:
         return float(trainer["steps"] * trainer["batch_size"])
-    size = SAMPLES.get(option("dataset", config["dataset"]))
+    size = SAMPLES.get(nearest_option("dataset", config["dataset"]))
     if size is None:
         for run in earlier:
             theirs = _trainer(run.config)
@@ -263,12 +263,15 @@ def _tables(folder: Path, suite: str) -> list[pd.DataFrame]:
 
 def _rows(frame: pd.DataFrame, config: Config) -> pd.DataFrame:
     """The rows of a table of whole models that are about a config."""
-    model, structure = option("model", config["model"]), structure_label(config["structure"])
+    model, structure = (
+        nearest_option("model", config["model"]),
+        structure_label(config["structure"]),
+    )
     paper = config["dataset"].get("image_size") == 224  # what whole models are measured at
     if not paper or config["model"].get("dim") != _own_dim(model):
         return frame.iloc[:0]
     dense = structure == "dense"
-    permutation = option("permutation", config["permutation"])
+    permutation = nearest_option("permutation", config["permutation"])
     state = "soft" if learned(permutation) else "none" if permutation == "none" else "hard"
     density = 1.0 if dense else 1 - config["sparsity"]
     states = ["none"] if dense else [state] if state == "soft" else ["hard", "none"]

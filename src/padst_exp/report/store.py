@@ -23,7 +23,7 @@ from padst_exp.config import closest, config_dir
 from padst_exp.errors import require
 from padst_exp.files import one_line, reading
 from padst_exp.identity import FREE, LOCATIONS, flat, results_part
-from padst_exp.report.choices import option, structure_label
+from padst_exp.report.choices import nearest_option, structure_label
 from padst_exp.report.runs import MOST_BYTES, Place, Run, number
 
 Row = dict[str, Any]
@@ -135,7 +135,9 @@ def _row(place: Place, run: Run) -> Row:
     metric = one_line(str(summary.get("monitor", "")))
     final, best = _mapping(summary.get("final")), _mapping(summary.get("best"))
     others = [f"{one_line(str(k))}={v:.6g}" for k, v in final.items() if _other(k, metric, v)]
-    chosen = {group: option(group, config.get(group)) if config else "" for group in _GROUPS}
+    chosen = {
+        group: nearest_option(group, config.get(group)) if config else "" for group in _GROUPS
+    }
     still_soft = permutations.get("still_soft")
     row: Row = {
         "experiment": place.experiment,

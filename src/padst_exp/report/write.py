@@ -33,8 +33,8 @@ def report(
         Lines to say.
 
     Raises:
-        UserError: nothing can be written, a table is damaged, or an experiment lists a contrast of
-            what is no arm of it.
+        UserError: there are no runs, nothing can be written, a table is damaged, or an experiment
+            lists a contrast of what is no arm of it.
     """
     found = runs.find(folders)
     papers = published_numbers(published)
@@ -42,6 +42,11 @@ def report(
     folder = out / "tables"
     pairs = store.rows(found.placed)
     stored, notes = store.merged(folder, [row for row, _ in pairs])
+    if not stored:
+        where = ", ".join(map(str, folders))
+        raise UserError(
+            f"runs: expected folders with runs, found none in {where}; {page.NOTHING} makes some"
+        )
     if experiments is not None:
         missing = [name for name in experiments if name not in stored]
         if missing:
