@@ -46,17 +46,23 @@ def load(
     """
     folder = Path(path)
     description = read_description(folder)
+    own = model is not None
     if model is None:
         model = construct(description["model"], folder / DESCRIPTION)
     state = read_state(folder, description)
-    put_layers(model, description["layers"], state, folder / WEIGHTS)
-    _load_state(model, state, folder / WEIGHTS)
+    put_layers(model, description["layers"], state, folder / WEIGHTS, own=own)
+    _load_state(model, state, folder / WEIGHTS, own=own)
     _tie(model, description["shared"])
     return model.eval().requires_grad_(False).to(device=device, dtype=dtype)
 
 
 def put_layers(
-    model: nn.Module, layers: Mapping[str, Layer], state: dict[str, Tensor], path: Path
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    state: dict[str, Tensor],
+    path: Path,
+    *,
+    own: bool = False,
 ) -> None:
     """Let packed layers, with their tensors of `state`, take the place of dense ones.
 
@@ -65,6 +71,7 @@ def put_layers(
         layers: described, by name.
         state: all tensors by name; loses the guards of these layers.
         path: where these are from.
+        own: whether the model is the user's, and may as well be the wrong one.
 
     Raises:
         UserError: they do not fit each other, or are none that kernels may multiply by.
@@ -77,21 +84,25 @@ def put_layers(
             _, dense = view_of(model, name)
             dense.replace(model, empty_layer(described, state, f"{name}.", dense))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path}: damaged at layer {name}: {reason(error)}") from error
+            where = f"model: not the one in {path}, or that is" if own else f"{path}:"
+            raise UserError(f"{where} damaged at layer {name}: {reason(error)}") from error
 
 
-def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def _load_state(
+    model: nn.Module, state: Mapping[str, Tensor], path: Path, *, own: bool = False
+) -> None:
+    misfit = f"model: not the one in {path}" if own else f"{path}: does not fit its {DESCRIPTION}"
     for name, expected in model.state_dict().items():
         found = state.get(name, expected)
         if found.is_floating_point() != expected.is_floating_point():
-            raise UserError(f"{path}: does not fit its {DESCRIPTION}: {name} is of {found.dtype}")
+            raise UserError(f"{misfit}: {name} is of {found.dtype}")
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         # torch lists one mismatch a line, below a title.
         lines = str(error).splitlines()
         first = lines[1] if len(lines) > 1 else str(error)
-        raise UserError(f"{path}: does not fit its {DESCRIPTION}: {one_line(first)}") from error
+        raise UserError(f"{misfit}: {one_line(first)}") from error
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise UserError(f"{path}: has nothing for {name}; load it with model=...")
