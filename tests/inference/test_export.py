@@ -233,7 +233,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
             load(folder)
         mine = Perceptron(**description["model"]["arguments"])
         assert_equal(load(folder, model=mine)(inputs), expected, format)
-        other = Perceptron(**{**description["model"]["arguments"], "width": 48})
+        other = Perceptron(**{**description["model"]["arguments"], "width": 36})
         with pytest.raises(UserError, match=r"^model: not the one in .*safetensors"):
             load(folder, model=other)
         assert metrics_of(folder) == pytest.approx(expected_metrics, rel=1e-5)
