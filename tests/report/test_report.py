@@ -414,6 +414,18 @@ def test_rows_stay_until_a_run_takes_their_place(tmp_path: Path) -> None:
         report(folder, out)
 
 
+def test_a_run_that_was_only_listed_leaves_no_row_behind_once_it_has_run(tmp_path: Path) -> None:
+    folder, out = tmp_path / "runs", tmp_path / "out"
+    folder.mkdir()
+    swept(folder, "lists", "listed", "nm", 0)
+    for value in (None, 60.0):
+        if value is not None:
+            made(folder, "listed", value, overrides=("structure=nm", NONE))
+        report(folder, out)
+        (row,) = store.read(out / "tables" / "lists.csv")
+        assert row["value"] == value
+
+
 def test_the_same_run_twice_is_one_replicate(tmp_path: Path) -> None:
     for name in ("run", "run-2"):
         made(tmp_path, name, 50.0, overrides=("experiment=structures",))

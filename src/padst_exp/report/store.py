@@ -94,7 +94,9 @@ def merged(folder: Path, new: Iterable[Row]) -> tuple[dict[str, list[Row]], list
         if changed:
             said.append(f"{experiment}: {changed} rows were of runs with another config")
         own = [row if row["value"] is not None else known.get(_place(row), row) for row in own]
-        kept = [row for row in tables.get(experiment, []) if _place(row) not in places]
+        # A run that was not begun has no model to be told by, and tells nothing once it is begun.
+        others = [row for row in tables.get(experiment, []) if row["state"] != "not begun"]
+        kept = [row for row in others if _place(row) not in places]
         tables[experiment] = sorted([*own, *kept], key=_order)
     return tables, said
 
