@@ -188,6 +188,14 @@ def test_a_contrast_in_several_cells_is_one_test(
         (f"rigl {minus} set", ""),
     ]
     assert "its 3 comparisons" in grid.notes[0]
+    drawn = exhibits.contrasts(table)
+    assert drawn is not None
+    assert [column.heading for column in drawn.grid.columns[1:]] == [
+        row[1] for row in grid.cells[:2]
+    ]
+    paired, free = drawn.grid.cells
+    assert paired[1].startswith("+") and paired[0] == grid.cells[0][0]
+    assert free[1] == free[2] and free[0] == grid.cells[2][0]  # it stands in both
 
 
 @pytest.mark.usefixtures("no_cache")

@@ -18,8 +18,17 @@ from padst_exp.report.figures import Look, Series
 from padst_exp.report.pictures import picture
 from padst_exp.report.runs import Run, number
 from padst_exp.report.speeds import Measured, Speed
+from padst_exp.report.statistics import Sample
 from padst_exp.report.store import Row, learned
-from padst_exp.report.tables import Column, Grid, metric_name, span, value
+from padst_exp.report.tables import (
+    Column,
+    Grid,
+    metric_name,
+    pair_name,
+    span,
+    value,
+    with_interval,
+)
 
 MOST_CURVES, MOST_PICTURES, FEWEST_POINTS = 8, 6, 3
 BITMAP = Markup(
@@ -86,6 +95,40 @@ def results(table: Table) -> Exhibit | None:
         Markup(figures.against(series, name, metric)),
         Grid("", columns, values, notes),
         _legend(series),
+    )
+
+
+def contrasts(table: Table) -> Exhibit | None:
+    """The differences that the experiment lists, those of one pair of arms on one line."""
+    if not table.contrasts:
+        return None
+    names = list(dict.fromkeys(pair_name(one) for one in table.contrasts))
+    swept = dict.fromkeys(one.words(table.varying) for one in table.contrasts)
+    # A pair that has no part in what is swept stands in every cell.
+    by_cell: dict[str, dict[str, Sample]] = {cell: {} for cell in swept if cell} or {"": {}}
+    for one in table.contrasts:
+        cell = one.words(table.varying)
+        for each in [cell] if cell else by_cell:
+            by_cell[each][pair_name(one)] = one.difference.sample
+    series = [
+        Series(
+            cell or "difference",
+            Look("dense", "learned", 3 * place),
+            [float(names.index(name)) for name in found],
+            [sample.mean for sample in found.values()],
+            [sample.interval for sample in found.values()],
+        )
+        for place, (cell, found) in enumerate(by_cell.items())
+    ]
+    cells = tuple(
+        (name, *(with_interval(found.get(name)) for found in by_cell.values())) for name in names
+    )
+    drawn = figures.differences(series, names, lower_is_better=table.lower_is_better)
+    return Exhibit(
+        f"differences in {metric_name(table.metric)}, paired by seed",
+        Markup(drawn),
+        Grid("", _columns("contrast", *(one.label for one in series)), cells),
+        _legend(series) if len(series) > 1 else (),
     )
 
 

@@ -147,6 +147,31 @@ def arms(series: Sequence[Series], metric: str) -> str:
     return svg(figure, f"{metric} of each arm")
 
 
+def differences(series: Sequence[Series], names: Sequence[str], *, lower_is_better: bool) -> str:
+    """One line for each contrast: its differences, beside each other, and their intervals.
+
+    Args:
+        series: x is the number of the contrast, y the difference.
+        names: of the contrasts.
+        lower_is_better: of what is subtracted.
+    """
+    with _drawn(0.75 + (0.16 + 0.08 * len(series)) * len(names)) as (figure, axis):
+        axis.axvline(0, color=_INK, lw=0.9, ls=(0, (4, 3)))
+        for place, one in enumerate(series):
+            rows = [x + 0.55 * ((place + 0.5) / len(series) - 0.5) for x in one.x]
+            for row, interval in zip(rows, one.intervals, strict=True):
+                if interval is not None:
+                    axis.plot(interval, [row, row], color=one.look.colour, lw=2, alpha=0.45)
+            axis.plot(one.y, rows, **one.look.line(ls="none"))
+        axis.set_yticks(range(len(names)), [_short(name) for name in names])
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.set_xlabel(f"{'left' if lower_is_better else 'right'} of 0: the first is better")
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0)
+        _quiet(axis)
+    return svg(figure, f"differences: {', '.join(names)}")
+
+
 def against_speed(series: Sequence[Series], metric: str, *, lower_is_better: bool) -> str:
     """Points over times as fast as dense, and the front of those that nothing beats."""
     with _drawn(3.0) as (figure, axis):

@@ -22,10 +22,10 @@ NOTHING = "python -m padst_exp.train -m experiment=structures seed=0,1,2"
 
 @dataclass(frozen=True)
 class Chapter:
-    """What is said of one experiment: its exhibits, each with its whole table and contrasts."""
+    """What is said of one experiment: of each table what is drawn, it and its contrasts."""
 
     name: str
-    parts: tuple[tuple[Exhibit | None, Grid, Grid | None], ...]
+    parts: tuple[tuple[list[Exhibit], Grid, Grid | None], ...]
 
 
 def text(
@@ -64,7 +64,7 @@ def text(
         chapters=[
             Chapter(
                 name,
-                tuple((exhibits.results(table), grid(table), contrasts(table)) for table in own),
+                tuple((drawn(table), grid(table), contrasts(table)) for table in own),
             )
             for name, own in tables.items()
         ],
@@ -74,3 +74,9 @@ def text(
         timings=list(exhibits.timings(measured)),
         left_out=exhibits.left_out(all_rows, problems),
     )
+
+
+def drawn(table: Table) -> list[Exhibit]:
+    """The exhibits of one table."""
+    both = exhibits.results(table), exhibits.contrasts(table)
+    return [one for one in both if one is not None]

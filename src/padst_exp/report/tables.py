@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from padst_exp.report.compare import Arm, Contrast, Table
-from padst_exp.report.statistics import Difference, Interval
+from padst_exp.report.statistics import Difference, Interval, Sample
 from padst_exp.report.store import Row, params
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -171,9 +171,22 @@ def _cells(arm: Arm, varying: Sequence[str]) -> dict[str, str]:
     }  # fmt: skip
 
 
+def pair_name(contrast: Contrast) -> str:
+    """Both arms of a contrast, as a difference."""
+    return f"{contrast.ours} {MINUS} {contrast.theirs}"
+
+
+def with_interval(sample: Sample | None) -> str:
+    """A difference and its interval in one cell; empty for none."""
+    if sample is None:
+        return ""
+    interval = span(sample.interval)
+    return f"{_signed(sample.mean)} ({interval})" if interval else _signed(sample.mean)
+
+
 def _contrast_cells(contrast: Contrast, varying: Sequence[str]) -> dict[str, str]:
     return {
-        "contrast": f"{contrast.ours} {MINUS} {contrast.theirs}",
+        "contrast": pair_name(contrast),
         "swept": contrast.words(varying),
         "seeds": str(contrast.difference.sample.n),
         **_difference_cells(contrast.difference, contrast.p),
