@@ -138,12 +138,8 @@ def arms(series: Sequence[Series], metric: str) -> str:
             if interval is not None:
                 axis.plot(interval, [row, row], color=one.look.colour, lw=2, alpha=0.45)
             axis.plot(one.y, [row], **one.look.line(ls="none"))
-        axis.set_yticks(range(len(series)), [_short(one.label) for one in series])
-        axis.set_ylim(len(series) - 0.4, -0.6)
         axis.set_xlabel("mean and 95% interval")
-        axis.grid(axis="y", visible=False)
-        axis.tick_params(axis="y", length=0)
-        _quiet(axis)
+        _lines(axis, [one.label for one in series])
     return svg(figure, f"{metric} of each arm")
 
 
@@ -163,12 +159,8 @@ def differences(series: Sequence[Series], names: Sequence[str], *, lower_is_bett
                 if interval is not None:
                     axis.plot(interval, [row, row], color=one.look.colour, lw=2, alpha=0.45)
             axis.plot(one.y, rows, **one.look.line(ls="none"))
-        axis.set_yticks(range(len(names)), [_short(name) for name in names])
-        axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlabel(f"{'left' if lower_is_better else 'right'} of 0: the first is better")
-        axis.grid(axis="y", visible=False)
-        axis.tick_params(axis="y", length=0)
-        _quiet(axis)
+        _lines(axis, names)
     return svg(figure, f"differences: {', '.join(names)}")
 
 
@@ -232,12 +224,8 @@ def timings(rows: Sequence[tuple[str, Look, float, float]]) -> str:
             axis.barh(row, value, height=0.62, color=look.colour, alpha=0.85)
             if math.isfinite(floor):
                 axis.plot([floor, floor], [row - 0.42, row + 0.42], color=_INK, lw=1.8)
-        axis.set_yticks(range(len(rows)), [_short(label) for label, *_ in rows])
-        axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_xlabel("milliseconds; tick: floor of the roofline")
-        axis.grid(axis="y", visible=False)
-        axis.tick_params(axis="y", length=0)
-        _quiet(axis)
+        _lines(axis, [label for label, *_ in rows])
     return svg(figure, f"milliseconds of {', '.join(label for label, *_ in rows)}")
 
 
@@ -294,6 +282,15 @@ def _quiet(axis: Axes) -> None:
     axis.tick_params(length=2.5, width=0.6)
     for side in ("left", "bottom"):
         axis.spines[side].set_linewidth(0.7)
+
+
+def _lines(axis: Axes, labels: Sequence[str]) -> None:
+    """One line for each label, the first at the top."""
+    axis.set_yticks(range(len(labels)), [_short(label) for label in labels])
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+    axis.tick_params(axis="y", length=0)
+    _quiet(axis)
 
 
 def _doublings(axis: Axes, values: Sequence[float]) -> None:

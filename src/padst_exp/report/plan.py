@@ -263,10 +263,8 @@ def _tables(folder: Path, suite: str) -> list[pd.DataFrame]:
 
 def _rows(frame: pd.DataFrame, config: Config) -> pd.DataFrame:
     """The rows of a table of whole models that are about a config."""
-    model, structure = (
-        nearest_option("model", config["model"]),
-        structure_label(config["structure"]),
-    )
+    model = nearest_option("model", config["model"])
+    structure = structure_label(config["structure"])
     paper = config["dataset"].get("image_size") == 224  # what whole models are measured at
     if not paper or config["model"].get("dim") != _own_dim(model):
         return frame.iloc[:0]
